@@ -1,0 +1,66 @@
+"""`jfe`: parses the verb, runs it, turns bad input into one line. Verbs import what is heavy when they run."""
+
+import argparse
+import importlib
+import os
+import sys
+
+from jfe_jax.errors import UserError
+
+VERBS = {
+    "data": "fetch, check and prepare data sets",
+    "train": "run one stage of training",
+    "convert": "between Hugging Face directories and our checkpoints",
+    "embed": "items → embeddings",
+    "eval": "M-BEIR protocol: recall tables, report, run files",
+    "compare": "several evaluations side by side, with intervals",
+    "search": "one query against an embedded pool",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `jfe`; returns its exit status: 0 done, 1 failed with one clear line, 2 wrong usage."""
+    # INFO lines of the libraries are not ours to print; what goes wrong still shows.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    parser = argparse.ArgumentParser(prog="jfe", description="Joint Fusion Encoder: multimodal retrieval in JAX.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for name, purpose in VERBS.items():
+        verb = verbs.add_parser(name, help=purpose, description=purpose)
+        module = importlib.import_module(f"jfe_jax.cli.{name}")
+        module.add_arguments(verb)
+        # Last, so that it is known on the innermost parser of verbs with sub-verbs too.
+        for leaf in _leaves(verb):
+            leaf.add_argument("--debug", action="store_true", help="show the traceback of an error")
+            leaf.set_defaults(run=leaf.get_default("run") or module.run)
+    args, extra = parser.parse_known_args(argv)
+    if args.verb == "train":
+        args.overrides = extra
+    elif extra:
+        parser.error(f"unrecognized arguments: {' '.join(extra)}")
+    try:
+        args.run(args)
+    except UserError as error:
+        if args.debug:
+            raise
+        print(f"jfe {args.verb}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        # A full disk, a missing permission: the system's own words say it, with the file's name.
+        if args.debug:
+            raise
+        print(f"jfe {args.verb}: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"jfe {args.verb}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    for action in parser._subparsers._group_actions if parser._subparsers else ():
+        return [leaf for child in action.choices.values() for leaf in _leaves(child)]
+    return [parser]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,322 @@
+"""The whole run as one tree of frozen dataclasses.
+
+A YAML file holds the values that differ from the defaults; `--key.sub=value` on the command line overrides it. Every
+checkpoint carries the resolved tree, so that it opens without its YAML.
+"""
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+import yaml
+
+from jfe_jax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """SigLIP's vision transformer."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1152
+    depth: int = 27
+    mlp_dim: int = 4304
+    num_heads: int = 16
+    norm_eps: float = 1e-6
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Gemma's blocks, run in both directions."""
+
+    vocab_size: int = 257216
+    width: int = 2048
+    depth: int = 18
+    mlp_dim: int = 16384
+    num_heads: int = 8
+    num_kv_heads: int = 1
+    head_dim: int = 256
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which tower, how large.
+
+    Attributes:
+      kind: "fusion" is JFE, one tower over image and text tokens; "two_tower" is the late-fusion baseline.
+      pooling: "last" takes the hidden state of the closing <eos>, "mean" the mean over the item's tokens.
+      image_token: id of the placeholder that an image patch takes the place of.
+      fusion: two_tower only. "score" sums the two towers' embeddings; "feature" runs `fusion_depth` transformer layers
+        over both towers' output tokens.
+      embed_dim: two_tower only: width of the embedding. The fusion model's embedding has the tower's width.
+      dtype: of the computation; parameters are float32.
+      remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "dots" all but matrix products.
+    """
+
+    kind: Literal["fusion", "two_tower"] = "fusion"
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    pooling: Literal["last", "mean"] = "last"
+    image_token: int = 257152
+    fusion: Literal["score", "feature"] = "score"
+    fusion_depth: int = 2
+    embed_dim: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "full", "dots"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+    """How an item becomes tokens and pixels.
+
+    Attributes:
+      tokenizer: directory of a Hugging Face tokenizer.
+      max_text_tokens: instruction and text together are cut to this many tokens.
+      newline: close the text with "\\n", as PaliGemma's processor does.
+    """
+
+    tokenizer: str = ""
+    max_text_tokens: int = 240
+    newline: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is read and how a step's items are laid out. All sizes are of the global batch.
+
+    Attributes:
+      path: a directory made by `jfe data prepare`.
+      split: the split that is trained on.
+      val_split: the split that the validation loss is taken on; "" for none.
+      mixture: sampling weight by unit ("{dataset}_task{t}"); empty means every unit in proportion to its size.
+      instruction_probability: how often a query gets one of its instructions; otherwise none.
+      pairs: query-positive pairs of a step.
+      hard_negatives: negatives from `neg_cand_list` that go with each pair.
+      layout: "packed" puts several items into a row of `row_tokens`; "padded" one.
+      rows, row_tokens, image_slots: shape of the global packed batch.
+      shuffle: False keeps the order on disk (for debugging).
+      workers: reader processes; 0 reads in threads of the main process.
+      image_cache_mib: decoded images kept in memory by each reader.
+    """
+
+    path: str = ""
+    split: str = "train"
+    val_split: str = ""
+    mixture: dict[str, float] = field(default_factory=dict)
+    instruction_probability: float = 1.0
+    pairs: int = 256
+    hard_negatives: int = 0
+    layout: Literal["packed", "padded"] = "packed"
+    rows: int = 256
+    row_tokens: int = 512
+    image_slots: int = 256
+    shuffle: bool = True
+    workers: int = 0
+    image_cache_mib: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """InfoNCE over the global batch.
+
+    Attributes:
+      temperature: the softmax's temperature, or its first value if it is learnt.
+      directions: "both" adds candidate-to-query to query-to-candidate.
+      mask_false_negatives: an equal candidate elsewhere in the batch is no negative.
+    """
+
+    temperature: float = 0.05
+    learn_temperature: bool = True
+    min_temperature: float = 0.01
+    directions: Literal["both", "query_to_candidate"] = "both"
+    mask_false_negatives: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule; steps are optimizer steps."""
+
+    steps: int = 1000
+    learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    end_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.98
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    freeze: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; -1 takes all that are left (one axis at most)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and how many to keep."""
+
+    every_steps: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One stage of training.
+
+    Attributes:
+      output: directory of the run: checkpoints, tokenizer, logs.
+      init: checkpoint whose weights are the start (stage 2 starts from stage 1); "" for random weights.
+    """
+
+    output: str = "runs/default"
+    init: str = ""
+    seed: int = 0
+    log_every_steps: int = 10
+    val_every_steps: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tokens: TokensConfig = field(default_factory=TokensConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
+    """Reads a YAML file and applies `key.sub=value` overrides (leading dashes allowed).
+
+    A `base: other.yaml` key, relative to the file, is read first and overridden by what the file says.
+
+    Raises:
+      UserError: the file is missing or no YAML, a key is unknown (the nearest name is given), a value has the wrong type.
+    """
+    tree = _read(Path(path))
+    for override in overrides:
+        key, equals, value = override.lstrip("-").partition("=")
+        if not equals:
+            raise UserError(f"override {override!r}: write --key.sub=value")
+        node = tree
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+            if not isinstance(node, dict):
+                raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
+        try:
+            node[last] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"override {override!r}: {_one_line(error)}") from error
+    return from_dict(tree, str(path))
+
+
+def from_dict(tree: dict[str, Any], origin: str = "config", kind: type = Config) -> Any:
+    """A plain tree as a `kind` (Config or one of its sections); `origin` names the source in errors."""
+    _refuse_unknown(kind, tree, origin)
+    settings = dacite.Config(type_hooks={float: _to_float, tuple[str, ...]: tuple}, strict=True)
+    try:
+        return dacite.from_dict(kind, tree, settings)
+    except dacite.DaciteError as error:
+        raise UserError(f"{origin}: {_one_line(error)}") from error
+
+
+def to_yaml(config: Any) -> str:
+    """The resolved tree, every key written out, in the order of the dataclasses."""
+    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+
+
+def differing_keys(one: Any, other: Any) -> list[str]:
+    """Dotted names of the values that differ, as "model.text.width: 64 != 128"."""
+    left, right = (dict(_flatten(dataclasses.asdict(tree))) for tree in (one, other))
+    return [
+        f"{key}: {left.get(key)} != {right.get(key)}"
+        for key in sorted(left | right)
+        if left.get(key) != right.get(key)
+    ]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the config ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a tree of keys and values, not a {type(tree).__name__}")
+    base = tree.pop("base", None)
+    return tree if base is None else _merge(_read(path.parent / base), tree)
+
+
+def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(low)
+    for key, value in high.items():
+        # A mixture is one value: adding a unit to the base's would not be what was written.
+        whole = key == "mixture" or not isinstance(value, dict) or not isinstance(merged.get(key), dict)
+        merged[key] = value if whole else _merge(merged[key], value)
+    return merged
+
+
+def _refuse_unknown(kind: type, tree: Any, origin: str, prefix: str = "") -> None:
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin}: {prefix.rstrip('.')} is a section; give it keys, not {tree!r}")
+    hints = typing.get_type_hints(kind)
+    for key, value in tree.items():
+        if key not in hints:
+            known = list(_names(Config)) if kind is Config or prefix else list(hints)
+            near = difflib.get_close_matches(f"{prefix}{key}", known, 1, 0.5) or difflib.get_close_matches(
+                str(key), list(hints), 1, 0.0
+            )
+            raise UserError(f"{origin}: unknown key {prefix}{key}; did you mean {near[0] if near else list(hints)}?")
+        if dataclasses.is_dataclass(hints[key]):
+            _refuse_unknown(hints[key], value, origin, f"{prefix}{key}.")
+
+
+def _names(kind: type, prefix: str = "") -> typing.Iterator[str]:
+    for key, hint in typing.get_type_hints(kind).items():
+        yield f"{prefix}{key}"
+        if dataclasses.is_dataclass(hint):
+            yield from _names(typing.cast(type, hint), f"{prefix}{key}.")
+
+
+def _to_float(value: Any) -> float:
+    # YAML 1.1 reads 1e-4 as text.
+    if isinstance(value, bool):
+        raise UserError(f"a number is wanted, not {value}")
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a number is wanted, not {value!r}") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> typing.Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

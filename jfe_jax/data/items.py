@@ -1,0 +1,27 @@
+"""Item: what a person asks with, or what is found. Queries and candidates of every modality are the same type."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One thing to embed; at least one of `text` and `image` is given.
+
+    Attributes:
+      text: what the person wrote, or the candidate's text; None or "" if there is none.
+      image: encoded image bytes, a path to an image file, or pixels as uint8 [height, width, 3]; None if there is none.
+      instruction: what kind of thing is wanted; only queries have one. It stands before the text.
+    """
+
+    text: str | None = None
+    image: bytes | Path | np.ndarray | None = None
+    instruction: str | None = None
+
+    @property
+    def modality(self) -> str:
+        """M-BEIR's name of what the item carries: "text", "image" or "image,text"."""
+        names = [name for name, there in (("image", self.image is not None), ("text", bool(self.text))) if there]
+        return ",".join(names)
