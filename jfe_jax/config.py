@@ -6,6 +6,7 @@ checkpoint carries the resolved tree, so that it opens without its YAML.
 
 import dataclasses
 import difflib
+import functools
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,10 +203,11 @@ class Config:
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `key.sub=value` overrides (leading dashes allowed).
 
-    A `base: other.yaml` key, relative to the file, is read first and overridden by what the file says.
+    A `base: other.yaml` key, or a list of such, names files beside this one that are read first, in order; what the
+    file itself says comes last.
 
     Raises:
-      UserError: the file is missing or no YAML, a key is unknown (the nearest name is given), a value has the wrong type.
+      UserError: the file is missing or no YAML, a key is unknown (the nearest is named), a value has the wrong type.
     """
     tree = _read(Path(path))
     for override in overrides:
@@ -227,10 +229,14 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
 
 def from_dict(tree: dict[str, Any], origin: str = "config", kind: type = Config) -> Any:
     """A plain tree as a `kind` (Config or one of its sections); `origin` names the source in errors."""
-    _refuse_unknown(kind, tree, origin)
-    settings = dacite.Config(type_hooks={float: _to_float, tuple[str, ...]: tuple}, strict=True)
+    tree = _checked(kind, tree, origin)
     try:
-        return dacite.from_dict(kind, tree, settings)
+        return dacite.from_dict(kind, tree, dacite.Config(type_hooks={tuple[str, ...]: tuple}, strict=True))
+    except dacite.WrongTypeError as error:
+        wanted = error.field_type
+        choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else ()
+        what = f"one of {', '.join(map(str, choices))}" if choices else getattr(wanted, "__name__", wanted)
+        raise UserError(f"{origin}: {error.field_path} is {error.value!r}; it has to be {what}") from error
     except dacite.DaciteError as error:
         raise UserError(f"{origin}: {_one_line(error)}") from error
 
@@ -244,9 +250,7 @@ def differing_keys(one: Any, other: Any) -> list[str]:
     """Dotted names of the values that differ, as "model.text.width: 64 != 128"."""
     left, right = (dict(_flatten(dataclasses.asdict(tree))) for tree in (one, other))
     return [
-        f"{key}: {left.get(key)} != {right.get(key)}"
-        for key in sorted(left | right)
-        if left.get(key) != right.get(key)
+        f"{key}: {left.get(key)} != {right.get(key)}" for key in sorted(left | right) if left.get(key) != right.get(key)
     ]
 
 
@@ -259,8 +263,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not YAML: {_one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a tree of keys and values, not a {type(tree).__name__}")
-    base = tree.pop("base", None)
-    return tree if base is None else _merge(_read(path.parent / base), tree)
+    bases = tree.pop("base", [])
+    trees = [_read(path.parent / base) for base in ([bases] if isinstance(bases, str) else bases)]
+    return functools.reduce(_merge, [*trees, tree], {})
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
@@ -272,19 +277,23 @@ def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _refuse_unknown(kind: type, tree: Any, origin: str, prefix: str = "") -> None:
+def _checked(kind: type, tree: Any, origin: str, prefix: str = "") -> dict[str, Any]:
+    """The tree with its numbers as floats where floats are wanted; refuses unknown keys and values for sections."""
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: {prefix.rstrip('.')} is a section; give it keys, not {tree!r}")
     hints = typing.get_type_hints(kind)
+    checked = {}
     for key, value in tree.items():
+        name = f"{prefix}{key}"
         if key not in hints:
-            known = list(_names(Config)) if kind is Config or prefix else list(hints)
-            near = difflib.get_close_matches(f"{prefix}{key}", known, 1, 0.5) or difflib.get_close_matches(
-                str(key), list(hints), 1, 0.0
-            )
-            raise UserError(f"{origin}: unknown key {prefix}{key}; did you mean {near[0] if near else list(hints)}?")
+            near = difflib.get_close_matches(name, list(_names(Config)), 1, 0.5)
+            near = near or difflib.get_close_matches(str(key), list(hints), 1, 0.0)
+            raise UserError(f"{origin}: unknown key {name}; did you mean {near[0]}?")
         if dataclasses.is_dataclass(hints[key]):
-            _refuse_unknown(hints[key], value, origin, f"{prefix}{key}.")
+            checked[key] = _checked(hints[key], value, origin, f"{name}.")
+        else:
+            checked[key] = _to_float(value, f"{origin}: {name}") if hints[key] is float else value
+    return checked
 
 
 def _names(kind: type, prefix: str = "") -> typing.Iterator[str]:
@@ -294,14 +303,14 @@ def _names(kind: type, prefix: str = "") -> typing.Iterator[str]:
             yield from _names(typing.cast(type, hint), f"{prefix}{key}.")
 
 
-def _to_float(value: Any) -> float:
+def _to_float(value: Any, name: str) -> float:
     # YAML 1.1 reads 1e-4 as text.
-    if isinstance(value, bool):
-        raise UserError(f"a number is wanted, not {value}")
     try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"a number is wanted, not {value!r}") from error
+        if not isinstance(value, bool):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"{name} is {value!r}; it has to be a number")
 
 
 def _plain(value: Any) -> Any:
