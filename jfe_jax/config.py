@@ -60,6 +60,8 @@ class ModelConfig:
       image_token: id of the placeholder that an image patch takes the place of.
       fusion: two_tower only. "score" sums the two towers' embeddings; "feature" runs `fusion_depth` transformer layers
         over both towers' output tokens.
+      template_tokens: two_tower only: tokens of an item besides its patches when it has no text (<bos>, newline,
+        <eos>); what has no more goes through the image tower alone.
       embed_dim: two_tower only: width of the embedding. The fusion model's embedding has the tower's width.
       dtype: of the computation; parameters are float32.
       remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "dots" all but matrix products.
@@ -72,6 +74,7 @@ class ModelConfig:
     image_token: int = 257152
     fusion: Literal["score", "feature"] = "score"
     fusion_depth: int = 2
+    template_tokens: int = 3
     embed_dim: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
