@@ -1,0 +1,122 @@
+"""Gemma's text tower, run in both directions within a segment.
+
+Axes: G groups, R rows, S tokens of a row (T as keys), D width, N heads, K kv heads, H head dim, F mlp width,
+V vocabulary.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jfe_jax.config import TextConfig
+from jfe_jax.models.layers import attend, project, run_stack, stack, weight, zeros
+
+# Far below any logit, yet finite: a row of nothing else still has a softmax.
+MASKED = -1e30
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · (1 + scale) in float32; the result has the input's dtype.
+
+    The scale is kept as Gemma's files keep it, around zero: storing 1 + scale would round it.
+    """
+
+    def __init__(self, d: int, eps: float):
+        self.eps = eps
+        self.scale_d = zeros(d)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * (1 + self.scale_d[...])).astype(x.dtype)
+
+
+class GemmaAttention(nnx.Module):
+    """Grouped-query attention with rotary positions and no biases."""
+
+    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
+        d, n, k, h = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
+        self.query_dnh = weight(rngs, d, n, h, fan_in=d)
+        self.key_dkh = weight(rngs, d, k, h, fan_in=d)
+        self.value_dkh = weight(rngs, d, k, h, fan_in=d)
+        self.out_nhd = weight(rngs, n, h, d, fan_in=n * h)
+
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
+        """[G, R, S, D] → [G, R, S, D]; see `GemmaTower` for `angles` and `bias`."""
+        query = rotate(project(x, self.query_dnh[...]), *angles)
+        key = rotate(project(x, self.key_dkh[...]), *angles)
+        out = attend(query, key, project(x, self.value_dkh[...]), bias)
+        return project(out, self.out_nhd[...], inner=2)
+
+
+class GemmaBlock(nnx.Module):
+    """Pre-norm transformer block with a gated tanh-GELU MLP."""
+
+    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
+        d, f = cfg.width, cfg.mlp_dim
+        self.attention_norm = RMSNorm(d, cfg.norm_eps)
+        self.attention = GemmaAttention(cfg, rngs)
+        self.mlp_norm = RMSNorm(d, cfg.norm_eps)
+        self.gate_df = weight(rngs, d, f, fan_in=d)
+        self.up_df = weight(rngs, d, f, fan_in=d)
+        self.down_fd = weight(rngs, f, d, fan_in=f)
+
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
+        """[G, R, S, D] → [G, R, S, D]."""
+        x = x + self.attention(self.attention_norm(x), angles, bias)
+        y = self.mlp_norm(x)
+        gate = jax.nn.gelu(project(y, self.gate_df[...]), approximate=True)
+        return x + project(gate * project(y, self.up_df[...]), self.down_fd[...])
+
+
+class GemmaTower(nnx.Module):
+    """Embedded tokens [G, R, S, D] → hidden states [G, R, S, D] after the final norm.
+
+    Also runs the feature-fusion layers of the late-fusion baseline, with another depth.
+    """
+
+    def __init__(self, cfg: TextConfig, remat: str, rngs: nnx.Rngs, depth: int | None = None):
+        self.cfg, self.remat = cfg, remat
+        self.depth = cfg.depth if depth is None else depth
+        self.blocks = stack(lambda rngs: GemmaBlock(cfg, rngs), rngs, self.depth)
+        self.norm = RMSNorm(cfg.width, cfg.norm_eps)
+
+    def __call__(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
+        """Runs the blocks.
+
+        Args:
+          x: [G, R, S, D] in the compute dtype.
+          segments: int32 [G, R, S]; a token attends to the tokens of its own number, in both directions.
+          positions: int32 [G, R, S], from 0; PaliGemma counts from 1.
+        """
+        angles = rotary_angles(positions + 1, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
+        # Padding attends to padding: no row is empty, and no item sees it.
+        bias = jnp.where(segments[..., :, None] == segments[..., None, :], 0.0, MASKED)
+        x = run_stack(self.blocks, x, angles, bias, depth=self.depth, remat=self.remat)
+        return self.norm(x)
+
+
+class Embedder(nnx.Module):
+    """Token embeddings, scaled by sqrt(D)."""
+
+    def __init__(self, cfg: TextConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.table_vd = weight(rngs, cfg.vocab_size, cfg.width, fan_in=cfg.width)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """int32 [G, R, S] → [G, R, S, D]; ids past the vocabulary (an image placeholder may be) give its last row."""
+        x = jnp.take(self.table_vd[...], tokens, axis=0, mode="clip").astype(self.dtype)
+        return x * jnp.asarray(self.table_vd.shape[1] ** 0.5, self.dtype)
+
+
+def rotary_angles(positions: jax.Array, h: int, theta: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """int [..., S] → cosine and sine [..., S, 1, H/2] of the split-half rotation."""
+    frequency = 1 / theta ** (jnp.arange(0, h, 2, dtype=jnp.float32) / h)
+    angle = positions[..., None, None].astype(jnp.float32) * frequency
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+    """Rotates the halves of x [..., S, N, H] by the angles of `rotary_angles`."""
+    left, right = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([left * cosine - right * sine, right * cosine + left * sine], axis=-1)

@@ -1,0 +1,142 @@
+"""What both towers are made of: parameters named by their axes, stacked blocks, attention.
+
+A parameter's name ends in its axis letters, so `query_dnh` is [D, N, H]; `logical_axes` reads them back for sharding.
+
+Axes: L layers, D width, N heads, K kv heads, J = N/K query heads of a kv head, H head dim, F mlp width, V vocabulary,
+P patches, S tokens (T as keys), E embedding, C any input width. "…" are leading axes, G first.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+LOGICAL = {
+    "d": "embed",
+    "n": "heads",
+    "k": "kv_heads",
+    "h": "head_dim",
+    "f": "mlp",
+    "v": "vocab",
+    "p": "patch",
+    "c": None,
+    "e": None,
+    "x": None,
+    "y": None,
+}
+# Up to this depth layers are unrolled: a loop saves compile time but copies what the backward pass needs.
+UNROLLED_DEPTH = 8
+
+
+def weight(rngs: nnx.Rngs, *shape: int, fan_in: int) -> nnx.Param:
+    """Float32 parameter drawn from a normal distribution of variance 1 / fan_in."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5)
+
+
+def zeros(*shape: int) -> nnx.Param:
+    """Float32 parameter of zeros."""
+    return nnx.Param(jnp.zeros(shape, jnp.float32))
+
+
+def logical_axes(params: Any) -> Any:
+    """Names of every parameter's axes.
+
+    Args:
+      params: the parameter tree of `nnx.split(model)`, of arrays or of abstract shapes, as State or as plain dict.
+
+    Returns:
+      The same tree with a tuple of names (None where there is nothing to name) in place of each leaf. Stacked blocks
+      have "layers" in front.
+    """
+
+    def names(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
+        keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+        name = next(key for key in reversed(keys) if "_" in key)
+        axes = tuple(LOGICAL[letter] for letter in name.rpartition("_")[2])
+        axes = ("layers", *axes) if any(key in ("blocks", "fusion_blocks") for key in keys) else axes
+        if len(axes) != len(leaf.shape):
+            raise ValueError(f"{'.'.join(keys)} has shape {leaf.shape} but axes {axes}")
+        return axes
+
+    return jax.tree_util.tree_map_with_path(names, params)
+
+
+def count_parameters(params: Any) -> int:
+    """Number of parameters of a tree of arrays or abstract shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, depth: int) -> nnx.Module:
+    """`depth` equal blocks as one module whose parameters have a leading axis L."""
+    return nnx.vmap(make)(rngs.fork(split=depth))
+
+
+def run_stack(blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: str) -> jax.Array:
+    """Runs stacked blocks one after the other: x = block(x, *args).
+
+    Args:
+      blocks: made by `stack`.
+      x: [..., D].
+      *args: what every block gets besides, unchanged from layer to layer.
+      depth: number of blocks.
+      remat: what the backward pass recomputes: "none", "full" (all of a block) or "dots" (all but matrix products).
+    """
+    graphdef, params = nnx.split(blocks)
+
+    def layer(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
+        return nnx.merge(graphdef, params)(x, *args), None
+
+    if remat != "none":
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        layer = jax.checkpoint(layer, policy=policy, prevent_cse=depth <= UNROLLED_DEPTH)
+    return jax.lax.scan(layer, x, params, unroll=depth if depth <= UNROLLED_DEPTH else 1)[0]
+
+
+class Linear(nnx.Module):
+    """x [..., C] → [..., D] with a bias; parameters float32, product in x's dtype."""
+
+    def __init__(self, c: int, d: int, rngs: nnx.Rngs):
+        self.kernel_cd = weight(rngs, c, d, fan_in=c)
+        self.bias_d = zeros(d)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x @ self.kernel_cd[...].astype(x.dtype) + self.bias_d[...].astype(x.dtype)
+
+
+def project(x: jax.Array, kernel: jax.Array, inner: int = 1) -> jax.Array:
+    """Contracts the last `inner` axes of x with the first `inner` axes of a kernel, as one matrix product.
+
+    x [..., *inner axes], kernel [*inner axes, *outer axes] → [..., *outer axes] in x's dtype. Reshaping the kernel
+    rather than the product keeps it a plain product of two matrices.
+    """
+    outer = kernel.shape[inner:]
+    lead = x.shape[: x.ndim - inner]
+    size = 1
+    for axis in kernel.shape[:inner]:
+        size *= axis
+    matrix = kernel.astype(x.dtype).reshape(size, -1)
+    return (x.reshape(*lead, size) @ matrix).reshape(*lead, *outer)
+
+
+def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Softmax attention, grouped if there are fewer key than query heads.
+
+    Args:
+      query: [..., S, N, H].
+      key, value: [..., T, K, H]; query heads n·J … n·J+J-1 share kv head n.
+      bias: float32 [..., S, T], added to every head's logits; or None.
+
+    Returns:
+      [..., S, N, H] in the dtype of `value`. Logits and softmax are float32.
+    """
+    *lead, s, n, h = query.shape
+    k = key.shape[-2]
+    # Keys on the last axis and S before J: with one kv head this is a product of [S·J, H] and [H, T] with no transpose.
+    query = (query * h**-0.5).reshape(*lead, s, k, n // k, h)
+    logits = jnp.einsum("...skjh,...tkh->...ksjt", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        logits = logits + bias[..., None, :, None, :]
+    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
+    return jnp.einsum("...ksjt,...tkh->...skjh", weights, value).reshape(*lead, s, n, h)

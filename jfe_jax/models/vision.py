@@ -1,0 +1,96 @@
+"""SigLIP's vision transformer: uint8 images → one feature per patch. No pooling head, as in PaliGemma.
+
+Axes: G groups, M image slots, P patches, D width, N heads, H head dim, F mlp width; y, x pixels of a patch, c colours.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jfe_jax.config import VisionConfig
+from jfe_jax.models.layers import attend, project, run_stack, stack, weight, zeros
+
+
+class LayerNorm(nnx.Module):
+    """Over the last axis, in float32; the result has the input's dtype."""
+
+    def __init__(self, d: int, eps: float):
+        self.eps = eps
+        self.scale_d = nnx.Param(jnp.ones(d, jnp.float32))
+        self.bias_d = zeros(d)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale_d[...] + self.bias_d[...]).astype(x.dtype)
+
+
+class VisionAttention(nnx.Module):
+    """Every patch attends to every patch of its image; all projections have biases."""
+
+    def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs):
+        d, n = cfg.width, cfg.num_heads
+        h = d // n
+        self.query_dnh, self.key_dnh, self.value_dnh = (weight(rngs, d, n, h, fan_in=d) for _ in range(3))
+        self.query_bias_nh, self.key_bias_nh, self.value_bias_nh = (zeros(n, h) for _ in range(3))
+        self.out_nhd = weight(rngs, n, h, d, fan_in=d)
+        self.out_bias_d = zeros(d)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., P, D] → [..., P, D]."""
+        query = project(x, self.query_dnh[...]) + self.query_bias_nh[...].astype(x.dtype)
+        key = project(x, self.key_dnh[...]) + self.key_bias_nh[...].astype(x.dtype)
+        value = project(x, self.value_dnh[...]) + self.value_bias_nh[...].astype(x.dtype)
+        out = attend(query, key, value, bias=None)
+        return project(out, self.out_nhd[...], inner=2) + self.out_bias_d[...].astype(x.dtype)
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm transformer block with a tanh-GELU MLP."""
+
+    def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs):
+        d, f = cfg.width, cfg.mlp_dim
+        self.attention_norm = LayerNorm(d, cfg.norm_eps)
+        self.attention = VisionAttention(cfg, rngs)
+        self.mlp_norm = LayerNorm(d, cfg.norm_eps)
+        self.up_df = weight(rngs, d, f, fan_in=d)
+        self.up_bias_f = zeros(f)
+        self.down_fd = weight(rngs, f, d, fan_in=f)
+        self.down_bias_d = zeros(d)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., P, D] → [..., P, D]."""
+        x = x + self.attention(self.attention_norm(x))
+        hidden = project(self.mlp_norm(x), self.up_df[...]) + self.up_bias_f[...].astype(x.dtype)
+        hidden = jax.nn.gelu(hidden, approximate=True)
+        return x + project(hidden, self.down_fd[...]) + self.down_bias_d[...].astype(x.dtype)
+
+
+class VisionTower(nnx.Module):
+    """pixels uint8 [G, M, H, W, 3] → features [G, M, P, D] in `dtype`, patches row by row."""
+
+    def __init__(self, cfg: VisionConfig, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
+        self.cfg, self.dtype, self.remat = cfg, dtype, remat
+        side, d = cfg.patch_size, cfg.width
+        self.patch_yxcd = weight(rngs, side, side, 3, d, fan_in=side * side * 3)
+        self.patch_bias_d = zeros(d)
+        self.position_pd = weight(rngs, cfg.patches, d, fan_in=d)
+        self.blocks = stack(lambda rngs: VisionBlock(cfg, rngs), rngs, cfg.depth)
+        self.norm = LayerNorm(d, cfg.norm_eps)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        patches = _patches(pixels, self.cfg.patch_size)
+        # In float32: the processor's (x / 255 - 0.5) / 0.5, which SigLIP was trained with.
+        patches = ((patches.astype(jnp.float32) / 255 - 0.5) / 0.5).astype(self.dtype)
+        x = project(patches, self.patch_yxcd[...], inner=3)
+        x = x + self.patch_bias_d[...].astype(self.dtype) + self.position_pd[...].astype(self.dtype)
+        x = run_stack(self.blocks, x, depth=self.cfg.depth, remat=self.remat)
+        return self.norm(x)
+
+
+def _patches(pixels: jax.Array, side: int) -> jax.Array:
+    """[G, M, H, W, 3] → [G, M, P, side, side, 3]; moved while still uint8, a quarter of the bytes."""
+    g, m, height, width, colours = pixels.shape
+    grid = pixels.reshape(g, m, height // side, side, width // side, side, colours)
+    return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(g, m, -1, side, side, colours)
