@@ -1,7 +1,11 @@
-"""Item: what a person asks with, or what is found. Queries and candidates of every modality are the same type."""
+"""Item: what a person asks with, or what is found. Queries and candidates of every modality are the same type.
+
+Axes: S tokens, H W pixels.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,3 +29,15 @@ class Item:
         """M-BEIR's name of what the item carries: "text", "image" or "image,text"."""
         names = [name for name, there in (("image", self.image is not None), ("text", bool(self.text))) if there]
         return ",".join(names)
+
+
+class EncodedItem(NamedTuple):
+    """An item as the model takes it.
+
+    Attributes:
+      tokens: int32 [S]; an item with an image begins with that image's placeholders.
+      pixels: uint8 [H, W, 3], or None if the item has no image.
+    """
+
+    tokens: np.ndarray
+    pixels: np.ndarray | None

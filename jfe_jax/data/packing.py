@@ -3,9 +3,15 @@
 Axes: G groups, R rows, S tokens of a row, M image slots, B items, H W pixels.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
+
+from jfe_jax.data.items import EncodedItem
+from jfe_jax.errors import UserError
+
+Layout = Literal["packed", "padded"]
 
 
 class PackedBatch(NamedTuple):
@@ -50,3 +56,191 @@ class ContrastiveBatch(NamedTuple):
     packed: PackedBatch
     candidate_ids: np.ndarray
     positive_ids: np.ndarray
+
+
+class Packer:
+    """Finds room for items, one after the other, then lays them out.
+
+    Each item goes into the first row of its group that has room (first fit), or, in the padded layout, into a row of
+    its own. Finding room needs lengths only, so it costs microseconds; tokens and pixels are copied once, at the end.
+
+    Args:
+      groups, rows, row_tokens, image_slots: G, and R, S and M of each group.
+      image_size: H and W of the image slots.
+    """
+
+    def __init__(self, *, groups: int, rows: int, row_tokens: int, image_slots: int, image_size: int, layout: Layout):
+        self.groups, self.rows, self.row_tokens = groups, rows, row_tokens
+        self.image_slots, self.image_size, self.layout = image_slots, image_size, layout
+        self._free = np.full((groups, rows), row_tokens, np.int32)
+        self._segments = np.zeros((groups, rows), np.int32)
+        self._images = [0] * groups
+        self._next_row = [0] * groups
+        self._placed: list[tuple[int, int, EncodedItem, int, int]] = []
+
+    def add(self, group: int, items: Sequence[tuple[int, EncodedItem]]) -> bool:
+        """Takes all of `items` (each with its index in the group's B) into `group`, or, if they do not fit, none."""
+        free, segments = self._free[group], self._segments[group]
+        images, next_row = self._images[group], self._next_row[group]
+        taken: list[tuple[int, int, EncodedItem, int, int]] = []
+        fits = images + sum(item.pixels is not None for _, item in items) <= self.image_slots
+        for index, item in items if fits else ():
+            length = len(item.tokens)
+            if self.layout == "padded":
+                row, self._next_row[group] = self._next_row[group], self._next_row[group] + 1
+                fits = row < self.rows and length <= self.row_tokens
+            else:
+                row = int((free >= length).argmax())
+                fits = bool(free[row] >= length)
+            if not fits:
+                break
+            start = row * self.row_tokens + self.row_tokens - int(free[row])
+            free[row] -= length
+            segments[row] += 1
+            taken.append((group, index, item, start, int(segments[row])))
+        if not fits:
+            for _, _, item, start, _ in taken:
+                free[start // self.row_tokens] += len(item.tokens)
+                segments[start // self.row_tokens] -= 1
+            self._next_row[group] = next_row
+            return False
+        self._images[group] = images + sum(item.pixels is not None for _, item in items)
+        self._placed += taken
+        return True
+
+    def finish(self, items_per_group: int) -> PackedBatch:
+        """Everything that was added, as one batch with B = `items_per_group`."""
+        G, R, S, M, B = self.groups, self.rows, self.row_tokens, self.image_slots, items_per_group
+        tokens, segments, positions = (np.zeros(G * R * S, np.int32) for _ in range(3))
+        pixels = np.zeros((G, M, self.image_size, self.image_size, 3), np.uint8)
+        image_start = np.full((G, M), R * S, np.int32)
+        pool, pool_span = np.zeros((G, B), np.int32), np.zeros((G, B, 2), np.int32)
+        valid = np.zeros((G, B), bool)
+        if self._placed:
+            group, index, items, start, segment = zip(*self._placed, strict=True)
+            lengths = np.array([len(item.tokens) for item in items])
+            ends = np.cumsum(lengths)
+            inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+            group, index, start = np.array(group), np.array(index), np.array(start, np.int32)
+            where = np.repeat(group * (R * S) + start, lengths) + inside
+            tokens[where] = np.concatenate([item.tokens for item in items])
+            segments[where] = np.repeat(np.array(segment, np.int32), lengths)
+            positions[where] = inside
+            pool[group, index] = start + lengths - 1
+            pool_span[group, index, 0] = start
+            pool_span[group, index, 1] = start + lengths
+            valid[group, index] = True
+        used = [0] * G
+        for g, _, item, start, _ in self._placed:
+            if item.pixels is not None:
+                pixels[g, used[g]] = item.pixels
+                image_start[g, used[g]] = start
+                used[g] += 1
+        shape = (G, R, S)
+        return PackedBatch(
+            tokens.reshape(shape),
+            segments.reshape(shape),
+            positions.reshape(shape),
+            pixels,
+            image_start,
+            pool,
+            pool_span,
+            valid,
+        )
+
+
+def pack(
+    items: Sequence[EncodedItem | None],
+    *,
+    groups: int,
+    rows: int,
+    row_tokens: int,
+    image_slots: int,
+    layout: Layout = "packed",
+    image_size: int | None = None,
+) -> PackedBatch:
+    """Packs a list: the first len(items) / groups into group 0, and so on; None leaves a filler.
+
+    Args:
+      rows, row_tokens, image_slots: R, S, M of each group.
+      image_size: H and W of the image slots; only needed if no item has an image.
+
+    Raises:
+      UserError: the items do not fit.
+      ValueError: their number is not divisible by `groups`, or the image size is unknown.
+    """
+    if len(items) % groups:
+        raise ValueError(f"{len(items)} items cannot be split into {groups} equal groups")
+    sizes = {item.pixels.shape[0] for item in items if item is not None and item.pixels is not None}
+    if image_size is None and not sizes and image_slots:
+        raise ValueError("no item has an image: give image_size")
+    packer = Packer(
+        groups=groups,
+        rows=rows,
+        row_tokens=row_tokens,
+        image_slots=image_slots,
+        image_size=image_size or max(sizes, default=0),
+        layout=layout,
+    )
+    per_group = len(items) // groups
+    for number, item in enumerate(items):
+        if item is not None and not packer.add(number // per_group, [(number % per_group, item)]):
+            raise UserError(
+                f"item {number} ({len(item.tokens)} tokens) fits into no row: {rows} rows of {row_tokens} tokens and "
+                f"{image_slots} image slots are too few for the {per_group} items of a group"
+            )
+    return packer.finish(per_group)
+
+
+def batches(
+    items: Iterable[EncodedItem],
+    *,
+    groups: int,
+    items_per_group: int,
+    rows: int,
+    row_tokens: int,
+    image_slots: int,
+    image_size: int,
+    layout: Layout = "packed",
+) -> Iterator[tuple[PackedBatch, np.ndarray]]:
+    """A stream of items in batches of one shape, with int64 [G, B]: which input each place holds, -1 for fillers.
+
+    A batch is given out when the next item fits into none of its groups; B = `items_per_group`.
+
+    Raises:
+      UserError: an item fits into no batch, even an empty one.
+    """
+
+    def empty() -> tuple[Packer, np.ndarray, list[int]]:
+        packer = Packer(
+            groups=groups,
+            rows=rows,
+            row_tokens=row_tokens,
+            image_slots=image_slots,
+            image_size=image_size,
+            layout=layout,
+        )
+        return packer, np.full((groups, items_per_group), -1, np.int64), [0] * groups
+
+    def place(number: int, item: EncodedItem) -> bool:
+        for g in range(groups):
+            if counts[g] < items_per_group and packer.add(g, [(counts[g], item)]):
+                numbers[g, counts[g]] = number
+                counts[g] += 1
+                return True
+        return False
+
+    packer, numbers, counts = empty()
+    for number, item in enumerate(items):
+        if place(number, item):
+            continue
+        if any(counts):
+            yield packer.finish(items_per_group), numbers
+            packer, numbers, counts = empty()
+        if not place(number, item):
+            raise UserError(
+                f"item {number} ({len(item.tokens)} tokens) fits into no row of {row_tokens} tokens, or there is no "
+                "image slot for it"
+            )
+    if any(counts):
+        yield packer.finish(items_per_group), numbers

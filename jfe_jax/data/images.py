@@ -1,0 +1,77 @@
+"""Image file → pixels, the way SiglipImageProcessor does it with Pillow.
+
+Axes: H W pixels.
+"""
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from jfe_jax.errors import UserError
+
+# Pillow only warns of an image between one and two times its limit; an image that large is refused here.
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+_ORIENTATION = 0x0112
+
+
+def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image:
+    """Opens an image as RGB.
+
+    EXIF orientation is applied, palettes are resolved, 16-bit grey is scaled to 8 bits, transparency is laid on white.
+
+    Args:
+      image: encoded bytes, a file, or uint8 [height, width, 3].
+      name: what errors call an image that has no file name.
+
+    Raises:
+      UserError: the file is missing, not an image, cut short, or has more pixels than Pillow's limit (89 million).
+    """
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise UserError(f"{name}: pixels must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
+        return Image.fromarray(image)
+    if isinstance(image, Path):
+        name = str(image)
+    try:
+        with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
+            opened.load()
+            return _to_rgb(ImageOps.exif_transpose(opened) if _ORIENTATION in opened.getexif() else opened)
+    except FileNotFoundError as error:
+        raise UserError(f"{name}: no such image file") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{name}: cannot be read as an image (unknown format)") from error
+    except Exception as error:  # Pillow's readers raise whatever the broken file makes them stumble over.
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name}: cannot be read as an image ({reason})") from error
+
+
+def to_pixels(image: bytes | Path | np.ndarray, size: int, name: str = "image") -> np.ndarray:
+    """Decodes and resizes (bicubic, aspect ratio not kept, as PaliGemma does) → uint8 [size, size, 3], read-only.
+
+    Raises:
+      UserError: as `decode`.
+    """
+    rgb = decode(image, name)
+    if rgb.size != (size, size):
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(rgb)
+    # Caches hand out the same array many times.
+    pixels.flags.writeable = False
+    return pixels
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow's own conversion clips 16 bits at 255.
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
