@@ -202,6 +202,14 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def __post_init__(self) -> None:
+        template = 2 + self.tokens.newline
+        if self.model.kind == "two_tower" and self.model.template_tokens != template:
+            raise UserError(
+                f"model.template_tokens is {self.model.template_tokens}, but with tokens.newline "
+                f"{str(self.tokens.newline).lower()} an item without text has {template}; set it to {template}"
+            )
+
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `key.sub=value` overrides (leading dashes allowed).
