@@ -117,13 +117,15 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{file}:{number + 1}: not UTF-8 here or in the lines after it ({error.reason})") from error
 
 
-def read_rows(file: Path) -> Iterator[tuple[str, Any]]:
-    """The lines of a JSONL file, decoded, each with its place "file:line".
+def read_rows(file: Path, containing: str = "") -> Iterator[tuple[str, Any]]:
+    """The lines of a JSONL file (those with a certain text in them), decoded, each with its place "file:line".
 
     Raises:
       UserError: a line is not JSON.
     """
     for number, line in read_lines(file):
+        if containing not in line:
+            continue
         try:
             yield f"{file}:{number}", json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -1,0 +1,68 @@
+"""`jfe data emoji|check|prepare`."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from jfe_jax.cli import data_emoji
+from jfe_jax.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="data_verb", required=True, metavar="VERB")
+
+    purpose = "fetch the emoji sets and write them as an M-BEIR directory"
+    emoji = verbs.add_parser("emoji", help=purpose, description=purpose)
+    data_emoji.add_arguments(emoji)
+    emoji.set_defaults(run=data_emoji.run)
+
+    purpose = "validate an M-BEIR directory: counts, and every defect with file and line"
+    check = verbs.add_parser("check", help=purpose, description=purpose)
+    check.add_argument("dir", type=Path, help="M-BEIR directory")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    check.add_argument("--images", action="store_true", help="decode every image too")
+    check.set_defaults(run=_check)
+
+    purpose = "M-BEIR directory → TFDS ArrayRecord shards, which `jfe train` reads"
+    prepare = verbs.add_parser("prepare", help=purpose, description=f"{purpose}. Finished parts are kept.")
+    prepare.add_argument("dir", type=Path, help="M-BEIR directory")
+    prepare.add_argument("--out", type=Path, required=True, help="where the shards go")
+    prepare.add_argument("--units", nargs="+", metavar="UNIT", help="only these, e.g. mscoco_task0 (default: all)")
+    prepare.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all but test*)")
+    prepare.set_defaults(run=_prepare)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from jfe_jax.data import check
+
+    report = check.check(args.dir, images=args.images)
+    print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2) if args.json else report.as_text())
+    if report.errors:
+        raise UserError(f"{args.dir}: {report.errors} errors; the first: {report.defects[0]}")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from jfe_jax.data.builder import prepare
+    from jfe_jax.data.mbeir import Mbeir
+
+    for part in prepare(Mbeir(args.dir), args.out, splits=args.splits, units=args.units, progress=_progress):
+        line = f"{part.name}: {part.outcome}, {part.records} records"
+        if part.dropped_queries:
+            line += f"; {part.dropped_queries} queries dropped, none of their positives is in a pool"
+        if part.dangling:
+            line += f"; {part.dangling} candidate ids are in no pool"
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _progress(part: str, total: int) -> Iterator[Callable[[int], None]]:
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    with tqdm(
+        total=total, desc=part, unit=" records", leave=False, mininterval=0.5 if terminal else 30.0, file=sys.stderr
+    ) as bar:
+        yield bar.update
