@@ -1,0 +1,26 @@
+"""Joint Fusion Encoder: one early-fusion tower that embeds text, images and both, for retrieval.
+
+from jfe_jax import Item, Retriever
+embeddings = Retriever.load("runs/jfe").encode([Item(text="a red car", image=Path("car.png"))])
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jfe_jax.data.items import Item
+    from jfe_jax.retrieval.retriever import Retriever
+
+__all__ = ["Item", "Retriever"]
+
+
+def __getattr__(name: str) -> Any:
+    # Resolved on first use: `jfe --help` must not wait for jax.
+    if name == "Item":
+        from jfe_jax.data.items import Item
+
+        return Item
+    if name == "Retriever":
+        from jfe_jax.retrieval.retriever import Retriever
+
+        return Retriever
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

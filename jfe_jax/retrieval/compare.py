@@ -1,0 +1,250 @@
+"""Several models' evaluations side by side: tables over seeds, and the intervals of their differences.
+
+A model is one or more evaluations ("runs"), one for each seed; run i of every model must have answered the same
+queries, while run j may have others (another fold). Differences are paired over models: each bootstrap replicate draws
+clusters of queries and runs, and draws the same for all models.
+
+Axes: M models, R runs, U units, C clusters, Q queries.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from jfe_jax.errors import UserError
+from jfe_jax.retrieval.groups import DOES_NOT_NEED_FUSION, NEEDS_FUSION
+
+REPLICATES = 2000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One evaluation directory: `results.json`, and `queries.jsonl` as one dict a query and pool."""
+
+    path: Path
+    results: dict
+    queries: list[dict]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """The queries that a number is about: `wanted` chooses among the lines of queries.jsonl."""
+
+    name: str
+    wanted: Callable[[dict], bool]
+
+
+def load_run(path: Path) -> Run:
+    """Reads what `jfe eval` wrote to `path`; UserError if it is not there or broken."""
+    try:
+        results = json.loads((path / "results.json").read_text(encoding="utf-8"))
+        lines = (path / "queries.jsonl").read_text(encoding="utf-8").splitlines()
+        return Run(path, results, [json.loads(line) for line in lines])
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}; is {path} the --out of a finished `jfe eval`?") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: broken JSON ({error}); run `jfe eval` again") from error
+
+
+def load_models(named: dict[str, Sequence[Path]]) -> dict[str, list[Run]]:
+    """All runs of all models.
+
+    Raises:
+      UserError: a directory cannot be read, the models differ in their number of runs, or run i of two models did not
+        answer the same queries.
+    """
+    models = {name: [load_run(Path(path)) for path in paths] for name, paths in named.items()}
+    first_name, first = next(iter(models.items()))
+    for name, runs in models.items():
+        if len(runs) != len(first):
+            raise UserError(
+                f"{first_name} has {len(first)} evaluations and {name} {len(runs)}: give each the same number"
+            )
+        for one, other in zip(first, runs, strict=True):
+            left, right = (
+                {(line["unit"], line["qid"], line["pool"], line["given"]) for line in run.queries}
+                for run in (one, other)
+            )
+            if left != right:
+                unit, qid, pool, given = min(left ^ right)
+                raise UserError(
+                    f"{one.path} and {other.path} are not of the same queries (such as {qid} of {unit}, {pool} "
+                    f"pool, given {given}): list each model's evaluations in the same order, made with the same options"
+                )
+    return models
+
+
+class Comparison:
+    """Hit@k of several models on one pool, sliced and with intervals; `rank_key` names the rank that counts."""
+
+    def __init__(
+        self,
+        models: dict[str, list[Run]],
+        pool: str,
+        *,
+        rank_key: str = "rank",
+        given: str = "all",
+        k: int = 1,
+        replicates: int = REPLICATES,
+        seed: int = 0,
+    ):
+        self.names = list(models)
+        self.runs = len(next(iter(models.values())))
+        lines = [
+            [[line for line in run.queries if line["pool"] == pool and line["given"] == given] for run in runs]
+            for runs in models.values()
+        ]
+        # Run i of every model has the same queries; in one order they are one array.
+        self._queries = [sorted(run, key=_key) for run in lines[0]]
+        self._hits = [
+            np.array([[_hit(line[rank_key], k) for line in sorted(model[run], key=_key)] for model in lines])
+            for run in range(self.runs)
+        ]
+        self._clusters = sorted({line["cluster"] for run in self._queries for line in run})
+        self._numbers = {cluster: number for number, cluster in enumerate(self._clusters)}
+        self._replicates = replicates
+        self._seed = seed
+
+    @property
+    def units(self) -> list[str]:
+        """Units in the order of task, then name."""
+        return [unit for _, unit in sorted({(line["task"], line["unit"]) for run in self._queries for line in run})]
+
+    def values(self, key: str) -> list[str]:
+        """The values that the queries have under `key` ("kind", "edit"), sorted; None left out."""
+        return sorted({line[key] for run in self._queries for line in run if line.get(key)})
+
+    def counts(self, slice_: Slice) -> int:
+        """Queries in a slice, over all runs."""
+        return sum(slice_.wanted(line) for run in self._queries for line in run)
+
+    def means(self, slice_: Slice) -> np.ndarray:
+        """float64 [M, R]: mean over units of hit@k, each unit weighing the same; NaN where a slice is empty."""
+        hits, counts = self._sums(slice_)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return _mean_of_units(hits.sum(-1) / counts.sum(-1))
+
+    def replicates(self, slice_: Slice) -> np.ndarray:
+        """float64 [replicates, M]: bootstrapped means over runs and units; any slice gets the same draws."""
+        hits, counts = self._sums(slice_)
+        random = np.random.default_rng(self._seed)
+        clusters = len(self._clusters)
+        picked = random.integers(0, self.runs, (self._replicates, self.runs))
+        replicates = []
+        step = max(1, int(2e7) // max(clusters, 1))
+        for start in range(0, self._replicates, step):
+            size = min(step, self._replicates - start)
+            weights = random.multinomial(clusters, np.full(clusters, 1 / clusters), size).astype(np.float64)
+            with np.errstate(invalid="ignore", divide="ignore"):
+                rates = np.einsum("mruc,bc->bmru", hits, weights, optimize=True)
+                rates /= np.einsum("ruc,bc->bru", counts, weights, optimize=True)[:, None]
+            means = _mean_of_units(rates)
+            chosen = np.take_along_axis(means, picked[start : start + size, None, :], axis=2)
+            replicates.append(_nanmean(chosen, 2))
+        return np.concatenate(replicates)
+
+    def _sums(self, slice_: Slice) -> tuple[np.ndarray, np.ndarray]:
+        """Hits [M, R, U, C] and counts [R, U, C] of the slice."""
+        units = {unit: number for number, unit in enumerate(self.units)}
+        hits = np.zeros((len(self.names), self.runs, len(units), len(self._clusters)))
+        counts = np.zeros(hits.shape[1:])
+        for run, queries in enumerate(self._queries):
+            chosen = [number for number, line in enumerate(queries) if slice_.wanted(line)]
+            at = (
+                [units[queries[number]["unit"]] for number in chosen],
+                [self._numbers[queries[number]["cluster"]] for number in chosen],
+            )
+            np.add.at(counts[run], at, 1)
+            for model in range(len(self.names)):
+                np.add.at(hits[model, run], at, self._hits[run][model, chosen])
+        return hits, counts
+
+
+def needs_fusion() -> Slice:
+    return Slice("needs fusion", lambda line: line["task"] in NEEDS_FUSION)
+
+
+def does_not() -> Slice:
+    return Slice("does not", lambda line: line["task"] in DOES_NOT_NEED_FUSION)
+
+
+def of_unit(unit: str) -> Slice:
+    return Slice(unit, lambda line: line["unit"] == unit)
+
+
+def of_value(key: str, value: str) -> Slice:
+    return Slice(value, lambda line: line.get(key) == value)
+
+
+def summary(comparison: Comparison) -> dict:
+    """Everything that is said about one comparison, ready for JSON.
+
+    Gains are of the first model over another, in the unit of the metric (1 = 100 %), each as {"value", "low", "high"}
+    with its 95 % interval. "best_other" has the highest mean where fusion is needed (where none is, the first other).
+    """
+    groups = [group for group in (needs_fusion(), does_not()) if comparison.counts(group)]
+    slices = {
+        "groups": groups,
+        "units": [of_unit(unit) for unit in comparison.units],
+        "kinds": [of_value("kind", kind) for kind in comparison.values("kind")],
+        "edits": [of_value("edit", edit) for edit in comparison.values("edit")],
+    }
+    ranking = comparison.means(groups[0]).mean(1) if groups else np.zeros(len(comparison.names))
+    others = comparison.names[1:]
+    best = max(others, key=lambda name: ranking[comparison.names.index(name)]) if others else None
+    told = {"models": comparison.names, "runs": comparison.runs, "best_other": best}
+    for family, members in slices.items():
+        told[family] = {member.name: _told(comparison, member) for member in members}
+    if len(groups) == 2 and others:
+        told["difference_of_gains"] = _gains(
+            comparison,
+            *(comparison.means(groups[0]) - comparison.means(groups[1]),),
+            comparison.replicates(groups[0]) - comparison.replicates(groups[1]),
+        )
+    return told
+
+
+def _told(comparison: Comparison, slice_: Slice) -> dict:
+    means = comparison.means(slice_)
+    return {
+        "queries": comparison.counts(slice_),
+        "models": {
+            name: {"mean": _nanmean(row, 0).item(), "sd": float(np.nanstd(row, ddof=1)) if len(row) > 1 else None}
+            for name, row in zip(comparison.names, means, strict=True)
+        },
+        "gains": _gains(comparison, means, comparison.replicates(slice_)),
+    }
+
+
+def _gains(comparison: Comparison, means: np.ndarray, replicates: np.ndarray) -> dict:
+    gains = {}
+    for number, name in enumerate(comparison.names[1:], 1):
+        drawn = replicates[:, 0] - replicates[:, number]
+        low, high = np.nanquantile(drawn, [0.025, 0.975])
+        gains[name] = {
+            "value": _nanmean(means[0] - means[number], 0).item(),
+            "low": float(low),
+            "high": float(high),
+        }
+    return gains
+
+
+def _key(line: dict) -> tuple[str, str]:
+    return line["unit"], line["qid"]
+
+
+def _hit(rank: int | None, k: int) -> float:
+    return float(rank is not None and rank <= k)
+
+
+def _mean_of_units(rates: np.ndarray) -> np.ndarray:
+    return _nanmean(rates, -1)
+
+
+def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
+    there = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, values, 0).sum(axis) / there.sum(axis)

@@ -1,0 +1,92 @@
+"""Items in, unit rows out: order, shapes, packing and errors."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jfe_jax.data.items import Item
+from jfe_jax.errors import UserError
+from jfe_jax.retrieval import retriever as retriever_lib
+from tests.retrieval.tiny import picture, tiny_retriever
+
+
+@pytest.fixture(scope="module")
+def retriever(tmp_path_factory):
+    return tiny_retriever(tmp_path_factory.mktemp("model"))
+
+
+def mixed(count):
+    kinds = [
+        lambda i: Item(text=f"text {i} " + "word " * (i % 7)),
+        lambda i: Item(image=picture(i)),
+        lambda i: Item(text=f"turn it {i}", image=picture(i), instruction="find it"),
+    ]
+    return [kinds[i % 3](i) for i in range(count)]
+
+
+def test_rows_are_unit_and_in_input_order(retriever, monkeypatch):
+    items = mixed(30)
+    together = retriever.encode(items)
+    assert together.dtype == np.float32 and together.shape == (30, 16)
+    np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1, atol=1e-5)
+    alone = np.concatenate([retriever.encode([item]) for item in items])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert len({row.tobytes() for row in np.round(together, 4)}) == 30
+
+
+def test_many_batches_with_a_ragged_end_compile_few_shapes(tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever_lib, "BATCH_TOKENS", 512)
+    small = tiny_retriever(tmp_path)
+    texts = [Item(text=f"{i} words") for i in range(150)]
+    done = []
+    first = small.encode(texts[:100], progress=done.append)
+    assert sum(done) == 100
+    compiled = small._forward._cache_size()
+    assert compiled == 1
+    np.testing.assert_allclose(small.encode(texts)[:100], first, atol=1e-5)
+    assert small._forward._cache_size() == compiled
+    small.encode(mixed(200))
+    # At most: texts, a quarter, a half, three quarters and all of the image slots.
+    assert small._forward._cache_size() <= 5
+
+
+def test_nothing_to_embed(retriever):
+    assert retriever.encode([]).shape == (0, 16)
+
+
+def test_an_image_on_disk_is_read_once(retriever, tmp_path):
+    path = tmp_path / "a.png"
+    Image.fromarray(picture(1)).save(path)
+    first = retriever.encode([Item(image=path)])
+    path.unlink()
+    np.testing.assert_array_equal(first, retriever.encode([Item(image=path)]))
+    np.testing.assert_allclose(first, retriever.encode([Item(image=picture(1))]), atol=1e-6)
+
+
+def test_bad_items_are_named(retriever, tmp_path):
+    with pytest.raises(UserError, match="query 7: neither text nor image"):
+        retriever.encode([Item()], names=["query 7"])
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"bad\.png"):
+        retriever.encode([Item(image=tmp_path / "bad.png")])
+
+
+def test_fingerprint_tells_models_apart(retriever, tmp_path):
+    assert tiny_retriever(tmp_path, seed=0).fingerprint == retriever.fingerprint
+    assert tiny_retriever(tmp_path, seed=1).fingerprint != retriever.fingerprint
+    assert tiny_retriever(tmp_path, kind="two_tower").fingerprint != retriever.fingerprint
+
+
+def test_importing_the_package_does_not_import_jax():
+    code = "import sys, jfe_jax, jfe_jax.cli.search, jfe_jax.cli.embed; jfe_jax.Item; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_unknown_attribute():
+    import jfe_jax
+
+    with pytest.raises(AttributeError, match="no attribute 'Encoder'"):
+        _ = jfe_jax.Encoder

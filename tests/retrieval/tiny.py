@@ -1,0 +1,50 @@
+"""Tiny random models of the real architecture, and their tokenizer."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from jfe_jax.config import Config, DataConfig, ModelConfig, TextConfig, TokensConfig, VisionConfig
+from jfe_jax.data.tokens import train_tokenizer
+from jfe_jax.models import build_model
+from jfe_jax.retrieval.retriever import Retriever
+
+TEXTS = ["a red square on white", "turn it blue", "find the picture that matches this text"]
+
+
+def tiny_config(tokenizer: Path, kind: str = "fusion") -> Config:
+    return Config(
+        model=ModelConfig(
+            kind=kind,
+            vision=VisionConfig(image_size=16, patch_size=8, width=16, depth=1, mlp_dim=32, num_heads=2),
+            text=TextConfig(vocab_size=300, width=16, depth=2, mlp_dim=32, num_heads=2, head_dim=8),
+            image_token=299,
+            embed_dim=16 if kind == "two_tower" else 0,
+        ),
+        tokens=TokensConfig(tokenizer=str(tokenizer), max_text_tokens=60),
+        data=DataConfig(row_tokens=128),
+    )
+
+
+def tiny_retriever(folder: Path, kind: str = "fusion", seed: int = 0) -> Retriever:
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.exists():
+        train_tokenizer(TEXTS, 300, tokenizer)
+    config = tiny_config(tokenizer, kind)
+    graphdef, params = nnx.split(build_model(config.model, nnx.Rngs(seed)))
+    return Retriever(config, graphdef, params, path=folder / f"{kind}-{seed}", step=seed)
+
+
+def save(retriever: Retriever, path: Path) -> Path:
+    """The retriever's model as a run directory."""
+    from jfe_jax.checkpoint import save_model
+
+    config = dataclasses.replace(retriever.config, output=str(path))
+    save_model(path, config, retriever._params, Path(config.tokens.tokenizer))
+    return path
+
+
+def picture(seed: int, size: int = 16) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
