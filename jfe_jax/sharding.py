@@ -1,0 +1,195 @@
+"""Where arrays lie: the only module that maps logical axis names to axes of the device mesh.
+
+Parameters name their dimensions ("embed", "mlp", …), the tables below give each name a mesh axis, and the same triple
+serves initialisation, restoring and importing: abstract tree → shardings → arrays made in place, none ever whole on one
+device unless it is meant to be. Batches are split by groups (axis G) over the mesh axes `data` and `fsdp`.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jfe_jax.config import MeshConfig
+from jfe_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# None: never split. A weight's layers are scanned over, so each device needs its share of every layer.
+PARAMETER_RULES: Mapping[str, str | None] = {
+    "layers": None,
+    "embed": "fsdp",
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "vocab": "tensor",
+    "patch": None,
+    "position": None,
+}
+
+# Activations keep their width whole: `fsdp` already splits their groups.
+ACTIVATION_RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    "group": BATCH_AXES,
+    "mlp": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "embed": None,
+}
+
+# Left whole where the mesh axis does not divide them: Gemma's single kv head cannot be split.
+OPTIONAL = frozenset({"kv_heads"})
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh `data` × `fsdp` × `tensor` of the config, over `devices` (all there are).
+
+    With -1 on one axis that axis takes all devices that the others leave; without, surplus devices stay idle.
+
+    Raises:
+      UserError: too few devices, two -1, an axis below 1, or devices that do not divide.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    written = f"mesh {' x '.join(f'{axis}={size}' for axis, size in sizes.items())}"
+    if len(free) > 1 or any(size < 1 for size in sizes.values() if size != -1):
+        raise UserError(f"{written}: axes are 1 or more, and at most one is -1")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if fixed > len(devices):
+        raise UserError(f"{written} needs {fixed} devices; there are {len(devices)}")
+    if free:
+        if len(devices) % fixed:
+            raise UserError(f"{written}: {len(devices)} devices do not divide by {fixed}; give every axis its size")
+        sizes[free[0]] = len(devices) // fixed
+    shape = tuple(sizes.values())
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
+
+
+def group_count(mesh: Mesh) -> int:
+    """G, the groups that a batch on this mesh is split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "weight") -> P:
+    """Partition of a weight of `shape` whose dimensions have the logical names `axes`.
+
+    Raises:
+      ValueError: a name that no rule knows, or two dimensions on one mesh axis: the weight's declaration is wrong.
+      UserError: a dimension that its mesh axis does not divide, and that may not stay whole.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name}: {len(shape)} dimensions, {len(axes)} axis names {tuple(axes)}")
+    spec: list[str | None] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in PARAMETER_RULES:
+            raise ValueError(f"{name}: no sharding rule for axis {axis!r}; known: {', '.join(PARAMETER_RULES)}")
+        target = None if axis is None else PARAMETER_RULES[axis]
+        if target in spec and target is not None:
+            raise ValueError(f"{name}: two of its axes {tuple(axes)} fall on mesh axis {target!r}")
+        if target is not None and size % mesh.shape[target]:
+            if axis not in OPTIONAL:
+                raise UserError(
+                    f"mesh.{target}={mesh.shape[target]} does not divide {name}'s axis {axis!r} of {size}; "
+                    f"choose a divisor of {size}"
+                )
+            target = None
+        spec.append(target)
+    return P(*spec)
+
+
+def parameter_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
+    """`abstract` (leaves with a shape) with each leaf replaced by its NamedSharding.
+
+    Args:
+      abstract: the parameter tree, arrays or ShapeDtypeStructs.
+      axes: the same tree with a tuple of logical axis names at each leaf.
+      mesh: where they are to lie.
+    """
+
+    def sharding(path: Any, leaf: Any, names: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(mesh, parameter_spec(names, leaf.shape, mesh, path_name(path)))
+
+    return jax.tree_util.tree_map_with_path(sharding, abstract, axes)
+
+
+def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree that holds copies of the parameter tree, as an optimizer's state does.
+
+    A leaf whose path ends in a parameter's path and that has as many dimensions lies as that parameter; every other is
+    whole on each device.
+    """
+    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]}
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        keys = _keys(path)
+        for start in range(len(keys)):
+            found = by_path.get(keys[start:])
+            if found is not None and len(found.spec) == len(leaf.shape):
+                return found
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def initialise(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:
+    """`function(*args)` compiled so that every output is made where `shardings` puts it."""
+    return jax.jit(function, out_shardings=shardings)(*args)
+
+
+def abstract_arrays(abstract: Any, shardings: Any) -> Any:
+    """ShapeDtypeStructs that carry their sharding: what a checkpoint is restored into."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
+    )
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pins an activation's layout by logical names, as `constrain(x, ("group", None, None, "mlp"))`.
+
+    Without a mesh in context (`jax.set_mesh`), and for mesh axes that a surrounding `shard_map` already took, it does
+    nothing; so models call it freely and run anywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    open_axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    if not open_axes:
+        return x
+    spec = []
+    for axis, size in zip(axes, x.shape, strict=True):
+        target = None if axis is None else ACTIVATION_RULES[axis]
+        names = tuple(name for name in ((target,) if isinstance(target, str) else target or ()) if name in open_axes)
+        whole = axis in OPTIONAL and size % math.prod(mesh.shape[name] for name in names)
+        spec.append(None if whole or not names else names)
+    return jax.lax.with_sharding_constraint(x, P(*spec))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Of an array whose leading axis is G."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, P())
+
+
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A host batch (NumPy leaves, G of this process's groups leading) as global arrays on the mesh."""
+    sharding = batch_sharding(mesh)
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def path_name(path: Any) -> str:
+    """A pytree path as dotted keys: "text.layers.mlp.gate"."""
+    return ".".join(_keys(path))
+
+
+def _keys(path: Any) -> tuple[str, ...]:
+    return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)

@@ -1,0 +1,81 @@
+"""What training carries from step to step, and how it is made in place on a mesh.
+
+Nothing random is kept: whatever a step draws is a function of the seed and the step.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jfe_jax import sharding
+from jfe_jax.blueprint import Blueprint, blueprint, random_parameters, shardings_of
+from jfe_jax.config import Config
+from jfe_jax.train import losses
+from jfe_jax.train.optimizer import make_optimizer
+
+
+class TrainState(NamedTuple):
+    """All of it is donated to the step, which returns the next.
+
+    Attributes:
+      step: int32 scalar, optimizer steps done.
+      params: the model's parameters as a plain dict.
+      loss: the loss's own parameters.
+      optimizer: optax's state.
+    """
+
+    step: jax.Array
+    params: dict[str, Any]
+    loss: dict[str, jax.Array]
+    optimizer: optax.OptState
+
+
+class Training(NamedTuple):
+    """A config made concrete on a mesh, before any array exists.
+
+    Attributes:
+      config: the run's.
+      mesh: its devices.
+      model: blueprint of the model.
+      optimizer: over {"model": params, "loss": loss parameters}.
+      abstract: TrainState of ShapeDtypeStructs with their shardings.
+    """
+
+    config: Config
+    mesh: Mesh
+    model: Blueprint
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+
+
+def prepare(config: Config, mesh: Mesh) -> Training:
+    """Raises UserError where config and mesh do not fit."""
+    model = blueprint(config.model, mesh)
+    optimizer = make_optimizer(config, model.axes)
+    shapes = jax.eval_shape(lambda params: _first(config, optimizer, params), model.abstract)
+    rest = sharding.like_parameters(shapes._replace(params={}), {"model": shardings_of(model.abstract)}, mesh)
+    shardings = rest._replace(params=shardings_of(model.abstract))
+    return Training(config, mesh, model, optimizer, sharding.abstract_arrays(shapes, shardings))
+
+
+def initialise(training: Training, params: dict[str, Any] | None = None) -> TrainState:
+    """The state before step 0, from `params` or from random weights, every array made where it is to lie."""
+    config, shardings = training.config, shardings_of(training.abstract)
+    if params is None:
+        return sharding.initialise(
+            lambda: _first(config, training.optimizer, random_parameters(config.model, config.seed)), shardings
+        )
+    return sharding.initialise(lambda params: _first(config, training.optimizer, params), shardings, params)
+
+
+def trainable(params: dict[str, Any], loss: dict[str, jax.Array]) -> dict[str, Any]:
+    """The tree that gradients and optimizer work on."""
+    return {"model": params, "loss": loss}
+
+
+def _first(config: Config, optimizer: optax.GradientTransformation, params: dict[str, Any]) -> TrainState:
+    loss = losses.initial_parameters(config.loss)
+    return TrainState(jnp.zeros((), jnp.int32), params, loss, optimizer.init(trainable(params, loss)))
