@@ -243,6 +243,15 @@ def refuse_other_model(saved: ModelConfig, wanted: ModelConfig, place: str) -> N
         raise UserError(f"{place}: another model: {'; '.join(f'model.{key}' for key in differing)}")
 
 
+def tokenizer_of(path: str | Path) -> Path:
+    """The tokenizer's directory of a run directory or of one of its checkpoints.
+
+    Raises:
+      UserError: no checkpoint there.
+    """
+    return _candidates(Path(path))[0][1].parent.parent / TOKENIZER
+
+
 def latest_step(run: str | Path) -> int | None:
     """The newest complete checkpoint's step, without opening it; None if there is none."""
     directory = Path(run) / CHECKPOINTS

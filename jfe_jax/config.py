@@ -149,7 +149,13 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule; steps are optimizer steps."""
+    """AdamW and its schedule; steps are optimizer steps.
+
+    Attributes:
+      schedule: after a linear warm-up, what leads down to `end_fraction` of the learning rate.
+      clip_norm: limit of the gradients' global norm; 0 for none.
+      freeze: groups of parameters that stay as they are, by a key of their path: "vision", "embedder", "tower.norm".
+    """
 
     steps: int = 1000
     learning_rate: float = 1e-4
@@ -174,7 +180,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save and how many to keep."""
+    """When to save, besides at the end (0: only then), and how many to keep."""
 
     every_steps: int = 500
     keep: int = 2
@@ -187,6 +193,9 @@ class Config:
     Attributes:
       output: directory of the run: checkpoints, tokenizer, logs.
       init: checkpoint whose weights are the start (stage 2 starts from stage 1); "" for random weights.
+      log_every_steps: a line of metrics each so many steps.
+      val_every_steps: the loss on `data.val_split` each so many steps and at the end; 0 for never.
+      val_steps: batches of `data.val_split` that a validation takes, always the same.
     """
 
     output: str = "runs/default"
@@ -194,6 +203,7 @@ class Config:
     seed: int = 0
     log_every_steps: int = 10
     val_every_steps: int = 0
+    val_steps: int = 4
     model: ModelConfig = field(default_factory=ModelConfig)
     tokens: TokensConfig = field(default_factory=TokensConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -1,0 +1,38 @@
+"""`jfe train`: one stage of training."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from jfe_jax import config as configs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--config`, `--resume`, `--print-config`; every other `--key.sub=value` overrides the config."""
+    parser.usage = "jfe train --config FILE [--key.sub=value ...] [--resume {auto,never}] [--print-config]"
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file")
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto (default): continue the output directory's newest checkpoint; never: refuse one that has any",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
+    parser.epilog = "--key.sub=value overrides a value of the config, as --optimizer.steps=100"
+
+
+def run(args: argparse.Namespace) -> None:
+    """Raises UserError as `loop.train` does."""
+    config = configs.load(args.config, args.overrides)
+    if args.print_config:
+        print(configs.to_yaml(config), end="")
+        return
+    import jax
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfe_jax" / "xla"
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+    from jfe_jax.train.loop import train
+
+    print(train(config, args.resume, lambda line: print(line, file=sys.stderr, flush=True)).note)

@@ -1,0 +1,44 @@
+"""What can be wrong with a training config, found before anything heavy starts."""
+
+from jfe_jax.config import Config
+from jfe_jax.errors import UserError
+
+
+def check_numbers(config: Config) -> None:
+    """Raises UserError for values that cannot work on any machine."""
+    optimizer, loss, data = config.optimizer, config.loss, config.data
+    for bad, problem in (
+        (optimizer.steps < 1, f"optimizer.steps is {optimizer.steps}; it has to be 1 or more"),
+        (
+            not 0 <= optimizer.warmup_steps <= optimizer.steps,
+            f"optimizer.warmup_steps is {optimizer.warmup_steps}; it has to be from 0 to optimizer.steps, "
+            f"{optimizer.steps}",
+        ),
+        (optimizer.clip_norm < 0, f"optimizer.clip_norm is {optimizer.clip_norm}; it has to be 0 (none) or more"),
+        (
+            not 0 < loss.min_temperature <= loss.temperature,
+            f"loss.temperature is {loss.temperature}; it has to be above 0 and no less than loss.min_temperature, "
+            f"{loss.min_temperature}",
+        ),
+        (config.log_every_steps < 1, f"log_every_steps is {config.log_every_steps}; it has to be 1 or more"),
+        (config.checkpoint.keep < 1, f"checkpoint.keep is {config.checkpoint.keep}; it has to be 1 or more"),
+        (
+            config.val_every_steps > 0 and not data.val_split,
+            f"val_every_steps is {config.val_every_steps}, but data.val_split names no split",
+        ),
+        (config.val_steps < 1, f"val_steps is {config.val_steps}; it has to be 1 or more"),
+        (data.pairs < 2, f"data.pairs is {data.pairs}; contrast needs 2 or more"),
+    ):
+        if bad:
+            raise UserError(problem)
+
+
+def check_groups(config: Config, groups: int) -> None:
+    """Raises UserError for batch sizes that do not split into the mesh's groups."""
+    for name in ("pairs", "rows", "image_slots"):
+        size = getattr(config.data, name)
+        if size % groups:
+            raise UserError(
+                f"data.{name} is {size}, which the mesh's {groups} batch devices (data x fsdp) do not divide; "
+                f"choose a multiple of {groups}"
+            )

@@ -1,0 +1,225 @@
+"""One stage of training, from a config to a finished run directory; stops and continues anywhere."""
+
+import math
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jfe_jax import checkpoint, sharding
+from jfe_jax.checkpoint import RunCheckpoints
+from jfe_jax.config import Config
+from jfe_jax.data.loader import training_batches
+from jfe_jax.errors import UserError
+from jfe_jax.train import checks
+from jfe_jax.train import state as states
+from jfe_jax.train.logging import MetricsLog, Progress
+from jfe_jax.train.prefetch import Prefetcher
+from jfe_jax.train.state import Training, TrainState
+from jfe_jax.train.step import make_eval_step, make_train_step
+
+# Metrics are fetched this many steps late: the device always has a step in hand while the host waits for numbers.
+LAG = 2
+
+
+class Outcome(NamedTuple):
+    """How a call ended: the step reached, and a line that says it."""
+
+    step: int
+    note: str
+
+
+def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str], None]) -> Outcome:
+    """Trains until `config.optimizer.steps`, or until the process is told to end (SIGTERM), and saves.
+
+    A run directory with checkpoints is continued from its newest good one, on whatever mesh the config has now; on the
+    CPU the result is the same to the bit as without the interruption. A finished run is left as it is.
+
+    Args:
+      config: the resolved config.
+      resume: "never" refuses a run directory that holds checkpoints.
+      say: takes lines for a person.
+
+    Raises:
+      UserError: the config does not fit the machine, the data or the checkpoint; a checkpoint cannot be written; the
+        loss is not finite (the last checkpoint from before is kept).
+    """
+    config = with_tokenizer(config)
+    run, steps = Path(config.output), config.optimizer.steps
+    checks.check_numbers(config)
+    done = checkpoint.latest_step(run)
+    if done is not None and resume == "never":
+        raise UserError(f"{run}: holds checkpoints up to step {done}; remove it, choose another output, or resume")
+    if done is not None and done >= steps:
+        return Outcome(done, f"{run}: finished at step {done}; nothing to do")
+    mesh = sharding.make_mesh(config.mesh)
+    groups = sharding.group_count(mesh)
+    checks.check_groups(config, groups)
+    batches = _batches(config, groups, config.data.split)
+    training = states.prepare(config, mesh)
+    checkpoints = RunCheckpoints(run, config.checkpoint.keep, say)
+    try:
+        start, state = _start(training, checkpoints, batches, say)
+        if jax.process_index() == 0:
+            checkpoint.write_run_files(run, config, Path(config.tokens.tokenizer))
+        reached = _Run(training, checkpoints, groups, say).go(start, state, batches)
+        checkpoints.wait()
+    finally:
+        checkpoints.close()
+    if reached < steps:
+        return Outcome(reached, f"{run}: stopped at step {reached} of {steps}, saved; run it again to continue")
+    return Outcome(reached, f"{run}: finished at step {reached}")
+
+
+def with_tokenizer(config: Config) -> Config:
+    """The config with `tokens.tokenizer` filled in from `init` if it is empty.
+
+    Raises:
+      UserError: neither names a tokenizer.
+    """
+    if config.tokens.tokenizer:
+        return config
+    if not config.init:
+        raise UserError("tokens.tokenizer is empty: give a Hugging Face tokenizer's directory")
+    inherited = checkpoint.tokenizer_of(config.init)
+    return replace(config, tokens=replace(config.tokens, tokenizer=str(inherited)))
+
+
+def _start(
+    training: Training, checkpoints: RunCheckpoints, batches: Any, say: Callable[[str], None]
+) -> tuple[int, TrainState]:
+    abstract = training.abstract
+    saved = checkpoints.restore(training.config, abstract.params, abstract._replace(params={})._asdict())
+    if saved is not None:
+        batches.set_state(saved.data)
+        say(f"continuing from step {saved.step}")
+        return saved.step, TrainState(**saved.train | {"params": saved.params})
+    if training.config.init:
+        params = checkpoint.load_parameters(training.config.init, training.config.model, training.model)
+        return 0, states.initialise(training, params)
+    return 0, states.initialise(training)
+
+
+class _Run:
+    """The loop itself, with what it reports to."""
+
+    def __init__(self, training: Training, checkpoints: RunCheckpoints, groups: int, say: Callable[[str], None]):
+        self.config, self.training, self.groups, self.say = training.config, training, groups, say
+        self.checkpoints = checkpoints
+        self.train_step, self.eval_step = make_train_step(training), make_eval_step(training)
+        self.saved: int | None = max(checkpoints.steps(), default=None)
+
+    def go(self, start: int, state: TrainState, batches: Any) -> int:
+        """Runs from `start`; returns the step reached."""
+        steps = self.config.optimizer.steps
+        self.log = MetricsLog(Path(self.config.output) / "logs", start) if jax.process_index() == 0 else None
+        self.progress = Progress(steps, start, self.say)
+        self.pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
+        self.waited, self.since, self.last_logged = 0.0, time.monotonic(), start
+        source = Prefetcher(batches, self.training.mesh)
+        step = start
+        try:
+            with _told_to_end() as ended:
+                while step < steps and not ended.is_set():
+                    before = time.monotonic()
+                    batch, position = next(source)
+                    self.waited += time.monotonic() - before
+                    state, metrics = self.train_step(state, batch)
+                    step += 1
+                    self.pending.append((step, metrics))
+                    self._settle(LAG)
+                    if _due(step, self.config.checkpoint.every_steps) or step == steps:
+                        self._save(step, state, position)
+                    if _due(step, self.config.val_every_steps) or (self.config.val_every_steps and step == steps):
+                        self._validate(step, state)
+                if step > start and step != self.saved:
+                    self._save(step, state, position)
+        finally:
+            source.close()
+            self.progress.close()
+            if self.log is not None:
+                self.log.close()
+        return step
+
+    def _settle(self, lag: int) -> None:
+        # Fetches the metrics of all but the newest `lag` steps.
+        while len(self.pending) > lag:
+            step, metrics = self.pending.popleft()
+            values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+                kept = "there is no checkpoint" if self.saved is None else f"checkpoint {self.saved} is kept"
+                raise UserError(
+                    f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; stopped, {kept}; "
+                    "lower optimizer.learning_rate or raise loss.min_temperature"
+                )
+            shown = None
+            if _due(step, self.config.log_every_steps) or step == self.config.optimizer.steps:
+                now = time.monotonic()
+                seconds = max(now - self.since, 1e-9)
+                items = values.pop("pairs") * (2 + self.config.data.hard_negatives) * (step - self.last_logged)
+                shown = values | {"items_per_second": items / seconds, "data_wait": min(self.waited / seconds, 1.0)}
+                self.waited, self.since, self.last_logged = 0.0, now, step
+                if self.log is not None:
+                    self.log.write(step, shown)
+            self.progress.update(step, shown)
+
+    def _save(self, step: int, state: TrainState, position: Any) -> None:
+        # Not before every step up to here is known to be finite.
+        self._settle(0)
+        self.checkpoints.save(step, self.config, state.params, state._replace(params={})._asdict(), position)
+        self.saved = step
+
+    def _validate(self, step: int, state: TrainState) -> None:
+        self._settle(0)
+        begun = time.monotonic()
+        source = Prefetcher(_batches(self.config, self.groups, self.config.data.val_split), self.training.mesh)
+        try:
+            results = [self.eval_step(state, next(source)[0]) for _ in range(self.config.val_steps)]
+        finally:
+            source.close()
+        means = {
+            f"val_{name}": sum(float(one[name]) for one in results) / len(results) for name in ("loss", "accuracy")
+        }
+        if self.log is not None:
+            self.log.write(step, means)
+        self.progress.say(
+            f"step {step}: validation loss {means['val_loss']:.4f}, in-batch accuracy {means['val_accuracy']:.1%}"
+        )
+        self.since += time.monotonic() - begun
+
+
+def _batches(config: Config, groups: int, split: str) -> Any:
+    return iter(
+        training_batches(
+            config,
+            groups=groups,
+            split=split,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+    )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+@contextmanager
+def _told_to_end() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, so that the step in hand ends and is saved."""
+    ended = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield ended
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    try:
+        yield ended
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,61 @@
+"""Batches put onto the devices ahead of the step that wants them."""
+
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jfe_jax.data.packing import ContrastiveBatch
+from jfe_jax.sharding import put_batch
+
+
+class Prefetcher:
+    """Reads an iterator in a thread of its own and yields (batch on the mesh, iterator state after that batch).
+
+    The state that goes with a batch is what a checkpoint has to hold for training to continue with the next one,
+    however far ahead the reading is.
+    """
+
+    def __init__(self, iterator: Any, mesh: Mesh, depth: int = 2):
+        """Args: iterator with `get_state`, as grain's; mesh; depth, batches that wait on the devices."""
+        self._iterator, self._mesh = iterator, mesh
+        self._queue: queue.Queue[Any] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[tuple[ContrastiveBatch, Any]]:
+        return self
+
+    def __next__(self) -> tuple[ContrastiveBatch, Any]:
+        """Raises what the iterator raised, when its turn comes."""
+        item = self._queue.get()
+        if isinstance(item, BaseException):
+            self._stop.set()
+            raise item
+        return item
+
+    def close(self) -> None:
+        """Stops reading; what was read ahead is dropped."""
+        self._stop.set()
+        self._thread.join()
+
+    def _read(self) -> None:
+        try:
+            for batch in self._iterator:
+                if not self._put((put_batch(batch, self._mesh), self._iterator.get_state())):
+                    return
+            self._put(StopIteration())
+        except Exception as error:
+            self._put(error)
+
+    def _put(self, item: Any) -> bool:
+        while not self._stop.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
