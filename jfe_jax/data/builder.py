@@ -4,8 +4,8 @@
     OUT/mbeir_queries/{unit}/1.0.0/            one split for each split of the unit's queries
 
 Both are ordinary TFDS directories (`tfds.builder_from_directory`), one part for each dataset or unit, so that a part
-can be prepared, copied or left out alone. A candidate's number is dataset·10⁷ + its record's index, as M-BEIR hashes ids;
-queries name positives and negatives by number.
+can be prepared, copied or left out alone. A candidate's number is dataset·10⁷ + its record's index, as M-BEIR hashes
+ids; queries name positives and negatives by number.
 
 Candidate record: did, text, image (the file's bytes, empty without one), image_id (equal for the same file), modality
 (index into MODALITIES). Query record: qid, text, image, image_id, modality, task, positives, positive_modalities,
