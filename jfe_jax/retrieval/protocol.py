@@ -1,0 +1,184 @@
+"""What M-BEIR asks: which queries, against which pools, with what right.
+
+Candidates stand in falling order of their ids, which is trec_eval's order among equal scores: the run files give the
+same figures there as here.
+
+Axes: Q queries, N candidates of a pool, T right candidates of a query, X candidates that show the query's own image.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from jfe_jax.data.items import Item
+from jfe_jax.data.mbeir import TASKS, Candidate, Mbeir, Query, Unit
+from jfe_jax.errors import UserError
+
+GIVEN = ("all", "text", "image")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A query with what is known about it.
+
+    Attributes:
+      relevant: candidate id → relevance above 0.
+      instruction: what goes before its text.
+      cluster: the bootstrap's unit of drawing; queries about the same thing share it.
+      kind, edit: as the data set calls them, if it does.
+    """
+
+    query: Query
+    relevant: dict[str, int]
+    instruction: str | None
+    cluster: str
+    kind: str | None
+    edit: str | None
+
+    def item(self, given: str) -> Item | None:
+        """The whole query, or with only its "text" or "image" (None if it does not have both); always instructed."""
+        query = self.query
+        if given != "all" and query.modality != "image,text":
+            return None
+        return Item(
+            text=None if given == "image" else query.text,
+            image=None if given == "text" else query.image,
+            instruction=self.instruction,
+        )
+
+
+@dataclass
+class UnitQueries:
+    """One unit's judged queries; those without any right candidate are only counted."""
+
+    unit: Unit
+    task: int
+    asked: list[Asked]
+    unjudged: int
+
+
+@dataclass
+class Pools:
+    """Every candidate of the pools in use, once.
+
+    Attributes:
+      candidates: in falling order of their ids.
+      rows: int [N] of each (pool, unit's name): positions in `candidates`, rising.
+      row: candidate id → position.
+    """
+
+    candidates: list[Candidate]
+    rows: dict[tuple[str, str], np.ndarray]
+    row: dict[str, int] = field(init=False)
+
+    def __post_init__(self):
+        self.row = {candidate.did: number for number, candidate in enumerate(self.candidates)}
+        self._showing = defaultdict(list)
+        for number, candidate in enumerate(self.candidates):
+            if candidate.image is not None:
+                self._showing[candidate.image].append(number)
+
+    def targets(self, asked: Sequence[Asked], pool: str, unit: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Positions in the pool of what is right, its relevance, and positions of the query's own image.
+
+        Returns:
+          int32 [Q, T], -1 for padding and -2 for a right candidate that is not in the pool; float32 [Q, T];
+          int32 [Q, X], -1 for padding. What is right is never counted as the query's own image.
+        """
+        rows = self.rows[pool, unit]
+        right, gains, own = [], [], []
+        for one in asked:
+            wanted = [self.row.get(did, -2) for did in one.relevant]
+            shown = self._showing.get(one.query.image, ()) if one.query.image is not None else ()
+            right.append([_position(rows, number) if number >= 0 else -2 for number in wanted])
+            gains.append(list(one.relevant.values()))
+            found = [_position(rows, number) for number in shown if number not in wanted]
+            own.append([number for number in found if number >= 0])
+        return _rectangle(right, -1, np.int32), _rectangle(gains, 0, np.float32), _rectangle(own, -1, np.int32)
+
+
+def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[str]) -> Pools:
+    """Reads each pool file once.
+
+    Raises:
+      UserError: a pool is missing or empty, or two rows give one id to different candidates.
+    """
+    known: dict[str, Candidate] = {}
+    members: dict[Path, list[str]] = {}
+    files = {(pool, unit.name): mbeir.pool_file(split, unit, pool) for pool in pools for unit in units}
+    for file in dict.fromkeys(files.values()):
+        members[file] = []
+        for candidate in mbeir.candidates(file):
+            other = known.setdefault(candidate.did, candidate)
+            if (other.text, other.image) != (candidate.text, candidate.image):
+                raise UserError(f"{file}: candidate {candidate.did} is another one than in a pool read before")
+            members[file].append(candidate.did)
+        if not members[file]:
+            raise UserError(f"{file}: the pool of candidates is empty")
+    order = sorted(known, reverse=True)
+    row = {did: number for number, did in enumerate(order)}
+    by_file = {file: np.unique([row[did] for did in dids]) for file, dids in members.items()}
+    return Pools([known[did] for did in order], {key: by_file[file] for key, file in files.items()})
+
+
+def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction: int | None) -> UnitQueries:
+    """A unit's queries with the prompt of number `instruction` (None: without); prompts are () where there are none.
+
+    Raises:
+      UserError: there are fewer prompts.
+    """
+    qrels = mbeir.qrels(split, unit)
+    asked, unjudged, task = [], 0, unit.task
+    for query in mbeir.iter_queries(split, unit):
+        relevant = {did: gain for did, gain in qrels.get(query.qid, {}).items() if gain > 0}
+        if not relevant:
+            unjudged += 1
+            continue
+        wanted = next((pools.candidates[pools.row[did]].modality for did in relevant if did in pools.row), None)
+        if task is None and wanted is not None:
+            task = TASKS.get((query.modality, wanted))
+        wanted = wanted or _wanted_modality(task)
+        prompts = (
+            () if instruction is None else mbeir.instructions(unit.dataset, query.modality, wanted, required=False)
+        )
+        if prompts and instruction >= len(prompts):
+            raise UserError(f"{unit.name}: no instruction {instruction}; there are {len(prompts)}, from 0")
+        about = _about(query.src_content)
+        asked.append(
+            Asked(
+                query,
+                relevant,
+                prompts[instruction] if prompts else None,
+                cluster=str(about.get("group", query.qid)),
+                kind=about.get("kind"),
+                edit=about.get("edit"),
+            )
+        )
+    return UnitQueries(unit, -1 if task is None else task, asked, unjudged)
+
+
+def _about(source: str | None) -> dict:
+    # Free text in M-BEIR itself; a data set may say more in JSON.
+    try:
+        about = json.loads(source or "{}")
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _wanted_modality(task: int | None) -> str:
+    return next((candidate for (_, candidate), number in TASKS.items() if number == task), "text")
+
+
+def _position(rows: np.ndarray, number: int) -> int:
+    at = int(np.searchsorted(rows, number))
+    return at if at < len(rows) and rows[at] == number else -2
+
+
+def _rectangle(ragged: list[list], filler: int, dtype: type) -> np.ndarray:
+    width = max(map(len, ragged), default=0)
+    return np.array([[*row, *[filler] * (width - len(row))] for row in ragged], dtype).reshape(len(ragged), width)
