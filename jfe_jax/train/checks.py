@@ -4,7 +4,7 @@ from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 
 
-def check_numbers(config: Config) -> None:
+def check(config: Config) -> None:
     """Raises UserError for values that cannot work on any machine."""
     optimizer, loss, data = config.optimizer, config.loss, config.data
     for bad, problem in (
@@ -31,14 +31,3 @@ def check_numbers(config: Config) -> None:
     ):
         if bad:
             raise UserError(problem)
-
-
-def check_groups(config: Config, groups: int) -> None:
-    """Raises UserError for batch sizes that do not split into the mesh's groups."""
-    for name in ("pairs", "rows", "image_slots"):
-        size = getattr(config.data, name)
-        if size % groups:
-            raise UserError(
-                f"data.{name} is {size}, which the mesh's {groups} batch devices (data x fsdp) do not divide; "
-                f"choose a multiple of {groups}"
-            )

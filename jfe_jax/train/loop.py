@@ -53,7 +53,7 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
     """
     config = with_tokenizer(config)
     run, steps = Path(config.output), config.optimizer.steps
-    checks.check_numbers(config)
+    checks.check(config)
     done = checkpoint.latest_step(run)
     if done is not None and resume == "never":
         raise UserError(f"{run}: holds checkpoints up to step {done}; remove it, choose another output, or resume")
@@ -61,7 +61,6 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
         return Outcome(done, f"{run}: finished at step {done}; nothing to do")
     mesh = sharding.make_mesh(config.mesh)
     groups = sharding.group_count(mesh)
-    checks.check_groups(config, groups)
     batches = _batches(config, groups, config.data.split)
     training = states.prepare(config, mesh)
     checkpoints = RunCheckpoints(run, config.checkpoint.keep, say)

@@ -19,7 +19,7 @@ class Prefetcher:
     """
 
     def __init__(self, iterator: Any, mesh: Mesh, depth: int = 2):
-        """Args: iterator with `get_state`, as grain's; mesh; depth, batches that wait on the devices."""
+        """Args: iterator with `get_state` and `close`, as grain's; mesh; depth, batches that wait on the devices."""
         self._iterator, self._mesh = iterator, mesh
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stop = threading.Event()
@@ -38,9 +38,10 @@ class Prefetcher:
         return item
 
     def close(self) -> None:
-        """Stops reading; what was read ahead is dropped."""
+        """Stops reading and closes the iterator; what was read ahead is dropped."""
         self._stop.set()
         self._thread.join()
+        self._iterator.close()
 
     def _read(self) -> None:
         try:
