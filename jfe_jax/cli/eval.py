@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         progress=bar,
     )
     results.write(args.out, evaluation.results, evaluation.answers, evaluation.pools)
-    evaluation_report.write(args.out / "report.html", evaluation, mbeir)
+    evaluation_report.write(args.out / "report.html", evaluation)
     for warning in evaluation.results["warnings"]:
         print(f"warning: {warning}")
     print(evaluation_report.headline(evaluation.results))
