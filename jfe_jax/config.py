@@ -111,7 +111,7 @@ class DataConfig:
       rows, row_tokens, image_slots: shape of the global packed batch.
       shuffle: False keeps the order on disk (for debugging).
       workers: reader processes; 0 reads in threads of the main process.
-      image_cache_mib: decoded images kept in memory by each reader.
+      image_cache_mib: decoded images kept in memory by each reader; rows and tokens may take a quarter as much again.
     """
 
     path: str = ""

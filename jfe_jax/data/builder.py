@@ -376,7 +376,8 @@ def _image(file: Path | None, root: Path) -> dict[str, Any]:
         raise UserError(f"{file}: cannot read the image ({error.strerror})") from error
     decode(content, str(file))
     name = hashlib.blake2b(str(file.relative_to(root)).encode(), digest_size=8).digest()
-    return {"image": content, "image_id": int.from_bytes(name, "big", signed=True)}
+    # 0 means no image.
+    return {"image": content, "image_id": int.from_bytes(name, "big", signed=True) or 1}
 
 
 def _task(unit: Unit, query: Query, modalities: Iterable[int]) -> int:

@@ -1,7 +1,7 @@
 """Prepared data → the batches of training, as one Grain chain.
 
-    a unit's records → shuffled by index → repeated → draw          for each unit
-    → mixed by weight → encoded → packed → prefetched
+    a unit's queries → shuffled by index → repeated                  for each unit
+    → mixed by weight → positive drawn, pair encoded → packed → prefetched
 
 The batch of a step is a function of the configuration and the step; the iterator's state is a handful of integers.
 """
@@ -17,7 +17,8 @@ import grain
 import numpy as np
 
 from jfe_jax.config import Config
-from jfe_jax.data.pairs import BatchShape, DrawPair, EncodePair, PackPairs
+from jfe_jax.data.contrastive import BatchShape, PackPairs
+from jfe_jax.data.pairs import Caches, EncodePair, UnitQueries
 from jfe_jax.data.prepared import Prepared
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
@@ -62,28 +63,39 @@ def training_batches(
         )
     prepared = Prepared(Path(cfg.data.path) if cfg.data.path else "")
     weights = _weights(prepared, cfg, split)
+    caches = Caches(cfg.data.image_cache_mib << 20)
     sources, most_positives = [], 1
     for name in weights:
         metadata = prepared.metadata(name)
         most_positives = max(most_positives, metadata["max_positives"][split])
-        seed = int(np.random.SeedSequence([cfg.seed, zlib.crc32(name.encode())]).generate_state(1)[0])
-        records = grain.MapDataset.source(prepared.queries(name, split))
+        queries = UnitQueries(prepared.queries(name, split), metadata["instructions"], caches.rows)
         if cfg.data.shuffle:
-            records = records.shuffle(seed=seed)
-        draw = DrawPair(metadata["instructions"], cfg.data.instruction_probability, cfg.data.hard_negatives)
-        sources.append(records.repeat().random_map(draw, seed=seed))
+            # Of the seed and the unit alone: another unit in the mixture leaves this one's order as it is.
+            seed = np.random.SeedSequence([cfg.seed, zlib.crc32(name.encode())]).generate_state(1)[0]
+            queries = queries.shuffle(seed=int(seed))
+        sources.append(queries.repeat())
     shape = dataclasses.replace(shape, positives=min(most_positives, MAX_POSITIVES))
-    pairs = grain.MapDataset.mix(sources, weights=list(weights.values()))
-    pairs = pairs.map(EncodePair(prepared, encoder, cfg.data.image_cache_mib << 20))
+    encode = EncodePair(prepared, encoder, caches, cfg.seed, cfg.data.instruction_probability, cfg.data.hard_negatives)
+    pairs = grain.MapDataset.mix(sources, weights=list(weights.values())).map_with_index(encode)
     batches: grain.IterDataset = PackPairs(pairs, shape, start=process_index, stride=process_count)
     if cfg.data.workers:
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=_PREFETCH))
-    else:
-        batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=_PREFETCH)
-    iterator = iter(batches)
+        return iter(batches)
+    iterator = _Prefetched(iter(batches), _PREFETCH)
     # A reader that is still at work when the interpreter shuts down would abort the process.
     atexit.register(_close, weakref.ref(iterator))
     return iterator
+
+
+class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
+    """Makes batches ahead in a thread. Closed once: grain closes again when the interpreter has forgotten how to."""
+
+    _is_closed = False
+
+    def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            super().close()
 
 
 def _close(iterator: weakref.ref[grain.DatasetIterator]) -> None:

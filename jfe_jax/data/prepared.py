@@ -23,9 +23,9 @@ class QueryRecord(NamedTuple):
     image: bytes
     image_id: int
     modality: int
-    positives: list[int]
-    positive_modalities: list[int]
-    negatives: list[int]
+    positives: tuple[int, ...]
+    positive_modalities: tuple[int, ...]
+    negatives: tuple[int, ...]
 
 
 class CandidateRecord(NamedTuple):
@@ -107,13 +107,13 @@ class Prepared:
 
 
 class RawRecords:
-    """A split's serialized records by index; a source for grain. Opened at the first read, by the process that reads."""
+    """A split's serialized records by index; a source for grain. Opened at the first read, by the one that reads."""
 
     def __init__(self, place: Path, split: str):
         self.place, self.split = place, split
 
     def __len__(self) -> int:
-        return len(self._source)
+        return self._length
 
     def __getitem__(self, index: int) -> bytes:
         return self._source[index]
@@ -123,6 +123,11 @@ class RawRecords:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "split": self.split}
+
+    @functools.cached_property
+    def _length(self) -> int:
+        # Counting goes through several layers of the library, and grain asks at every read.
+        return len(self._source)
 
     @functools.cached_property
     def _source(self) -> Any:
@@ -139,7 +144,7 @@ def parse_query(record: bytes) -> QueryRecord:
         feature["image"].bytes_list.value[0],
         feature["image_id"].int64_list.value[0],
         feature["modality"].int64_list.value[0],
-        list(feature["positives"].int64_list.value),
-        list(feature["positive_modalities"].int64_list.value),
-        list(feature["negatives"].int64_list.value),
+        tuple(feature["positives"].int64_list.value),
+        tuple(feature["positive_modalities"].int64_list.value),
+        tuple(feature["negatives"].int64_list.value),
     )

@@ -1,0 +1,152 @@
+"""Encoded pairs → ContrastiveBatch: the last step of the loader's chain, and the one that has a state.
+
+Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a query, B items of a group.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import grain
+import numpy as np
+
+from jfe_jax.data.packing import ContrastiveBatch, Layout, Packer
+from jfe_jax.data.pairs import EncodedPair
+from jfe_jax.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """Static sizes of a process's batches: G, N, K, P, and R, S, M and H = W of the packed batch."""
+
+    groups: int
+    pairs: int
+    negatives: int
+    positives: int
+    rows: int
+    row_tokens: int
+    image_slots: int
+    image_size: int
+    layout: Layout
+
+
+class PackPairs(grain.IterDataset):
+    """Pairs from a random-access data set → ContrastiveBatch of one shape.
+
+    Pairs are taken in order and go into the first group that has a place and room for them. A pair that fits nowhere
+    waits for the next step, where it comes first. So the state is the next index and the indices that wait.
+
+    Args:
+      pairs: EncodedPair by index, endless.
+      start, stride: this process reads the pairs start, start + stride, …
+    """
+
+    def __init__(self, pairs: grain.MapDataset, shape: BatchShape, start: int, stride: int):
+        super().__init__(pairs)
+        self.shape, self.start, self.stride = shape, start, stride
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Called by grain in a worker process, which makes every `sl.step`-th batch from its own share of the pairs."""
+        self.start += self.stride * (sl.start or 0)
+        self.stride *= sl.step or 1
+
+    def __iter__(self) -> "_PackPairsIterator":
+        return _PackPairsIterator(self._parent, self.shape, self.start, self.stride)
+
+
+class _PackPairsIterator(grain.DatasetIterator):
+    def __init__(self, pairs: grain.MapDataset, shape: BatchShape, start: int, stride: int):
+        super().__init__()
+        self._pairs, self._shape, self._start, self._stride = pairs, shape, start, stride
+        self._next = 0
+        self._waiting: list[int] = []
+        # Encoded pairs of the indices that wait; a restored iterator makes them anew.
+        self._held: dict[int, EncodedPair] = {}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next": self._next, "waiting": list(self._waiting)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._next, self._waiting, self._held = state["next"], list(state["waiting"]), {}
+
+    def __next__(self) -> ContrastiveBatch:
+        filling = _Filling(self._shape)
+        total = self._shape.groups * self._shape.pairs
+        # Looking a little further finds small pairs that still fit; the bound keeps what waits, and the state, small.
+        most_waiting = max(1, total // 8)
+        queue, waiting, held = deque(self._waiting), [], {}
+        while filling.count < total and len(waiting) < most_waiting:
+            if queue:
+                index = queue.popleft()
+            else:
+                index, self._next = self._next, self._next + 1
+            pair = self._held.get(index) or self._pairs[self._start + self._stride * index]
+            if not filling.add(pair):
+                waiting.append(index)
+                held[index] = pair
+        self._waiting, self._held = (
+            [*waiting, *queue],
+            held | {index: self._held[index] for index in queue if index in self._held},
+        )
+        return filling.finish()
+
+
+class _Filling:
+    """A batch while it fills.
+
+    Attributes:
+      count: pairs in it so far.
+    """
+
+    def __init__(self, shape: BatchShape):
+        self.count = 0
+        self._shape = shape
+        self._counts = [0] * shape.groups
+        self._packer = Packer(
+            groups=shape.groups,
+            rows=shape.rows,
+            row_tokens=shape.row_tokens,
+            image_slots=shape.image_slots,
+            image_size=shape.image_size,
+            layout=shape.layout,
+        )
+        G, N, K, P = shape.groups, shape.pairs, shape.negatives, shape.positives
+        self._candidates = np.full((G, N * (1 + K)), -1, np.int32)
+        self._positives = np.full((G, N, P), -1, np.int32)
+
+    def add(self, pair: EncodedPair) -> bool:
+        """Takes the pair into the first group that can hold it, or says that none can.
+
+        Raises:
+          UserError: not even an empty batch can.
+        """
+        N, K, P = self._shape.pairs, self._shape.negatives, self._shape.positives
+        for g, n in enumerate(self._counts):
+            if n == N:
+                continue
+            # The places of the group's queries, positives and negatives in B (see ContrastiveBatch).
+            places = (n, N + n, *range(2 * N + n * K, 2 * N + n * K + len(pair.items) - 2))
+            if self._packer.add(g, list(zip(places, pair.items, strict=True))):
+                for place, number in zip(places[1:], pair.numbers, strict=True):
+                    self._candidates[g, place - N] = number
+                # The drawn one first: it is there whatever P is.
+                right = pair.positives[:P]
+                if pair.numbers[0] not in right:
+                    right = [pair.numbers[0], *right[: P - 1]]
+                self._positives[g, n, : len(right)] = right
+                self._counts[g] = n + 1
+                self.count += 1
+                return True
+        if self.count == 0:
+            sizes = ", ".join(str(len(item.tokens)) for item in pair.items)
+            images = sum(item.pixels is not None for item in pair.items)
+            raise UserError(
+                f"query {pair.qid} with its candidates ({sizes} tokens, {images} images) does not fit into a group "
+                f"({self._shape.rows} rows of {self._shape.row_tokens} tokens, {self._shape.image_slots} image slots): "
+                "raise data.rows or data.image_slots"
+            )
+        return False
+
+    def finish(self) -> ContrastiveBatch:
+        packed = self._packer.finish(self._shape.pairs * (2 + self._shape.negatives))
+        return ContrastiveBatch(packed, self._candidates, self._positives)
