@@ -1,13 +1,10 @@
 """`jfe data emoji|check|prepare`."""
 
 import argparse
-import contextlib
 import json
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from jfe_jax.cli import data_emoji
+from jfe_jax.cli import data_emoji, progress
 from jfe_jax.errors import UserError
 
 
@@ -41,28 +38,18 @@ def _check(args: argparse.Namespace) -> None:
     report = check.check(args.dir, images=args.images)
     print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2) if args.json else report.as_text())
     if report.errors:
-        raise UserError(f"{args.dir}: {report.errors} errors; the first: {report.defects[0]}")
+        first = next(defect for defect in report.defects if defect.severity == "error")
+        raise UserError(f"{args.dir}: {report.errors} error{'s' * (report.errors > 1)}; the first: {first}")
 
 
 def _prepare(args: argparse.Namespace) -> None:
     from jfe_jax.data.builder import prepare
     from jfe_jax.data.mbeir import Mbeir
 
-    for part in prepare(Mbeir(args.dir), args.out, splits=args.splits, units=args.units, progress=_progress):
+    for part in prepare(Mbeir(args.dir), args.out, splits=args.splits, units=args.units, progress=progress.bar):
         line = f"{part.name}: {part.outcome}, {part.records} records"
         if part.dropped_queries:
             line += f"; {part.dropped_queries} queries dropped, none of their positives is in a pool"
         if part.dangling:
             line += f"; {part.dangling} candidate ids are in no pool"
         print(line, flush=True)
-
-
-@contextlib.contextmanager
-def _progress(part: str, total: int) -> Iterator[Callable[[int], None]]:
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    with tqdm(
-        total=total, desc=part, unit=" records", leave=False, mininterval=0.5 if terminal else 30.0, file=sys.stderr
-    ) as bar:
-        yield bar.update

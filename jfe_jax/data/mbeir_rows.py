@@ -99,37 +99,47 @@ def parse_candidate(row: Any, root: Path) -> tuple[Candidate | None, list[str]]:
     return Candidate(did, *fields, source), problems
 
 
+def iter_rows(file: Path, containing: str = "") -> Iterator[tuple[int, Any, str | None]]:
+    """The lines of a JSONL file (those with a certain text in them): number from 1, decoded row, what is wrong.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    wanted = containing.encode()
+    for number, line in _raw_lines(file):
+        if wanted not in line:
+            continue
+        try:
+            yield number, json.loads(line), None
+        except UnicodeDecodeError as error:
+            yield number, None, f"not UTF-8 ({error.reason} at byte {error.start})"
+        except (ValueError, RecursionError) as error:
+            yield number, None, f"not JSON ({error})"
+
+
+def read_rows(file: Path, containing: str = "") -> Iterator[tuple[str, Any]]:
+    """As `iter_rows`: the place "file:line" and the row.
+
+    Raises:
+      UserError: the file cannot be read or a line is not JSON.
+    """
+    for number, row, problem in iter_rows(file, containing):
+        if problem:
+            raise UserError(f"{file}:{number}: {problem}")
+        yield f"{file}:{number}", row
+
+
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file that are not blank, numbered from 1.
 
     Raises:
       UserError: it cannot be read or is not UTF-8.
     """
-    number = 0
-    try:
-        with open(file, encoding="utf-8", newline="\n") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}:{number + 1}: not UTF-8 here or in the lines after it ({error.reason})") from error
-
-
-def read_rows(file: Path, containing: str = "") -> Iterator[tuple[str, Any]]:
-    """The lines of a JSONL file (those with a certain text in them), decoded, each with its place "file:line".
-
-    Raises:
-      UserError: a line is not JSON.
-    """
-    for number, line in read_lines(file):
-        if containing not in line:
-            continue
+    for number, line in _raw_lines(file):
         try:
-            yield f"{file}:{number}", json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file}:{number}: not JSON ({error})") from error
+            yield number, line.decode().rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
 def read_qrels(file: Path) -> Iterator[tuple[str, str, str, int | None]]:
@@ -138,6 +148,16 @@ def read_qrels(file: Path) -> Iterator[tuple[str, str, str, int | None]]:
         parts = line.split()
         good = len(parts) in (4, 5) and parts[3].lstrip("-").isdecimal()
         yield f"{file}:{number}", *((parts[0], parts[2], int(parts[3])) if good else ("", "", None))
+
+
+def _raw_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    try:
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if not line.isspace():
+                    yield number, line
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def dataset_id(identifier: str) -> int:
@@ -163,6 +183,9 @@ def _item_fields(
     if image is not None and not isinstance(image, str):
         problems.append(f"{image_key} is a path or null, not {type(image).__name__}")
         image = None
+    if not (_is_unicode(text) and _is_unicode(image)):
+        problems.append(f"{text_key} or {image_key} holds half a character (a lone surrogate)")
+        text = image = None
     text = format_string(text) or None
     there = ",".join(name for name, value in (("image", image), ("text", text)) if value)
     modality = normal_modality(row.get(modality_key))
@@ -181,7 +204,7 @@ def _item_fields(
 
 def _id(row: dict, key: str) -> tuple[str | None, str | None]:
     value = row.get(key)
-    if not isinstance(value, str) or not value or any(sign.isspace() for sign in value):
+    if not isinstance(value, str) or len(value.split()) != 1 or value.strip() != value or not _is_unicode(value):
         return None, f"{key} is a text without blanks, not {value!r}"
     return value, None
 
@@ -192,6 +215,17 @@ def _ids(row: dict, key: str) -> tuple[tuple[str, ...] | None, str | None]:
         return (), None
     if isinstance(values, list):
         plain = [value.get("did") if isinstance(value, dict) else value for value in values]
-        if all(isinstance(value, str) and value for value in plain):
+        if all(isinstance(value, str) and value and _is_unicode(value) for value in plain):
             return tuple(plain), None
     return None, f"{key} is a list of candidate ids"
+
+
+def _is_unicode(text: str | None) -> bool:
+    # JSON can spell a lone surrogate; nothing that writes or tokenizes text takes one.
+    if text is None or text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
