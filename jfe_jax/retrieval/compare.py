@@ -179,6 +179,31 @@ def of_value(key: str, value: str) -> Slice:
     return Slice(value, lambda line: line.get(key) == value)
 
 
+def compare(models: dict[str, list[Run]], *, k: int = 1, replicates: int = REPLICATES) -> dict:
+    """All pools, with and without the query's own image, and the controls; ready for JSON.
+
+    Raises:
+      UserError: the evaluations have no pool in common.
+    """
+    every = [run for runs in models.values() for run in runs]
+    pools = [pool for pool in every[0].results["pools"] if all(pool in run.results["pools"] for run in every)]
+    if not pools:
+        raise UserError("the evaluations have no pool in common; run `jfe eval --pool local,global` for each")
+    # A control run (`--queries text`) is compared by what it was given.
+    main, *controls = every[0].results["given"]
+    told = {"k": k, "replicates": replicates, "pools": {}}
+    for pool in pools:
+        settings = {
+            name: summary(Comparison(models, pool, rank_key=key, given=main, k=k, replicates=replicates))
+            for name, key in (("with_source", "rank"), ("without_source", "rank_without_source"))
+        }
+        settings["controls"] = {
+            given: summary(Comparison(models, pool, given=given, k=k, replicates=replicates)) for given in controls
+        }
+        told["pools"][pool] = settings
+    return told
+
+
 def summary(comparison: Comparison) -> dict:
     """Everything that is said about one comparison, ready for JSON.
 
@@ -201,7 +226,7 @@ def summary(comparison: Comparison) -> dict:
     if len(groups) == 2 and others:
         told["difference_of_gains"] = _gains(
             comparison,
-            *(comparison.means(groups[0]) - comparison.means(groups[1]),),
+            comparison.means(groups[0]) - comparison.means(groups[1]),
             comparison.replicates(groups[0]) - comparison.replicates(groups[1]),
         )
     return told

@@ -94,13 +94,13 @@ def _pool(results: dict, pool: str) -> str:
     rows, sums = [], []
     for name, unit in results["units"].items():
         entry = unit["pools"][pool]
-        about = [text(unit["task_name"]), str(entry["queries"]), f"{entry['size']:,}"]
-        rows.append([text(name), *about, *_metric_cells(entry, _COLUMNS), str(entry["dangling"])])
+        about = [f"{entry['size']:,}", str(entry["dangling"]), text(unit["task_name"])]
+        rows.append([text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS), *about])
     for name, entry in results["groups"][pool].items():
         if name != HEADLINE:
             sums.append(len(rows))
-            rows.append([text(name), "", str(entry["queries"]), "", *_metric_cells(entry, _COLUMNS), ""])
-    head = ["unit", "task", "queries", "pool", *_COLUMNS, "hit@1<br>without source", "two-way", "dangling<br>qrels"]
+            rows.append([text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS), "", "", ""])
+    head = ["unit", "queries", *_COLUMNS, "hit@1<br>without source", "two-way", "pool", "dangling<br>qrels", "task"]
     return page.table(head, rows, sums)
 
 

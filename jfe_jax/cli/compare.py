@@ -1,0 +1,51 @@
+"""`jfe compare`: several evaluations side by side, with intervals."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="report.html, compare.json, table.md, PNG"
+    )
+    parser.add_argument(
+        "models",
+        nargs="+",
+        metavar="NAME=EVAL_DIR[,EVAL_DIR…]",
+        help="a model and the --out of `jfe eval` for each of its seeds; gains are the first model's",
+    )
+    parser.add_argument("-k", type=int, default=1, metavar="N", help="compare hit@N (default 1)")
+    parser.add_argument("--replicates", type=int, default=2000, metavar="N", help="of the bootstrap (default 2000)")
+
+
+def run(args: argparse.Namespace) -> None:
+    import json
+
+    from jfe_jax.errors import UserError
+    from jfe_jax.retrieval import comparison_report, plots
+    from jfe_jax.retrieval.compare import compare, load_models
+
+    named = {}
+    for word in args.models:
+        name, equals, directories = word.partition("=")
+        if not (name and equals and directories):
+            raise UserError(f"{word}: write NAME=EVAL_DIR[,EVAL_DIR…]")
+        if name in named:
+            raise UserError(f"{word}: the name {name} is given twice; list its evaluations with commas")
+        named[name] = [Path(directory) for directory in directories.split(",") if directory]
+    if args.k < 1 or args.replicates < 1:
+        raise UserError("-k and --replicates are at least 1")
+    models = load_models(named)
+    told = compare(models, k=args.k, replicates=args.replicates)
+    args.out.mkdir(parents=True, exist_ok=True)
+    table = comparison_report.markdown(told)
+    (args.out / "table.md").write_text(table, encoding="utf-8")
+    (args.out / "compare.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    pool = list(told["pools"])[-1]
+    entry = told["pools"][pool]["with_source"]
+    plots.comparison(args.out / "comparison.png", entry, f"hit@{args.k}, {pool} pool")
+    comparison_report.write(args.out / "report.html", told, models)
+    print(table)
+    if said := comparison_report.claim(entry):
+        print(said)
+    print(args.out / "report.html")

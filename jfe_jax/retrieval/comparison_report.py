@@ -1,0 +1,298 @@
+"""What a comparison says: a Markdown table, the self-contained page, and what goes into both."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from jfe_jax.data.mbeir import Candidate, Mbeir
+from jfe_jax.errors import UserError
+from jfe_jax.retrieval import charts, page
+from jfe_jax.retrieval.compare import Run
+from jfe_jax.retrieval.gallery import SHOWN, Card, Ranking, gallery
+from jfe_jax.retrieval.page import percent, points, text
+from jfe_jax.retrieval.protocol import Asked
+
+SETTINGS = {"with_source": "", "without_source": ", without source"}
+_PICKS = {"only {first} right": 5, "only {other} right": 4, "both wrong": 2, "both right": 2}
+
+
+def markdown(told: dict) -> str:
+    """The tables of every pool: units, groups and kinds, and the first model's gains with their intervals."""
+    blocks = []
+    for pool, settings in told["pools"].items():
+        for setting, suffix in SETTINGS.items():
+            entry = settings[setting]
+            names = entry["models"]
+            lines = [
+                f"**hit@{told['k']}, {pool} pool{suffix}** (mean ± sd of {entry['runs']} runs; gains of {names[0]} "
+                "with their 95 % intervals)",
+                "",
+                f"| | queries | {' | '.join(names)} | {' | '.join(f'gain over {name}' for name in names[1:])} |",
+                "|---|---:|" + "---:|" * (2 * len(names) - 1),
+            ]
+            for family in ("units", "kinds", "groups"):
+                for name, row in entry[family].items():
+                    shown = f"**{name}**" if family == "groups" else name
+                    cells = [_mean(row["models"][model], "±") for model in names]
+                    cells += [_gain(row["gains"][model]) for model in names[1:]]
+                    lines.append(f"| {shown} | {row['queries']} | {' | '.join(cells)} |")
+            if "difference_of_gains" in entry:
+                cells = [""] * len(names) + [_gain(entry["difference_of_gains"][model]) for model in names[1:]]
+                lines.append(f"| **difference of the gains** | | {' | '.join(cells)} |")
+            blocks.append("\n".join(lines))
+    return "\n\n".join(blocks) + "\n"
+
+
+def claim(entry: dict) -> str:
+    """The first model's gains over the best other, in words; empty if there is no other or one group is missing."""
+    if "difference_of_gains" not in entry:
+        return ""
+    first, best = entry["models"][0], entry["best_other"]
+    gains = [entry["groups"][group]["gains"][best] for group in ("needs fusion", "does not")]
+    return (
+        f"{first} over {best}, the best of the others where fusion is needed: {_gain(gains[0])} points where it is, "
+        f"{_gain(gains[1])} where it is not, difference {_gain(entry['difference_of_gains'][best])}."
+    )
+
+
+def write(path: Path, told: dict, models: dict[str, list[Run]]) -> None:
+    """Writes the self-contained page."""
+    pools = list(told["pools"])
+    main = pools[-1]
+    names = list(models)
+    cards, note = _cards(models, main, told["pools"][main]["with_source"]["best_other"])
+    outcomes = _outcomes(names[0], told["pools"][main]["with_source"]["best_other"])
+    runs = [(name, i, Path(run.results["checkpoint"])) for i, name in enumerate(names) for run in models[name]]
+    training = charts.training_charts(runs)
+    sections = [
+        ("claim", "Where fusion is needed, and where not", _claims(told)),
+        ("bars", f"hit@{told['k']} by unit, {main} pool", _bars(told["pools"][main]["with_source"], names)),
+        *(
+            (f"pool-{pool}", f"{pool.capitalize()} pool", "".join(_tables(told, pool, setting) for setting in SETTINGS))
+            for pool in pools
+        ),
+        ("kinds", f"Kinds of query, {main} pool", _kinds(told, main)),
+        ("controls", "Half of the query alone", _controls(told)),
+        ("twoway", "The right one or the query's own image", _two_way(models, pools)),
+        ("training", "Training", charts.legend(names) + training if training else ""),
+        ("gallery", f"Queries and what was found, {main} pool", note + gallery(cards, outcomes)),
+        ("runs", "Evaluations compared", _runs(models)),
+    ]
+    path.write_text(page.page(f"{' against '.join(names)}", sections, _lead(told)), encoding="utf-8")
+
+
+def _lead(told: dict) -> str:
+    lines = []
+    for pool, settings in told["pools"].items():
+        for setting, suffix in SETTINGS.items():
+            if said := claim(settings[setting]):
+                lines.append(f"<p><b>{text(pool)} pool{suffix}:</b> {text(said)}</p>")
+    return "".join(lines)
+
+
+def _claims(told: dict) -> str:
+    rows, sums = [], []
+    first = next(iter(told["pools"].values()))["with_source"]
+    names = first["models"]
+    for pool, settings in told["pools"].items():
+        for setting, suffix in SETTINGS.items():
+            entry = settings[setting]
+            for name, row in entry["groups"].items():
+                rows.append([f"{text(name)}, {pool} pool{suffix}", *_cells(row, names)])
+            if "difference_of_gains" in entry:
+                sums.append(len(rows))
+                cells = [_gain_cell(entry["difference_of_gains"][name]) for name in names[1:]]
+                rows.append([f"difference of the gains, {pool} pool{suffix}", *[""] * len(names), *cells])
+    note = (
+        f"hit@{told['k']} in %, mean over units (each weighs the same) and runs, ± standard deviation over "
+        f"{first['runs']} runs. Gain: {text(names[0])} minus the other, in points, with a 95 % interval from "
+        f"{told['replicates']} bootstrap replicates that draw clusters of queries about the same thing, and runs, "
+        "alike for all models. Needs fusion: tasks 6, 7, 8; does not: 0, 1, 3, 4. Without source: the query's own "
+        "image is taken out of the pool."
+    )
+    return page.table([f"hit@{told['k']}", *_heads(names)], rows, sums) + f'<p class="note">{note}</p>'
+
+
+def _tables(told: dict, pool: str, setting: str) -> str:
+    entry = told["pools"][pool][setting]
+    names = entry["models"]
+    rows = [[text(name), *_cells(row, names), str(row["queries"])] for name, row in entry["units"].items()]
+    sums = [len(rows) + i for i in range(len(entry["groups"]))]
+    rows += [[text(name), *_cells(row, names), str(row["queries"])] for name, row in entry["groups"].items()]
+    heading = f"<h3>{'without source' if setting == 'without_source' else 'all candidates'}</h3>"
+    return heading + page.table([f"hit@{told['k']}", *_heads(names), "queries"], rows, sums)
+
+
+def _kinds(told: dict, pool: str) -> str:
+    blocks = []
+    for setting in SETTINGS:
+        entry = told["pools"][pool][setting]
+        names = entry["models"]
+        sums = list(range(len(entry["kinds"])))
+        rows = [
+            [text(name), *_cells(row, names), str(row["queries"])]
+            for family in ("kinds", "edits")
+            for name, row in entry[family].items()
+        ]
+        if rows:
+            blocks.append(f"<h3>{'without source' if setting == 'without_source' else 'all candidates'}</h3>")
+            blocks.append(page.table(["kind, then edit", *_heads(names), "queries"], rows, sums))
+    return "".join(blocks)
+
+
+def _controls(told: dict) -> str:
+    rows = []
+    names = next(iter(told["pools"].values()))["with_source"]["models"]
+    for pool, settings in told["pools"].items():
+        for given, entry in settings.get("controls", {}).items():
+            for name, row in entry["groups"].items():
+                rows.append([f"{text(name)}, {pool} pool, {given} only", *_cells(row, names)])
+            for name, row in entry["units"].items():
+                rows.append([f"{text(name)}, {pool} pool, {given} only", *_cells(row, names)])
+    return page.table([f"hit@{told['k']}", *_heads(names)], rows)
+
+
+def _two_way(models: dict[str, list[Run]], pools: Sequence[str]) -> str:
+    rows = []
+    first = next(iter(models.values()))[0].results["units"]
+    for pool in pools:
+        for unit, about in first.items():
+            if about["pools"][pool]["source_in_pool"]:
+                values = [
+                    [run.results["units"][unit]["pools"][pool]["two_way"] for run in runs] for runs in models.values()
+                ]
+                rows.append([f"{text(unit)}, {pool} pool", *(percent(sum(row) / len(row)) for row in values)])
+    note = (
+        '<p class="note">How often the best right candidate stands before the query\'s own image; mean over runs.</p>'
+    )
+    return page.table(["two-way", *map(text, models)], rows) + note if rows else ""
+
+
+def _bars(entry: dict, names: Sequence[str]) -> str:
+    rows = [
+        (name, [(row["models"][model]["mean"], row["models"][model]["sd"]) for model in names])
+        for family in ("groups", "units")
+        for name, row in entry[family].items()
+    ]
+    note = f'<p class="note">Whiskers: standard deviation over {entry["runs"]} runs.</p>' if entry["runs"] > 1 else ""
+    return charts.legend(names) + charts.bars(rows) + note
+
+
+def _runs(models: dict[str, list[Run]]) -> str:
+    rows = [
+        [
+            text(name),
+            text(run.path),
+            text(run.results["checkpoint"]),
+            str(run.results["step"]),
+            f"{run.results['parameters']:,}",
+            text(f"{run.results['data']}, {run.results['split']}"),
+        ]
+        for name, runs in models.items()
+        for run in runs
+    ]
+    every = [f"{name}: {line}" for name, runs in models.items() for run in runs for line in run.results["warnings"]]
+    return page.table(["model", "evaluation", "checkpoint", "step", "parameters", "data"], rows) + page.warnings(every)
+
+
+def _heads(names: Sequence[str]) -> list[str]:
+    return [*map(text, names), *(f"gain over<br>{text(name)}" for name in names[1:])]
+
+
+def _cells(row: dict, names: Sequence[str]) -> list[str]:
+    best = max(row["models"][name]["mean"] for name in names)
+    cells = []
+    for name in names:
+        shown = _mean(row["models"][name], " <small>± ") + ("</small>" if row["models"][name]["sd"] is not None else "")
+        cells.append(f'<b class="best">{shown}</b>' if row["models"][name]["mean"] == best else shown)
+    return cells + [_gain_cell(row["gains"][name]) for name in names[1:]]
+
+
+def _gain_cell(gain: dict) -> str:
+    return f"{points(gain['value'])} <small>[{points(gain['low'])}, {points(gain['high'])}]</small>"
+
+
+def _gain(gain: dict) -> str:
+    return f"{points(gain['value'])} [{points(gain['low'])}, {points(gain['high'])}]"
+
+
+def _mean(row: dict, sign: str) -> str:
+    sign = f" {sign} " if sign == "±" else sign
+    return percent(row["mean"]) + (f"{sign}{percent(row['sd'])}" if row["sd"] is not None else "")
+
+
+def _outcomes(first: str, other: str | None) -> list[str]:
+    return [outcome.format(first=first, other=other) for outcome in _PICKS] if other else ["right", "wrong"]
+
+
+def _cards(models: dict[str, list[Run]], pool: str, other: str | None) -> tuple[list[Card], str]:
+    """Queries of the first run that tell the first model from the best other, and a note if they cannot be shown."""
+    shown = [name for name in (next(iter(models)), other) if name]
+    runs = [models[name][0] for name in shown]
+    try:
+        return _pick(runs, shown, pool), ""
+    except (UserError, OSError) as error:
+        return [], f'<p class="note">No gallery: {text(error)}</p>'
+
+
+def _pick(runs: list[Run], names: list[str], pool: str) -> list[Card]:
+    lines = [
+        {(line["unit"], line["qid"]): line for line in run.queries if line["pool"] == pool and line["given"] == "all"}
+        for run in runs
+    ]
+    left = {}
+    chosen: dict[tuple[str, str], str] = {}
+    outcomes = _outcomes(names[0], names[1] if len(names) > 1 else None)
+    for key in sorted(lines[0], key=lambda key: (lines[0][key]["task"], *key)):
+        right = [line[key]["rank"] == 1 for line in lines]
+        if len(right) == 1:
+            outcome, most = outcomes[0 if right[0] else 1], 4
+        else:
+            number = {(True, False): 0, (False, True): 1, (False, False): 2, (True, True): 3}[tuple(right)]
+            outcome, most = outcomes[number], list(_PICKS.values())[number]
+        left.setdefault((key[0], outcome), most)
+        if left[key[0], outcome]:
+            left[key[0], outcome] -= 1
+            chosen[key] = outcome
+    return _shown(runs, names, pool, lines, chosen)
+
+
+def _shown(runs: list[Run], names: list[str], pool: str, lines: list[dict], chosen: dict) -> list[Card]:
+    results = runs[0].results
+    mbeir = Mbeir(results["data"])
+    split, number = results["split"], results["instruction"]
+    found = [{unit: _read_run(run.path, unit, pool) for unit in {unit for unit, _ in chosen}} for run in runs]
+    cards, needed = [], {did for tops in found for unit, qid in chosen for did, _ in tops[unit].get(qid, ())}
+    for name in dict.fromkeys(unit for unit, _ in chosen):
+        unit = mbeir.unit(split, name)
+        qrels = mbeir.qrels(split, unit)
+        needed |= {did for key in chosen if key[0] == name for did in qrels.get(key[1], ())}
+        candidates = {one.did: one for one in mbeir.candidates(mbeir.pool_file(split, unit, pool)) if one.did in needed}
+        for query in mbeir.iter_queries(split, unit):
+            if (name, query.qid) not in chosen:
+                continue
+            line = lines[0][name, query.qid]
+            relevant = {did: gain for did, gain in qrels.get(query.qid, {}).items() if gain > 0}
+            right = next((candidates[did] for did in relevant if did in candidates), None)
+            prompts = mbeir.instructions(unit.dataset, query.modality, right.modality, required=False) if right else ()
+            instruction = prompts[number] if number is not None and prompts else None
+            asked = Asked(query, relevant, instruction, line["cluster"], line["kind"], line["edit"])
+            rankings = [
+                Ranking(model, by_key[name, query.qid]["rank"], _candidates(tops[name].get(query.qid, ()), candidates))
+                for model, by_key, tops in zip(names, lines, found, strict=True)
+            ]
+            cards.append(Card(name, chosen[name, query.qid], asked, rankings, right))
+    return cards
+
+
+def _candidates(found: Sequence[tuple[str, float]], known: dict[str, Candidate]) -> list[tuple[Candidate, float]]:
+    return [(known[did], score) for did, score in found if did in known]
+
+
+def _read_run(path: Path, unit: str, pool: str) -> dict[str, list[tuple[str, float]]]:
+    tops: dict[str, list[tuple[str, float]]] = {}
+    with (path / "runs" / f"{unit}.{pool}.trec").open(encoding="utf-8") as lines:
+        for line in lines:
+            qid, _, did, rank, score, _ = line.split()
+            if int(rank) <= SHOWN:
+                tops.setdefault(qid, []).append((did, float(score)))
+    return tops
