@@ -1,0 +1,174 @@
+"""Hugging Face's config.json ↔ our configuration."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jfe_jax.config import Config, ModelConfig, TextConfig, TokensConfig, VisionConfig, from_dict
+from jfe_jax.errors import UserError
+
+# What config.json cannot say: how an item is laid out and pooled.
+ENCODER_FILE = "jfe.json"
+TANH_GELU = "gelu_pytorch_tanh"
+
+# ours → theirs, with the value that transformers takes when a PaliGemma config.json leaves it out.
+_VISION = {
+    "image_size": ("image_size", 224),
+    "patch_size": ("patch_size", 14),
+    "width": ("hidden_size", 1152),
+    "depth": ("num_hidden_layers", 27),
+    "mlp_dim": ("intermediate_size", 4304),
+    "num_heads": ("num_attention_heads", 16),
+    "norm_eps": ("layer_norm_eps", 1e-6),
+}
+_TEXT = {
+    "vocab_size": ("vocab_size", 257216),
+    "width": ("hidden_size", 2048),
+    "depth": ("num_hidden_layers", 18),
+    "mlp_dim": ("intermediate_size", 16384),
+    "num_heads": ("num_attention_heads", 8),
+    "num_kv_heads": ("num_key_value_heads", 1),
+    "head_dim": ("head_dim", 256),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+}
+
+
+def read_config(directory: Path) -> Config:
+    """The configuration that a Hugging Face directory describes; its tokenizer is the directory itself.
+
+    Raises:
+      UserError: no config.json, another architecture, or a setting that the encoder does not implement.
+    """
+    path = directory / "config.json"
+    tree = _read_json(path)
+    if tree.get("model_type") != "paligemma":
+        raise UserError(f"{path}: model_type {tree.get('model_type')!r}; only 'paligemma' is read")
+    vision, text = _section(tree, "vision_config", path), _section(tree, "text_config", path)
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    _refuse(
+        path,
+        {
+            "text_config.model_type": (text.get("model_type", "gemma"), ("gemma",)),
+            # "gelu" is what old Gemma files say and mean the tanh form by.
+            "text_config.hidden_act": (
+                text.get("hidden_activation") or text.get("hidden_act"),
+                (None, "gelu", TANH_GELU),
+            ),
+            "text_config.attention_bias": (text.get("attention_bias", False), (False,)),
+            "text_config.rope_parameters.rope_type": (rope.get("rope_type", rope.get("type")), (None, "default")),
+            "vision_config.model_type": (vision.get("model_type", "siglip_vision_model"), ("siglip_vision_model",)),
+            "vision_config.hidden_act": (vision.get("hidden_act"), (None, TANH_GELU)),
+            "vision_config.num_channels": (vision.get("num_channels", 3), (3,)),
+        },
+    )
+    if "image_token_index" not in tree and "image_token_id" not in tree:
+        raise UserError(f"{path}: no image_token_index; add the id of <image>")
+    encoder = _read_json(directory / ENCODER_FILE) if (directory / ENCODER_FILE).exists() else {}
+    model = {
+        "vision": {ours: vision.get(theirs, default) for ours, (theirs, default) in _VISION.items()},
+        "text": {ours: text.get(theirs, default) for ours, (theirs, default) in _TEXT.items()}
+        | {"rope_theta": rope.get("rope_theta") or text.get("rope_theta") or 10000.0},
+        "image_token": tree.get("image_token_index", tree.get("image_token_id")),
+        "pooling": encoder.pop("pooling", "last"),
+    }
+    return from_dict({"model": model, "tokens": {"tokenizer": str(directory), **encoder}}, str(path))
+
+
+def config_json(model: ModelConfig, special: dict[str, int]) -> dict[str, Any]:
+    """config.json of a `PaliGemmaForConditionalGeneration` of this geometry.
+
+    Args:
+      model: a fusion model's configuration.
+      special: ids of "bos", "eos" and "pad".
+    """
+    ids = {f"{name}_token_id": number for name, number in special.items()}
+    text = {theirs: getattr(model.text, ours) for ours, (theirs, _) in _TEXT.items()}
+    vision = {theirs: getattr(model.vision, ours) for ours, (theirs, _) in _VISION.items()}
+    return {
+        "architectures": ["PaliGemmaForConditionalGeneration"],
+        "model_type": "paligemma",
+        "dtype": "float32",
+        **ids,
+        "hidden_size": model.text.width,
+        "image_token_index": model.image_token,
+        "projection_dim": model.text.width,
+        "tie_word_embeddings": True,
+        "vocab_size": model.text.vocab_size,
+        "text_config": {
+            "model_type": "gemma",
+            **text,
+            **ids,
+            "hidden_act": TANH_GELU,
+            "hidden_activation": TANH_GELU,
+            "attention_bias": False,
+            # Older and newer versions of transformers read one or the other.
+            "rope_theta": model.text.rope_theta,
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.text.rope_theta},
+            "num_image_tokens": model.vision.patches,
+            "tie_word_embeddings": True,
+        },
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            **vision,
+            "hidden_act": TANH_GELU,
+            "num_channels": 3,
+            "projection_dim": model.text.width,
+            "vision_use_head": False,
+        },
+    }
+
+
+def encoder_json(model: ModelConfig, tokens: TokensConfig) -> dict[str, Any]:
+    """What `read_config` takes from ENCODER_FILE."""
+    return {"pooling": model.pooling, "max_text_tokens": tokens.max_text_tokens, "newline": tokens.newline}
+
+
+def processor_json(model: ModelConfig) -> dict[str, Any]:
+    """preprocessor_config.json: the image preparation that `jfe_jax.data.images` does."""
+    side = model.vision.image_size
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        # Pillow's number of bicubic
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_seq_length": model.vision.patches,
+    }
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read it ({error.strerror}); give a directory of a Hugging Face model"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: an object is wanted, not a {type(tree).__name__}")
+    return tree
+
+
+def _section(tree: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
+    section = tree.get(name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: {name} is an object, not {section!r}")
+    return section
+
+
+def _refuse(path: Path, settings: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
+    bad = [f"{key} = {value!r}" for key, (value, allowed) in settings.items() if value not in allowed]
+    if bad:
+        raise UserError(f"{path}: not implemented here: {'; '.join(bad)}")
+
+
+assert set(_VISION) == set(VisionConfig.__dataclass_fields__)
+assert {*_TEXT, "rope_theta"} == set(TextConfig.__dataclass_fields__)
