@@ -33,7 +33,9 @@ class AttentionPool(nnx.Module):
         self.projection = Linear(d, e, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        logits = jnp.einsum("...pd,dn->...pn", x, self.probe_dn[...].astype(x.dtype), preferred_element_type=jnp.float32)
+        logits = jnp.einsum(
+            "...pd,dn->...pn", x, self.probe_dn[...].astype(x.dtype), preferred_element_type=jnp.float32
+        )
         weights = jax.nn.softmax(logits, axis=-2).astype(x.dtype)
         # Mean first, value projection after: N vectors to project instead of P.
         mean = jnp.einsum("...pn,...pd->...nd", weights, x)
