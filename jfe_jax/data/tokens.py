@@ -56,6 +56,11 @@ class ItemEncoder:
         self._tail = np.array([*newline, self.eos_id], np.int32)
         self.longest = len(self._head) + self._max_text + len(self._tail)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Pickling forgets it.
+        self._tokenizer.encode_special_tokens = True
+
     def encode(self, item: Item, name: str = "image") -> EncodedItem:
         """Tokens int32 [S] and pixels uint8 [H, W, 3] (None without an image); `name` stands for the image in errors.
 

@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jfe_jax.data.items import EncodedItem
+from jfe_jax.data.packing import batches, pack
+from jfe_jax.errors import UserError
+
+SIZE, PATCHES, IMAGE = 2, 3, 9
+
+
+def item(number: int, length: int, image: bool) -> EncodedItem:
+    """Tokens tell the item from every other; its pixels hold its number."""
+    tokens = 100 * (number + 1) + np.arange(length, dtype=np.int32)
+    if not image:
+        return EncodedItem(tokens, None)
+    return EncodedItem(
+        np.concatenate([np.full(PATCHES, IMAGE, np.int32), tokens]), np.full((SIZE, SIZE, 3), number % 256, np.uint8)
+    )
+
+
+def check_placed(batch, group: int, index: int, one: EncodedItem) -> None:
+    """Everything the batch says of an item is true of it, and it is the item's."""
+    start, end = batch.pool_span[group, index]
+    row_tokens = batch.tokens.shape[2]
+    assert batch.valid[group, index]
+    assert start // row_tokens == (end - 1) // row_tokens, "the segment crosses a row"
+    np.testing.assert_array_equal(batch.tokens[group].ravel()[start:end], one.tokens)
+    np.testing.assert_array_equal(batch.positions[group].ravel()[start:end], np.arange(end - start))
+    assert batch.pool[group, index] == end - 1
+    segments = batch.segments[group].ravel()
+    number = segments[start]
+    assert number > 0
+    row = segments[start // row_tokens * row_tokens : (start // row_tokens + 1) * row_tokens]
+    assert (row == number).sum() == end - start, "another item has the same number"
+    slots = np.flatnonzero(batch.image_start[group] == start)
+    assert len(slots) == (one.pixels is not None)
+    for slot in slots:
+        np.testing.assert_array_equal(batch.pixels[group, slot], one.pixels)
+        np.testing.assert_array_equal(batch.tokens[group].ravel()[start : start + PATCHES], IMAGE)
+
+
+ITEMS = st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=0, max_size=24)
+
+
+@given(ITEMS, st.integers(1, 3), st.sampled_from(["packed", "padded"]))
+@settings(deadline=None, max_examples=80)
+def test_every_item_lies_once_in_one_row_with_its_image(drawn, groups, layout):
+    items = [item(number, *one) for number, one in enumerate(drawn)]
+    items += [None] * (-len(items) % groups)
+    per_group = len(items) // groups
+    batch = pack(
+        items, groups=groups, rows=per_group, row_tokens=23, image_slots=per_group, layout=layout, image_size=SIZE
+    )
+    for number, one in enumerate(items):
+        group, index = divmod(number, per_group)
+        if one is None:
+            assert not batch.valid[group, index]
+        else:
+            check_placed(batch, group, index, one)
+    tokens = sum(len(one.tokens) for one in items if one is not None)
+    assert (batch.segments > 0).sum() == tokens
+    assert (batch.image_start < batch.tokens.shape[1] * batch.tokens.shape[2]).sum() == sum(
+        one is not None and one.pixels is not None for one in items
+    )
+    assert not batch.tokens[batch.segments == 0].any()
+    if layout == "padded":
+        assert batch.segments.max(initial=0) <= 1
+
+
+@given(ITEMS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from(["packed", "padded"]))
+@settings(deadline=None, max_examples=80)
+def test_batches_of_a_stream_hold_every_item_once(drawn, groups, items_per_group, rows, layout):
+    items = [item(number, *one) for number, one in enumerate(drawn)]
+    seen = []
+    for batch, numbers in batches(
+        iter(items),
+        groups=groups,
+        items_per_group=items_per_group,
+        rows=rows,
+        row_tokens=23,
+        image_slots=2,
+        image_size=SIZE,
+        layout=layout,
+    ):
+        assert batch.tokens.shape == (groups, rows, 23) and batch.pixels.shape == (groups, 2, SIZE, SIZE, 3)
+        assert numbers.shape == (groups, items_per_group) == batch.valid.shape
+        np.testing.assert_array_equal(batch.valid, numbers >= 0)
+        for group, index in zip(*np.nonzero(numbers >= 0), strict=True):
+            check_placed(batch, group, index, items[numbers[group, index]])
+        seen += numbers[numbers >= 0].tolist()
+    assert sorted(seen) == list(range(len(items)))
+
+
+def test_items_share_rows_first_fit():
+    batch = pack(
+        [item(n, length, False) for n, length in enumerate([6, 5, 4, 3, 2])],
+        groups=1,
+        rows=2,
+        row_tokens=10,
+        image_slots=0,
+        layout="packed",
+    )
+    np.testing.assert_array_equal(batch.segments[0], [[1] * 6 + [2] * 4, [1] * 5 + [2] * 3 + [3] * 2])
+
+
+@pytest.mark.parametrize(("lengths", "image"), [([11], False), ([6, 6, 6], False), ([1, 1], True)])
+def test_what_does_not_fit_is_refused(lengths, image):
+    with pytest.raises(UserError, match="fits into no row"):
+        pack(
+            [item(n, length, image) for n, length in enumerate(lengths)],
+            groups=1,
+            rows=2,
+            row_tokens=10,
+            image_slots=1,
+            layout="packed",
+            image_size=SIZE,
+        )
+
+
+def test_an_item_too_long_for_any_batch_is_named():
+    stream = [item(0, 3, False), item(1, 30, False)]
+    with pytest.raises(UserError, match="item 1"):
+        list(batches(stream, groups=1, items_per_group=2, rows=2, row_tokens=23, image_slots=1, image_size=SIZE))
+
+
+def test_a_split_that_is_not_even_and_an_unknown_image_size_are_programming_errors():
+    with pytest.raises(ValueError, match="equal groups"):
+        pack([item(0, 3, False)], groups=2, rows=2, row_tokens=10, image_slots=0)
+    with pytest.raises(ValueError, match="image_size"):
+        pack([item(0, 3, False)], groups=1, rows=2, row_tokens=10, image_slots=1)
