@@ -15,6 +15,7 @@ from pathlib import Path
 
 import grain
 import numpy as np
+from absl import flags
 
 from jfe_jax.config import Config
 from jfe_jax.data.contrastive import BatchShape, PackPairs
@@ -79,6 +80,9 @@ def training_batches(
     pairs = grain.MapDataset.mix(sources, weights=list(weights.values())).map_with_index(encode)
     batches: grain.IterDataset = PackPairs(pairs, shape, start=process_index, stride=process_count)
     if cfg.data.workers:
+        # Grain asks for its flags' values, which absl refuses until somebody has parsed a command line.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=_PREFETCH))
         return iter(batches)
     iterator = _Prefetched(iter(batches), _PREFETCH)

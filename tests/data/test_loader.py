@@ -1,0 +1,340 @@
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jfe_jax.config import Config, from_dict
+from jfe_jax.data.builder import CandidateIndex, prepare
+from jfe_jax.data.images import to_pixels
+from jfe_jax.data.loader import training_batches
+from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.errors import UserError
+from tests.data.conftest import silent
+from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, edit_row, make_mbeir
+
+
+@pytest.fixture
+def make_config(mbeir_dir, prepared_dir):
+    def make(tokens=None, **data) -> Config:
+        sizes = {"pairs": 16, "rows": 12, "row_tokens": 80, "image_slots": 32, "image_cache_mib": 16}
+        return from_dict(
+            {
+                "model": {
+                    "image_token": IMAGE_TOKEN,
+                    "vision": {"image_size": 32, "patch_size": 16},
+                    "text": {"vocab_size": VOCAB_SIZE},
+                },
+                "tokens": {"tokenizer": str(mbeir_dir / "tokenizer"), "max_text_tokens": 40, **(tokens or {})},
+                "data": {"path": str(prepared_dir), **sizes, **data},
+            }
+        )
+
+    return make
+
+
+def take(iterator, count):
+    try:
+        return list(itertools.islice(iterator, count))
+    finally:
+        iterator.close()
+
+
+def leaves(batch):
+    return [*batch.packed, batch.candidate_ids, batch.positive_ids]
+
+
+def assert_same(one, other):
+    for left, right in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def segment(packed, group, item):
+    start, end = packed.pool_span[group, item]
+    return packed.tokens[group].ravel()[start:end]
+
+
+def image_of(packed, group, item):
+    (slots,) = np.nonzero(packed.image_start[group] == packed.pool_span[group, item, 0])
+    return packed.pixels[group, slots[0]] if len(slots) else None
+
+
+def test_each_pair_is_a_query_of_the_data_with_one_of_its_positives(make_config, mbeir_dir):
+    """Every item of a batch is traced back to its row on disk by its tokens and its pixels."""
+    cfg = make_config(hard_negatives=2, rows=24, image_slots=64)
+    encoder = ItemEncoder(cfg.tokens, cfg.model.vision, cfg.model.image_token)
+    mbeir = Mbeir(mbeir_dir)
+    candidates = {}
+    for dataset in (0, 2):
+        index = CandidateIndex(mbeir, dataset)
+        candidates |= {index.numbers[one.did]: one for one in index.candidates()}
+    dids = {number: one.did for number, one in candidates.items()}
+    known = {}
+    for unit in mbeir.units("train"):
+        for query in mbeir.queries("train", unit):
+            wanted = next(one for one in candidates.values() if one.did == query.pos[0]).modality
+            for prompt in mbeir.instructions(unit.dataset, query.modality, wanted):
+                pixels = to_pixels(query.image, 32).tobytes() if query.image else None
+                key = encoder.tokens(query.text, prompt, query.image is not None).tobytes(), pixels
+                known.setdefault(key, []).append(query)
+    seen_prompts, tasks = set(), set()
+    for batch in take(training_batches(cfg, groups=2, split="train"), 4):
+        packed, n = batch.packed, 8
+        assert batch.candidate_ids.dtype == batch.positive_ids.dtype == np.int32
+        assert batch.candidate_ids.shape == (2, n * 3) and batch.positive_ids.shape == (2, n, 2)
+        assert packed.valid.shape == (2, n * 4) and packed.valid.all()
+        for group, pair in itertools.product(range(2), range(n)):
+            pixels = image_of(packed, group, pair)
+            key = segment(packed, group, pair).tobytes(), None if pixels is None else pixels.tobytes()
+            numbers = batch.candidate_ids[group, [pair, n + 2 * pair, n + 2 * pair + 1]]
+            queries = [query for query in known[key] if dids[numbers[0]] in query.pos]
+            assert queries, "no such query has this positive"
+            assert any({dids[one] for one in numbers[1:]} <= {*query.neg} for query in queries)
+            right = {dids[one] for one in batch.positive_ids[group, pair] if one >= 0}
+            assert any(right == {*query.pos} for query in queries)
+            seen_prompts.add(key[0])
+            for place, number in zip((n + pair, 2 * n + 2 * pair, 2 * n + 2 * pair + 1), numbers, strict=True):
+                one = candidates[number]
+                np.testing.assert_array_equal(
+                    segment(packed, group, place), encoder.tokens(one.text, None, one.image is not None)
+                )
+                got = image_of(packed, group, place)
+                assert (got is None) == (one.image is None)
+                if got is not None:
+                    np.testing.assert_array_equal(got, to_pixels(one.image, 32))
+            tasks.add((queries[0].modality, candidates[numbers[0]].modality))
+    assert len(tasks) == 8, "a task is missing in the mixture"
+
+
+def test_batches_are_a_function_of_seed_and_step(make_config):
+    cfg = make_config()
+    first = take(training_batches(cfg, groups=2, split="train"), 5)
+    again = take(training_batches(cfg, groups=2, split="train"), 5)
+    for one, other in zip(first, again, strict=True):
+        assert_same(one, other)
+    (other,) = take(training_batches(dataclasses.replace(cfg, seed=1), groups=2, split="train"), 1)
+    assert not np.array_equal(first[0].candidate_ids, other.candidate_ids)
+    uncached = take(training_batches(make_config(image_cache_mib=0), groups=2, split="train"), 5)
+    for one, other in zip(first, uncached, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("tight", [False, True])
+def test_a_resumed_iterator_goes_on_as_if_it_had_never_stopped(make_config, tight):
+    """Also when pairs wait for the next step because the rows are too few for all of them."""
+    cfg = make_config(rows=4 if tight else 12)
+    iterator = training_batches(cfg, groups=2, split="train")
+    list(itertools.islice(iterator, 3))
+    state = json.loads(json.dumps(iterator.get_state()))
+    assert bool(state["waiting"]) == tight
+    rest = take(iterator, 4)
+    fresh = training_batches(cfg, groups=2, split="train")
+    next(fresh)
+    fresh.set_state(state)
+    for one, other in zip(rest, take(fresh, 4), strict=True):
+        assert_same(one, other)
+    assert len(json.dumps(state)) < 300
+
+
+def test_what_does_not_fit_waits_and_nothing_is_lost(make_config):
+    """All pairs of the stream come out, in a tight layout as in a roomy one, and fillers are marked."""
+
+    def pairs(batches):
+        for batch in batches:
+            for group in range(2):
+                for pair in np.flatnonzero(batch.packed.valid[group, :8]):
+                    yield segment(batch.packed, group, pair).tobytes(), int(batch.candidate_ids[group, pair])
+
+    roomy = list(pairs(take(training_batches(make_config(), groups=2, split="train"), 12)))
+    assert len(roomy) == 12 * 16
+    batches = take(training_batches(make_config(rows=4), groups=2, split="train"), 24)
+    tight = list(pairs(batches))
+    short = [batch for batch in batches if not batch.packed.valid.all()]
+    assert short
+    for batch in batches:
+        valid = batch.packed.valid
+        np.testing.assert_array_equal(valid[:, :8], valid[:, 8:])
+        np.testing.assert_array_equal(batch.candidate_ids >= 0, valid[:, 8:])
+        np.testing.assert_array_equal((batch.positive_ids >= 0).any(-1), valid[:, :8])
+    # Those that wait at the end are the only ones missing of as many as have been taken.
+    waiting = 2
+    assert len(tight) > len(roomy)
+    early = roomy[: len(roomy) - waiting]
+    left = list(tight)
+    for pair in early:
+        left.remove(pair)
+
+
+def test_one_group_and_many_have_the_same_pairs(make_config):
+    one = take(training_batches(make_config(rows=24), groups=1, split="train"), 3)
+    four = take(training_batches(make_config(rows=24), groups=4, split="train"), 3)
+    for whole, split in zip(one, four, strict=True):
+        np.testing.assert_array_equal(whole.candidate_ids.ravel(), split.candidate_ids.ravel())
+        np.testing.assert_array_equal(whole.positive_ids.ravel(), split.positive_ids.ravel())
+
+
+def test_processes_share_the_stream(make_config):
+    cfg = make_config()
+    whole = take(training_batches(make_config(pairs=32, rows=24, image_slots=64), groups=2, split="train"), 2)
+    parts = [
+        take(training_batches(cfg, groups=2, split="train", process_index=index, process_count=2), 2)
+        for index in range(2)
+    ]
+    assert parts[0][0].candidate_ids.shape == (1, 8)
+    got = sorted(number for part in parts for batch in part for number in batch.candidate_ids.ravel())
+    wanted = np.concatenate([batch.candidate_ids.ravel() for batch in whole])[: len(got)]
+    assert got == sorted(wanted)
+
+
+def test_every_query_comes_once_in_an_epoch(make_config, mbeir_dir):
+    cfg = make_config(mixture={"shapes_task0": 1.0}, pairs=4, instruction_probability=0.0)
+    mbeir = Mbeir(mbeir_dir)
+    count = len(mbeir.queries("train", mbeir.unit("train", "shapes_task0")))
+    batches = take(training_batches(cfg, groups=1, split="train"), 2 * count // 4)
+    texts = [segment(batch.packed, 0, pair).tobytes() for batch in batches for pair in range(4)]
+    first, second = texts[:count], texts[count:]
+    assert sorted(first) == sorted(second) and first != second
+
+
+def test_weights_instructions_and_order_follow_the_config(make_config, mbeir_dir):
+    cfg = make_config(mixture={"shapes_task0": 3.0, "facts_task1": 1.0, "facts_task2": 0.0})
+    batches = take(training_batches(cfg, groups=1, split="train"), 8)
+    share = np.mean([batch.candidate_ids[0] < 10_000_000 for batch in batches])
+    assert abs(share - 0.75) < 0.02
+
+    in_order = make_config(mixture={"shapes_task0": 1.0}, shuffle=False, instruction_probability=0.0, pairs=4)
+    encoder = ItemEncoder(in_order.tokens, in_order.model.vision, in_order.model.image_token)
+    mbeir = Mbeir(mbeir_dir)
+    queries = mbeir.queries("val", mbeir.unit("val", "shapes_task0"))
+    (batch,) = take(training_batches(in_order, groups=1, split="val"), 1)
+    for pair, query in enumerate(queries[:4]):
+        np.testing.assert_array_equal(segment(batch.packed, 0, pair), encoder.tokens(query.text, None, False))
+
+
+def test_padded_layout_has_an_item_a_row(make_config):
+    cfg = make_config(layout="padded", rows=32)
+    (padded,) = take(training_batches(cfg, groups=2, split="train"), 1)
+    (packed,) = take(training_batches(make_config(), groups=2, split="train"), 1)
+    assert padded.packed.segments.max() == 1 and packed.packed.segments.max() > 1
+    np.testing.assert_array_equal(padded.candidate_ids, packed.candidate_ids)
+
+
+def test_fewer_negatives_than_wanted_leave_fillers(make_config):
+    (batch,) = take(
+        training_batches(make_config(hard_negatives=5, rows=48, image_slots=96), groups=1, split="train"), 1
+    )
+    negatives = batch.candidate_ids[0, 16:].reshape(16, 5)
+    assert (negatives[:, :3] >= 0).all() and (negatives[:, 3:] == -1).all()
+    valid = batch.packed.valid[0, 32:].reshape(16, 5)
+    np.testing.assert_array_equal(valid, negatives >= 0)
+    assert all(len({*row}) == 3 for row in negatives[:, :3].tolist())
+
+
+@pytest.mark.parametrize(
+    ("data", "tokens", "message"),
+    [
+        ({"path": ""}, {}, "data.path: not set"),
+        ({"path": "/nowhere"}, {}, "/nowhere: no prepared data there"),
+        ({"mixture": {"shape_task0": 1.0}}, {}, "did you mean shapes_task0"),
+        ({"mixture": {"shapes_task0": -1.0}}, {}, "negative"),
+        ({"mixture": {"shapes_task0": 0.0}}, {}, "every weight is 0"),
+        ({"pairs": 15}, {}, "data.pairs: 15 is not divisible"),
+        ({"rows": 13}, {}, "data.rows: 13 is not divisible"),
+        ({"row_tokens": 40}, {}, "data.row_tokens: 40 is less than the longest item"),
+        ({"layout": "padded"}, {}, "needs a row for each of the 32 items"),
+        ({}, {"tokenizer": "/nowhere"}, "does not exist"),
+    ],
+)
+def test_wrong_configurations_are_refused(make_config, data, tokens, message):
+    with pytest.raises(UserError, match=message):
+        training_batches(make_config(tokens, **data), groups=2, split="train")
+
+
+def test_wrong_arguments_are_refused(make_config):
+    with pytest.raises(UserError, match="no unit has a split 'trian'; did you mean train"):
+        training_batches(make_config(), groups=2, split="trian")
+    with pytest.raises(UserError, match="3 processes"):
+        training_batches(make_config(), groups=2, split="train", process_count=3)
+    cfg = make_config()
+    small = dataclasses.replace(cfg.model, text=dataclasses.replace(cfg.model.text, vocab_size=500))
+    with pytest.raises(UserError, match="vocab_size is 500"):
+        training_batches(dataclasses.replace(cfg, model=small), groups=2, split="train")
+
+
+def test_a_pair_larger_than_a_group_is_named(make_config):
+    iterator = training_batches(make_config(image_slots=0), groups=2, split="train")
+    with pytest.raises(UserError, match=r"query \d:\d+ .* does not fit into a group"):
+        take(iterator, 50)
+
+
+def test_other_candidates_than_the_queries_were_made_with_are_refused(make_config, tmp_path):
+    own = make_mbeir(tmp_path / "mbeir", queries_per_task=2)
+    list(prepare(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1", "facts_task6"]))
+    edit_row(own / "cand_pool/local/mbeir_facts_task1_cand_pool.jsonl", 1, txt="another text")
+    list(prepare(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1"]))
+    cfg = make_config(path=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="facts_task6: made with other candidates"):
+        training_batches(cfg, groups=1, split="train")
+
+
+def test_an_image_that_cannot_be_read_is_named(make_config, monkeypatch):
+    def broken(*_):
+        raise OSError("broken")
+
+    monkeypatch.setattr(Image.Image, "load", broken)
+    with pytest.raises(UserError, match=r"image of (query|candidate) \d:\d+: cannot be read as an image \(broken\)"):
+        take(training_batches(make_config(), groups=2, split="train"), 3)
+
+
+@pytest.mark.multiprocess
+def test_reader_processes_resume_too_and_never_import_jax(make_config, tmp_path):
+    """In a process of its own, as a worker imports the main module anew."""
+    cfg = make_config(workers=2)
+    script = tmp_path / "read.py"
+    script.write_text(
+        f"""
+import itertools, json, sys
+import numpy as np
+from jfe_jax.config import from_dict
+from jfe_jax.data.loader import training_batches
+
+if __name__ == "__main__":
+    cfg = from_dict({json.loads(json.dumps(dataclasses.asdict(cfg) | {"optimizer": {}}))!r})
+    def read(state, count):
+        iterator = training_batches(cfg, groups=2, split="train")
+        if state is not None:
+            iterator.set_state(state)
+        batches = list(itertools.islice(iterator, count))
+        state = iterator.get_state()
+        iterator.close()
+        return batches, json.loads(json.dumps(state))
+    whole, _ = read(None, 5)
+    _, state = read(None, 3)
+    rest, _ = read(state, 2)
+    for one, other in zip(whole[3:], rest, strict=True):
+        for left, right in zip((*one.packed, one.candidate_ids), (*other.packed, other.candidate_ids), strict=True):
+            np.testing.assert_array_equal(left, right)
+    assert "jax" not in sys.modules
+    print("resumed")
+"""
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith("resumed\n"), done.stderr
+
+
+def test_leaving_the_iterator_open_ends_the_process_cleanly(make_config, tmp_path):
+    cfg = make_config()
+    script = f"""
+from jfe_jax.config import from_dict
+from jfe_jax.data.loader import training_batches
+cfg = from_dict({json.loads(json.dumps(dataclasses.asdict(cfg) | {"optimizer": {}}))!r})
+iterator = training_batches(cfg, groups=2, split="train")
+next(iterator)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
