@@ -70,7 +70,7 @@ def count_parameters(params: Any) -> int:
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, depth: int) -> nnx.Module:
     """`depth` equal blocks as one module whose parameters have a leading axis L."""
-    return nnx.vmap(make)(rngs.fork(split=depth))
+    return nnx.vmap(make)(rngs.split(depth))
 
 
 def run_stack(blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: str) -> jax.Array:

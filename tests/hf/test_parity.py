@@ -1,0 +1,94 @@
+"""The fusion model against transformers' PaliGemma: states, embeddings, gradients."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import torch
+from flax import nnx
+
+from jfe_jax.data.packing import PackedBatch, pack
+from jfe_jax.hf import mapping
+from jfe_jax.hf.load import load_hf
+from jfe_jax.models import build_model
+
+ITEMS = oracle.items()
+LAYOUTS = {
+    "packed": {"rows": 2, "row_tokens": 64, "image_slots": 4, "layout": "packed"},
+    "padded": {"rows": 6, "row_tokens": 40, "image_slots": 3, "layout": "padded"},
+}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 kv head", "2 kv heads"])
+def pair(request, tmp_path_factory):
+    """The oracle, and ours loaded from what it saved."""
+    model = oracle.tiny(kv_heads=request.param)
+    directory = oracle.save(model, tmp_path_factory.mktemp("hf"))
+    return model, *load_hf(directory)
+
+
+def packed_items(layout: str) -> PackedBatch:
+    return pack(list(ITEMS.values()), groups=1, **LAYOUTS[layout])
+
+
+def relative(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def split(config, pooling: str = "last", remat: str = "none"):
+    model = dataclasses.replace(config.model, pooling=pooling, remat=remat)
+    return nnx.graphdef(nnx.eval_shape(lambda: build_model(model, nnx.Rngs(0))))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_hidden_states_agree(pair, layout):
+    model, config, params = pair
+    graphdef, batch = split(config), packed_items(layout)
+    states = jax.jit(lambda params, batch: nnx.merge(graphdef, params).hidden(batch))(params, batch)
+    states = np.asarray(states).reshape(-1, states.shape[-1])
+    for (name, item), (start, end) in zip(ITEMS.items(), batch.pool_span[0], strict=True):
+        with torch.no_grad():
+            theirs = oracle.hidden(model, item).numpy()
+        assert relative(states[start:end], theirs) <= 1e-5, name
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_embeddings_agree(pair, layout, pooling):
+    model, config, params = pair
+    graphdef = split(config, pooling)
+    ours = jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))(params, packed_items(layout))
+    assert ours.dtype == jnp.float32
+    for name, item, vector in zip(ITEMS, ITEMS.values(), np.asarray(ours)[0], strict=True):
+        with torch.no_grad():
+            assert relative(vector, oracle.pooled(model, item, pooling).numpy()) <= 1e-5, name
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots"])
+def test_gradients_agree(pair, remat):
+    model, config, params = pair
+    weights = np.random.default_rng(1).normal(size=(len(ITEMS), config.model.text.width)).astype(np.float32)
+    graphdef, batch = split(config, remat=remat), packed_items("packed")
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return jnp.sum(nnx.merge(graphdef, params)(batch)[0] * weights)
+
+    ours = {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(gradient(params))}
+    model.zero_grad()
+    sum(
+        oracle.pooled(model, item, "last") @ torch.from_numpy(row)
+        for item, row in zip(ITEMS.values(), weights, strict=True)
+    ).backward()
+    theirs = {mapping.canonical(name): weight.grad for name, weight in model.named_parameters()}
+    pieces = mapping.pieces({name: leaf.shape for name, leaf in ours.items()})
+    # The gradient of a key's bias is zero, a softmax does not see what all keys share: rounding is all there is.
+    noise = 1e-6 * np.sqrt(sum(float((grad**2).sum()) for grad in theirs.values() if grad is not None))
+    for name, piece in pieces.items():
+        leaf = np.asarray(ours[piece.entry.ours] if piece.layer is None else ours[piece.entry.ours][piece.layer])
+        wanted = piece.entry.to_ours(theirs[name].numpy(), piece.shape)
+        assert np.linalg.norm(leaf - wanted) <= 1e-4 * np.linalg.norm(wanted) + noise, name
