@@ -43,8 +43,8 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from jfe_jax.data.builder import prepare
     from jfe_jax.data.mbeir import Mbeir
+    from jfe_jax.data.prepare import prepare
 
     for part in prepare(Mbeir(args.dir), args.out, splits=args.splits, units=args.units, progress=progress.bar):
         line = f"{part.name}: {part.outcome}, {part.records} records"

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jfe_jax.data.builder import CANDIDATES, PER_DATASET, QUERIES, VERSION
+from jfe_jax.data.builder import CANDIDATES, QUERIES, VERSION
+from jfe_jax.data.numbering import PER_DATASET
 from jfe_jax.errors import UserError
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from jfe_jax.data.builder import prepare
 from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.prepare import prepare
 from tests.data.mbeir_maker import make_mbeir
 
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from jfe_jax.data.builder import PER_DATASET, CandidateIndex, prepare
 from jfe_jax.data.mbeir import MODALITIES, Mbeir
+from jfe_jax.data.numbering import PER_DATASET, CandidateIndex
+from jfe_jax.data.prepare import prepare
 from jfe_jax.errors import UserError
 from tests.data.conftest import silent
 from tests.data.mbeir_maker import edit_row, make_mbeir

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 from jfe_jax.config import Config, from_dict
-from jfe_jax.data.builder import CandidateIndex, prepare
 from jfe_jax.data.images import to_pixels
 from jfe_jax.data.loader import training_batches
 from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.numbering import CandidateIndex
+from jfe_jax.data.prepare import prepare
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 from tests.data.conftest import silent
