@@ -82,7 +82,7 @@ def write(path: Path, told: dict, models: dict[str, list[Run]]) -> None:
 
 def _lead(told: dict) -> str:
     lines = []
-    for pool, settings in told["pools"].items():
+    for pool, settings in list(told["pools"].items())[-1:]:
         for setting, suffix in SETTINGS.items():
             if said := claim(settings[setting]):
                 lines.append(f"<p><b>{text(pool)} pool{suffix}:</b> {text(said)}</p>")

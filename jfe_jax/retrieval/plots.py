@@ -1,6 +1,5 @@
 """The comparison as a picture for a README."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -56,5 +55,5 @@ def comparison(path: Path, entry: dict, title: str, labels: dict[str, str] | Non
 
 
 def _wrapped(name: str) -> str:
-    words: Sequence[str] = name.replace("_task", "_task ").replace("_", " ").split() if "_" in name else name.split()
-    return "\n".join(words)
+    dataset, task, number = name.partition("_task")
+    return f"{dataset}\ntask {number}" if task else name.replace(" ", "\n")

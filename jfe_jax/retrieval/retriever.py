@@ -41,7 +41,7 @@ class Retriever:
 
     def __init__(self, config: Config, graphdef: nnx.GraphDef, params: nnx.State, *, path: Path, step: int = 0):
         self.config, self.path, self.step = config, Path(path), step
-        self._params = params
+        self._graphdef, self._params = graphdef, params
         self._encoder = ItemEncoder(config.tokens, config.model.vision, config.model.image_token)
         self._pixels: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
         self._forward = jax.jit(lambda params, packed: nnx.merge(graphdef, params)(packed))

@@ -16,6 +16,8 @@ from jfe_jax.errors import UserError
 
 QUERY_BLOCK = 1024
 CANDIDATE_BLOCK = 8192
+# Targets are padded to a multiple of this, and lengths to powers of two: many pools and units share few compilations.
+_TARGET_STEP = 8
 
 
 class Found(NamedTuple):
@@ -62,13 +64,16 @@ def search(
             "they were embedded by different checkpoints"
         )
     k = min(k, len(candidates))
-    targets = np.full((len(queries), 0), -1, np.int32) if targets is None else np.asarray(targets, np.int32)
+    width = 0 if targets is None else targets.shape[1]
+    padded_targets = np.full((len(queries), -(-width // _TARGET_STEP) * _TARGET_STEP), -1, np.int32)
+    if targets is not None:
+        padded_targets[:, :width] = targets
     query_block = min(query_block, _rounded(len(queries)))
     candidate_block = min(candidate_block, _rounded(len(candidates)))
     blocks = [
         _Block(
-            jnp.asarray(_padded(queries[start : start + query_block], query_block, 0)),
-            jnp.asarray(_padded(targets[start : start + query_block], query_block, -1)),
+            _padded(queries[start : start + query_block], query_block, 0),
+            _padded(padded_targets[start : start + query_block], query_block, -1),
             k,
         )
         for start in range(0, len(queries), query_block)
@@ -76,15 +81,16 @@ def search(
     for start, block in _blocks(candidates, candidate_block):
         for part in blocks:
             part.best = _merge(part.best, _scores(part.queries, block), start, len(candidates), k)
-            if targets.shape[1]:
+            if width:
                 part.wanted = _target_scores(part.wanted, _scores(part.queries, block), part.targets, start)
-    if targets.shape[1]:
+    if width:
         for start, block in _blocks(candidates, candidate_block):
             for part in blocks:
                 scores = _scores(part.queries, block)
                 part.ahead = _count_ahead(part.ahead, scores, part.wanted, part.targets, start, len(candidates))
     scores, rows = (_joined([part.best[i] for part in blocks], len(queries), k) for i in range(2))
-    ranks = _joined([jnp.where(part.targets < 0, 0, part.ahead + 1) for part in blocks], len(queries), targets.shape[1])
+    ahead = _joined([part.ahead for part in blocks], len(queries), padded_targets.shape[1])
+    ranks = np.where(padded_targets < 0, 0, ahead + 1)[:, :width]
     return Found(scores.astype(np.float32), rows.astype(np.int32), ranks.astype(np.int32))
 
 
@@ -101,12 +107,12 @@ def require_finite(embeddings: np.ndarray, names: list[str], what: str) -> None:
 class _Block:
     """A block of queries and what is known of it so far."""
 
-    def __init__(self, queries: jax.Array, targets: jax.Array, k: int):
+    def __init__(self, queries: np.ndarray, targets: np.ndarray, k: int):
         self.queries = queries
         self.targets = targets
-        self.best = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
-        self.wanted = jnp.zeros(targets.shape, jnp.float32)
-        self.ahead = jnp.zeros(targets.shape, jnp.int32)
+        self.best = np.full((len(queries), k), -np.inf, np.float32), np.zeros((len(queries), k), np.int32)
+        self.wanted = np.zeros(targets.shape, np.float32)
+        self.ahead = np.zeros(targets.shape, np.int32)
 
 
 # Scores are always computed by this one function on these block shapes: a target's score must equal, to the last bit,
@@ -160,10 +166,9 @@ def _padded(rows: np.ndarray, size: int, filler: int) -> np.ndarray:
     return padded
 
 
-def _joined(parts: list[jax.Array], length: int, width: int) -> np.ndarray:
+def _joined(parts: list[jax.Array | np.ndarray], length: int, width: int) -> np.ndarray:
     return np.concatenate([np.asarray(part) for part in parts] or [np.zeros((0, width))])[:length]
 
 
 def _rounded(length: int) -> int:
-    # Powers of two: pools of many sizes share few compiled shapes.
     return max(128, 1 << max(length - 1, 0).bit_length())

@@ -3,6 +3,8 @@
 import dataclasses
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -33,8 +35,15 @@ def tiny_retriever(folder: Path, kind: str = "fusion", seed: int = 0) -> Retriev
     if not tokenizer.exists():
         train_tokenizer(TEXTS, 300, tokenizer)
     config = tiny_config(tokenizer, kind)
-    graphdef, params = nnx.split(build_model(config.model, nnx.Rngs(seed)))
-    return Retriever(config, graphdef, params, path=folder / f"{kind}-{seed}", step=seed)
+    return random_retriever(config, folder / f"{kind}-{seed}", seed)
+
+
+def random_retriever(config: Config, path: Path, seed: int) -> Retriever:
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
+    random = np.random.default_rng(seed)
+    # Drawn by NumPy: the models' own initialisers take many times longer to compile than all that is tested here.
+    params = jax.tree.map(lambda leaf: jnp.asarray(random.normal(0, 0.25, leaf.shape), leaf.dtype), abstract)
+    return Retriever(config, graphdef, params, path=path, step=seed)
 
 
 def save(retriever: Retriever, path: Path) -> Path:

@@ -1,0 +1,28 @@
+"""A small M-BEIR directory and a model for it, once for all tests here."""
+
+import contextlib
+import dataclasses
+
+import pytest
+
+from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
+from tests.retrieval.tiny import random_retriever, tiny_config
+
+
+@pytest.fixture(scope="session")
+def mbeir_path(tmp_path_factory):
+    """Read only: a test that plants a defect makes its own."""
+    return make_mbeir(tmp_path_factory.mktemp("mbeir"), queries_per_task=6)
+
+
+@pytest.fixture(scope="session")
+def shapes_retriever(mbeir_path):
+    config = tiny_config(mbeir_path / "tokenizer")
+    text = dataclasses.replace(config.model.text, vocab_size=VOCAB_SIZE)
+    model = dataclasses.replace(config.model, text=text, image_token=IMAGE_TOKEN)
+    return random_retriever(dataclasses.replace(config, model=model), mbeir_path / "model", seed=0)
+
+
+@contextlib.contextmanager
+def quiet(name, total):
+    yield lambda count: None
