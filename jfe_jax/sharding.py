@@ -139,7 +139,10 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
 
 def initialise(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:
     """`function(*args)` compiled so that every output is made where `shardings` puts it."""
-    return jax.jit(function, out_shardings=shardings)(*args)
+    platform = next(iter(jax.tree.leaves(shardings)[0].device_set)).platform
+    # It runs once: on the CPU, compiling it with optimisations takes far longer than they save.
+    options = {"xla_backend_optimization_level": 0} if platform == "cpu" else None
+    return jax.jit(function, out_shardings=shardings, compiler_options=options)(*args)
 
 
 def abstract_arrays(abstract: Any, shardings: Any) -> Any:
