@@ -72,7 +72,7 @@ def write(path: Path, told: dict, models: dict[str, list[Run]]) -> None:
         ),
         ("kinds", f"Kinds of query, {main} pool", _kinds(told, main)),
         ("controls", "Half of the query alone", _controls(told)),
-        ("twoway", "The right one or the query's own image", _two_way(models, pools)),
+        ("twoway", "Two-way choices", _two_way(models, pools)),
         ("training", "Training", charts.legend(names) + training if training else ""),
         ("gallery", f"Queries and what was found, {main} pool", note + gallery(cards, outcomes)),
         ("runs", "Evaluations compared", _runs(models)),
@@ -156,15 +156,19 @@ def _two_way(models: dict[str, list[Run]], pools: Sequence[str]) -> str:
     first = next(iter(models.values()))[0].results["units"]
     for pool in pools:
         for unit, about in first.items():
-            if about["pools"][pool]["source_in_pool"]:
-                values = [
-                    [run.results["units"][unit]["pools"][pool]["two_way"] for run in runs] for runs in models.values()
-                ]
-                rows.append([f"{text(unit)}, {pool} pool", *(percent(sum(row) / len(row)) for row in values)])
+            for key, other in (("two_way", "own image"), ("two_way_foil", "foil")):
+                if about["pools"][pool][key] is not None:
+                    values = [
+                        [run.results["units"][unit]["pools"][pool][key] for run in runs] for runs in models.values()
+                    ]
+                    rows.append(
+                        [f"{text(unit)}, {pool} pool: {other}", *(percent(sum(row) / len(row)) for row in values)]
+                    )
     note = (
-        '<p class="note">How often the best right candidate stands before the query\'s own image; mean over runs.</p>'
+        "How often the best right candidate stands before the query's own image, and before the query's foil (a wrong "
+        "candidate that the data set names for it); mean over runs."
     )
-    return page.table(["two-way", *map(text, models)], rows) + note if rows else ""
+    return page.table(["two-way accuracy", *map(text, models)], rows) + f'<p class="note">{note}</p>' if rows else ""
 
 
 def _bars(entry: dict, names: Sequence[str]) -> str:

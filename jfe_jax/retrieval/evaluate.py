@@ -135,20 +135,22 @@ def _ask(
     depth: int,
 ) -> Answers:
     rows = table.rows[pool, unit.unit.name]
-    right, gains, own = table.targets(questions, pool, unit.unit.name)
-    targets = np.maximum(np.concatenate([right, own], axis=1), -1)
-    found = search(queries, candidates[rows], depth, targets)
-    ranks = np.where(right == -2, metrics.NOT_RETRIEVED, found.ranks[:, : right.shape[1]])
+    targets = table.targets(questions, pool, unit.unit.name)
+    parts = (targets.right, targets.own, targets.foil)
+    found = search(queries, candidates[rows], depth, np.maximum(np.concatenate(parts, axis=1), -1))
+    ranks, own_ranks, foil_ranks = np.split(found.ranks, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
+    dangling = targets.right == -2
     return Answers(
         unit=unit,
         pool=pool,
         given=mode,
         asked=questions,
         pool_size=len(rows),
-        ranks=ranks,
-        gains=gains,
-        own_ranks=found.ranks[:, right.shape[1] :],
-        dangling=int((right == -2).sum()),
+        ranks=np.where(dangling, metrics.NOT_RETRIEVED, ranks),
+        gains=targets.gains,
+        own_ranks=own_ranks,
+        foil_ranks=foil_ranks,
+        dangling=int(dangling.sum()),
         rows=rows[found.rows],
         scores=found.scores,
     )

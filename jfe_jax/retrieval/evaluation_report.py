@@ -66,12 +66,22 @@ def _summary(results: dict) -> str:
         for name, entry in results["groups"][pool].items():
             if name != HEADLINE:
                 rows.append([f"{text(name)}, {pool} pool", str(entry["units"]), *_metric_cells(entry, _COLUMNS[:3])])
-    head = ["mean over units", "units", "hit@1", "hit@5", "hit@10", "hit@1<br>without source", "two-way"]
+    head = [
+        "mean over units",
+        "units",
+        "hit@1",
+        "hit@5",
+        "hit@10",
+        "hit@1<br>without source",
+        "two-way<br>own image",
+        "two-way<br>foil",
+    ]
     headlines = "; ".join(f"{pool} pool {percent(results['groups'][pool][HEADLINE])}" for pool in results["pools"])
     note = (
         "hit@k: a right candidate is among the first k (M-BEIR's “Recall@k”). Needs fusion: tasks 6, 7, 8. Does not: "
         "tasks 0, 1, 3, 4. Without source: candidates that show the query's own image are taken out of the pool. "
-        "Two-way: the best right candidate stands before all of those."
+        "Two-way: the best right candidate stands before all of those, or before the foil, a wrong candidate that the "
+        "data set names for the query."
     )
     return f"{page.table(head, rows)}<p>{text(HEADLINE)}: {headlines}.</p><p class='note'>{note}</p>"
 
@@ -81,6 +91,7 @@ def _metric_cells(entry: dict, names: tuple[str, ...]) -> list[str]:
         *(percent(entry["metrics"][name]) for name in names),
         percent(entry["without_source"]["hit@1"]),
         percent(entry.get("two_way")),
+        percent(entry.get("two_way_foil")),
     ]
 
 
@@ -100,7 +111,17 @@ def _pool(results: dict, pool: str) -> str:
         if name != HEADLINE:
             sums.append(len(rows))
             rows.append([text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS), "", "", ""])
-    head = ["unit", "queries", *_COLUMNS, "hit@1<br>without source", "two-way", "pool", "dangling<br>qrels", "task"]
+    head = [
+        "unit",
+        "queries",
+        *_COLUMNS,
+        "hit@1<br>without source",
+        "two-way<br>own image",
+        "two-way<br>foil",
+        "pool",
+        "dangling<br>qrels",
+        "task",
+    ]
     return page.table(head, rows, sums)
 
 
@@ -108,11 +129,11 @@ def _kinds(results: dict, pool: str) -> str:
     rows, sums = [], []
     for kind, entry in results["kinds"][pool].items():
         sums.append(len(rows))
-        rows.append([text(kind), str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-1]])
+        rows.append([text(kind), str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-2]])
     for name, unit in results["units"].items():
         for edit, entry in unit["pools"][pool]["edits"].items():
             rows.append(
-                [f"{text(name)}: {text(edit)}", str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-1]]
+                [f"{text(name)}: {text(edit)}", str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-2]]
             )
     head = [f"{pool} pool", "queries", "hit@1", "hit@5", "hit@10", "hit@1<br>without source"]
     return page.table(head, rows, sums)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,7 @@ class Asked:
       instruction: what goes before its text.
       cluster: the bootstrap's unit of drawing; queries about the same thing share it.
       kind, edit: as the data set calls them, if it does.
+      foil: id of the wrong candidate that a two-way choice is made against, if the data set names one.
     """
 
     query: Query
@@ -38,6 +40,7 @@ class Asked:
     cluster: str
     kind: str | None
     edit: str | None
+    foil: str | None = None
 
     def item(self, given: str) -> Item | None:
         """The whole query, or with only its "text" or "image" (None if it does not have both); always instructed."""
@@ -49,6 +52,22 @@ class Asked:
             image=None if given == "text" else query.image,
             instruction=self.instruction,
         )
+
+
+class Targets(NamedTuple):
+    """Positions in a pool, -1 for padding.
+
+    Attributes:
+      right: int32 [Q, T]; -2 for a right candidate that is not in the pool.
+      gains: float32 [Q, T]; its relevance.
+      own: int32 [Q, X]; the query's own image, unless it is right.
+      foil: int32 [Q, 1].
+    """
+
+    right: np.ndarray
+    gains: np.ndarray
+    own: np.ndarray
+    foil: np.ndarray
 
 
 @dataclass
@@ -82,15 +101,10 @@ class Pools:
             if candidate.image is not None:
                 self._showing[candidate.image].append(number)
 
-    def targets(self, asked: Sequence[Asked], pool: str, unit: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Positions in the pool of what is right, its relevance, and positions of the query's own image.
-
-        Returns:
-          int32 [Q, T], -1 for padding and -2 for a right candidate that is not in the pool; float32 [Q, T];
-          int32 [Q, X], -1 for padding. What is right is never counted as the query's own image.
-        """
+    def targets(self, asked: Sequence[Asked], pool: str, unit: str) -> "Targets":
+        """Where in the pool what counts for each query stands."""
         rows = self.rows[pool, unit]
-        right, gains, own = [], [], []
+        right, gains, own, foils = [], [], [], []
         for one in asked:
             wanted = [self.row.get(did, -2) for did in one.relevant]
             shown = self._showing.get(one.query.image, ()) if one.query.image is not None else ()
@@ -98,7 +112,14 @@ class Pools:
             gains.append(list(one.relevant.values()))
             found = [_position(rows, number) for number in shown if number not in wanted]
             own.append([number for number in found if number >= 0])
-        return _rectangle(right, -1, np.int32), _rectangle(gains, 0, np.float32), _rectangle(own, -1, np.int32)
+            foil = self.row.get(one.foil, -2) if one.foil not in one.relevant else -2
+            foils.append([max(_position(rows, foil), -1) if foil >= 0 else -1])
+        return Targets(
+            _rectangle(right, -1, np.int32),
+            _rectangle(gains, 0, np.float32),
+            _rectangle(own, -1, np.int32),
+            _rectangle(foils, -1, np.int32),
+        )
 
 
 def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[str]) -> Pools:
@@ -156,6 +177,7 @@ def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction
                 cluster=str(about.get("group", query.qid)),
                 kind=about.get("kind"),
                 edit=about.get("edit"),
+                foil=about.get("foil"),
             )
         )
     return UnitQueries(unit, -1 if task is None else task, asked, unjudged)

@@ -1,13 +1,14 @@
 """Ranks → the numbers of `results.json`, the lines of `queries.jsonl`, and TREC run files.
 
     results.json
-      units.{unit}.pools.{pool}       size, dangling, metrics, without_source, source_in_pool, two_way, controls,
+      units.{unit}.pools.{pool}       size, dangling, metrics, without_source, two_way, two_way_foil, controls,
                                       kinds.{kind} and edits.{edit} (metrics and without_source of those queries)
       groups.{pool}.{group}           the same metrics, mean over the group's units; "all units" and "headline" too
       kinds.{pool}.{kind}             mean over the units that have such queries
 
 Metrics are fractions of 1. `without_source` is what they are once the candidates that show the query's own image are
-taken out of the pool; `two_way` is how often the best right candidate stands before all of those.
+taken out of the pool; `two_way` is how often the best right candidate stands before all of those, `two_way_foil` before
+the wrong candidate that the data set names as the query's foil.
 """
 
 import functools
@@ -31,7 +32,7 @@ class Answers:
 
     Attributes:
       ranks: int [Q, T] of what is right, as in metrics.py; `gains` float [Q, T].
-      own_ranks: int [Q, X] of the candidates that show the query's own image.
+      own_ranks: int [Q, X] of the candidates that show the query's own image; `foil_ranks` int [Q, 1] of the foil.
       dangling: right candidates that are not in the pool.
       rows, scores: [Q, depth] of the best candidates, positions in Pools.candidates.
     """
@@ -44,6 +45,7 @@ class Answers:
     ranks: np.ndarray
     gains: np.ndarray
     own_ranks: np.ndarray
+    foil_ranks: np.ndarray
     dangling: int
     rows: np.ndarray
     scores: np.ndarray
@@ -120,11 +122,11 @@ def with_means(units: list[dict]) -> dict:
 def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
     """The lines of queries.jsonl: where the best right candidate stands, for each query, pool and way of asking.
 
-    Ranks are from 1; None if no right candidate is in the pool, or there is no candidate with the query's image.
+    Ranks are from 1; None if what is asked for (a right candidate, the query's own image, its foil) is not in the pool.
     """
     for one in answers:
         best_without = metrics.best_rank(one.ranks_without_source)
-        own = metrics.best_rank(one.own_ranks)
+        own, foil = metrics.best_rank(one.own_ranks), metrics.best_rank(one.foil_ranks)
         for number, asked in enumerate(one.asked):
             yield {
                 "unit": one.unit.unit.name,
@@ -135,6 +137,7 @@ def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
                 "rank": _rank(one.best[number]),
                 "rank_without_source": _rank(best_without[number]),
                 "source_rank": _rank(own[number]),
+                "foil_rank": _rank(foil[number]),
                 "cluster": asked.cluster,
                 "kind": asked.kind,
                 "edit": asked.edit,
@@ -167,19 +170,24 @@ def write(out: Path, results: dict, answers: list[Answers], pools: Pools) -> Non
 
 
 def _entry(one: Answers) -> dict:
-    with_source = one.own_ranks.any(1)
-    ahead = one.best < metrics.best_rank(one.own_ranks)
     return {
         "size": one.pool_size,
         "queries": len(one.asked),
         "dangling": one.dangling,
         "metrics": metrics.means(one.metrics),
         "without_source": metrics.means(one.metrics_without_source),
-        "source_in_pool": int(with_source.sum()),
-        "two_way": float(ahead[with_source].mean()) if with_source.any() else None,
+        "source_in_pool": int(one.own_ranks.any(1).sum()),
+        "two_way": _two_way(one.best, one.own_ranks),
+        "foil_in_pool": int(one.foil_ranks.any(1).sum()),
+        "two_way_foil": _two_way(one.best, one.foil_ranks),
         "kinds": _of(one, [asked.kind for asked in one.asked]),
         "edits": _of(one, [asked.edit for asked in one.asked]),
     }
+
+
+def _two_way(best: np.ndarray, others: np.ndarray) -> float | None:
+    asked = others.any(1)
+    return float((best < metrics.best_rank(others))[asked].mean()) if asked.any() else None
 
 
 def _of(one: Answers, values: list[str | None]) -> dict:
@@ -200,9 +208,10 @@ def _mean(entries: list[dict]) -> dict:
     mean = {"units": len(entries), "queries": sum(entry["queries"] for entry in entries)}
     for key in ("metrics", "without_source"):
         mean[key] = {name: float(np.mean([entry[key][name] for entry in entries])) for name in entries[0][key]}
-    two_way = [entry["two_way"] for entry in entries if entry.get("two_way") is not None]
-    if two_way:
-        mean["two_way"] = float(np.mean(two_way))
+    for key in ("two_way", "two_way_foil"):
+        values = [entry[key] for entry in entries if entry.get(key) is not None]
+        if values:
+            mean[key] = float(np.mean(values))
     controls = dict.fromkeys(given for entry in entries for given in entry.get("controls", ()))
     if controls:
         mean["controls"] = {
