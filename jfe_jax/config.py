@@ -111,7 +111,7 @@ class DataConfig:
       rows, row_tokens, image_slots: shape of the global packed batch.
       shuffle: False keeps the order on disk (for debugging).
       workers: reader processes; 0 reads in threads of the main process.
-      image_cache_mib: decoded images kept in memory by each reader; rows and tokens may take a quarter as much again.
+      image_cache_mib: decoded images kept in memory by each reader; candidates' tokens may take a quarter as much more.
     """
 
     path: str = ""
@@ -242,7 +242,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
             if not isinstance(node, dict):
                 raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
         try:
-            node[last] = yaml.safe_load(value)
+            node[last] = yaml.safe_load(value) if value else ""
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: {_one_line(error)}") from error
     return from_dict(tree, str(path))
