@@ -21,13 +21,20 @@ class ByteCache(Generic[Value]):
         self._used = 0
         self._lock = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], Value], size: Callable[[Value], int]) -> Value:
-        """The value of `key`; `make` makes it if it is not there, `size` says how many bytes it takes."""
+    def find(self, key: Hashable) -> Value | None:
+        """The value of `key`, or None."""
         with self._lock:
             found = self._values.get(key)
-            if found is not None:
-                self._values.move_to_end(key)
-                return found[0]
+            if found is None:
+                return None
+            self._values.move_to_end(key)
+            return found[0]
+
+    def get(self, key: Hashable, make: Callable[[], Value], size: Callable[[Value], int]) -> Value:
+        """The value of `key`; `make` makes it if it is not there, `size` says how many bytes it takes."""
+        found = self.find(key)
+        if found is not None:
+            return found
         # Made outside the lock: other threads go on, and at worst the same value is made twice.
         value = make()
         cost = size(value)

@@ -111,7 +111,7 @@ def _prepare_candidates(index: CandidateIndex, out: Path, progress: Callable) ->
     if _finished(place, index.fingerprint):
         return Part(f"{CANDIDATES}/{name}", "kept", len(index.numbers))
     with progress(f"{CANDIDATES}/{name}", len(index.numbers)) as tick:
-        config = CandidatesConfig(name=name, index=index, tick=tick)
+        config = CandidatesConfig(name=name, index=index, expected=len(index.numbers), tick=tick)
         _build(MbeirCandidates, config, out, place)
     return Part(f"{CANDIDATES}/{name}", "written", len(index.numbers))
 
@@ -142,7 +142,14 @@ def _prepare_queries(
     with progress(f"{QUERIES}/{name}", summary.rows) as tick:
         metadata = {"fingerprint": digest, "pools": pools, "instructions": table, "max_positives": {}}
         config = QueriesConfig(
-            name=name, mbeir=mbeir, unit=unit, splits=summary.splits, indices=indices, metadata=metadata, tick=tick
+            name=name,
+            mbeir=mbeir,
+            unit=unit,
+            splits=summary.splits,
+            expected=summary.rows,
+            indices=indices,
+            metadata=metadata,
+            tick=tick,
         )
         _build(MbeirQueries, config, out, place)
     counts = config.counts

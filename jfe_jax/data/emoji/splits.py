@@ -14,10 +14,11 @@ from jfe_jax.data.emoji.images import Gallery, Picture, look_alikes
 FOLDS = 5
 SPLITS = ("train", "val", "test", "combo")
 
-# Shares of the groups that are not in the test fold; of each stratum.
-_VAL_SHARE = 0.05
+# Shares of the groups that are not in the test fold, by whether they come in skin tones. Only those that do make composed
+# queries, and there are few of them.
+_VAL_SHARE = {"tones": 0.08, "plain": 0.04}
 _COMBO_SHARE = 0.25
-_DISTRACTOR_SHARE = {"tones": 0.25, "plain": 0.05}
+_DISTRACTOR_SHARE = {"tones": 0.16, "plain": 0.03}
 _HELD_OUT_SHARE = 0.25
 
 
@@ -110,9 +111,9 @@ def _roles(members: dict[str, list[Picture]], seed: int, fold: int) -> dict[str,
         test = {group for i, group in enumerate(ordered) if (i + dealt) % FOLDS == fold}
         dealt += len(ordered)
         rest = _shuffled([group for group in ordered if group not in test], f"roles/{seed}/{fold}")
-        val, combo = round(len(rest) * _VAL_SHARE), round(len(rest) * _COMBO_SHARE)
-        share = _DISTRACTOR_SHARE["tones" if "tones=True" in name else "plain"]
-        distractor = round(len(rest) * share)
+        kind = "tones" if "tones=True" in name else "plain"
+        shares = (_VAL_SHARE[kind], _COMBO_SHARE, _DISTRACTOR_SHARE[kind])
+        val, combo, distractor = (round(len(rest) * share) for share in shares)
         roles["test"] |= test
         roles["val"] |= set(rest[:val])
         roles["train"] |= set(rest[val:])

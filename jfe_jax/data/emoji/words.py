@@ -110,8 +110,6 @@ QUESTIONS = {
     "step_lighter": ("which skin tone is one step lighter than this?", "name the next lighter skin tone"),
     "name_tone": ("its name with {tone} skin", "what is it called with {tone} skin tone?"),
     "name_gender": ("its name if it is {gender}", "what is the {gender} version called?"),
-    "name_darker": ("its name one step darker", "what is it called with the next darker skin tone?"),
-    "name_lighter": ("its name one step lighter", "what is it called with the next lighter skin tone?"),
     "name_gender_swap": ("its name with the other gender", "what is it called with the opposite gender?"),
 }
 
