@@ -118,9 +118,9 @@ class RunCheckpoints:
                 data = _IteratorState()
                 refuse_other_model(saved.model, config.model, str(path))
                 _refuse_other_state(saved, config, str(path))
-                parts = {"params": abstract_params, "train": abstract_train, "data": data}
                 with _context():
-                    loaded = ocp.load_checkpointables(path, parts)
+                    ocp.load_checkpointables(path, {"data": data})
+                    loaded = ocp.load_checkpointables(path, {"params": abstract_params, "train": abstract_train})
                 return Saved(step, loaded["params"], loaded["train"], data.state)
             except UserError:
                 raise

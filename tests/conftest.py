@@ -1,8 +1,25 @@
-"""What every test runs under: 8 fake CPU devices and no network, set before jax is imported."""
+"""What every test runs under, before jax is imported: 8 fake CPU devices, no network, caches of its own."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+_cache = tempfile.mkdtemp(prefix="jfe_jax_tests_")
+atexit.register(shutil.rmtree, _cache, ignore_errors=True)
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Tests compile much and compute little.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_backend_optimization_level=0",
+    ]
+).strip()
+# What one test, or a process that it starts, has compiled, the next finds.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{_cache}/xla"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+os.environ["XDG_CACHE_HOME"] = _cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"

@@ -29,7 +29,7 @@ def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatc
     def step(state: TrainState, batch: ContrastiveBatch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(training.mesh.abstract_mesh):
             tree = trainable(state.params, state.loss)
-            grads, metrics = jax.grad(lambda tree: _loss(training, tree, batch), has_aux=True)(tree)
+            grads, metrics = jax.grad(lambda tree: loss_of(training, tree, batch), has_aux=True)(tree)
             updates, optimizer = training.optimizer.update(grads, state.optimizer, tree)
             tree = optax.apply_updates(tree, updates)
         metrics |= {"learning_rate": jnp.float32(rate(state.step)), "gradient_norm": optax.tree.norm(grads)}
@@ -50,7 +50,7 @@ def make_eval_step(training: Training) -> Callable[[TrainState, ContrastiveBatch
 
     def step(state: TrainState, batch: ContrastiveBatch) -> Metrics:
         with jax.sharding.use_abstract_mesh(training.mesh.abstract_mesh):
-            return _loss(training, trainable(state.params, state.loss), batch)[1]
+            return loss_of(training, trainable(state.params, state.loss), batch)[1]
 
     return jax.jit(
         step,
@@ -59,7 +59,8 @@ def make_eval_step(training: Training) -> Callable[[TrainState, ContrastiveBatch
     )
 
 
-def _loss(training: Training, tree: dict[str, Any], batch: ContrastiveBatch) -> tuple[jax.Array, Metrics]:
+def loss_of(training: Training, tree: dict[str, Any], batch: ContrastiveBatch) -> tuple[jax.Array, Metrics]:
+    """Loss and metrics of the tree that is trained (`state.trainable`); to be traced under a mesh in context."""
     embeddings = nnx.merge(training.model.graphdef, tree["model"])(batch.packed)
     embeddings = sharding.constrain(embeddings, ("group", None, "embed"))
     pairs = losses.split_embeddings(embeddings, batch.packed.valid, batch.candidate_ids, batch.positive_ids)

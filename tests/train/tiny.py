@@ -21,9 +21,9 @@ def config(**changes) -> Config:
     """Widths that every mesh of 8 divides; 16 pairs."""
     tree = {
         "model": ModelConfig(
-            vision=VisionConfig(image_size=8, patch_size=4, width=16, depth=2, mlp_dim=32, num_heads=4),
+            vision=VisionConfig(image_size=8, patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=4),
             text=TextConfig(
-                vocab_size=VOCABULARY, width=32, depth=2, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=8
+                vocab_size=VOCABULARY, width=32, depth=1, mlp_dim=64, num_heads=4, num_kv_heads=1, head_dim=8
             ),
             image_token=IMAGE_TOKEN,
         ),

@@ -1,0 +1,207 @@
+"""What is written is read back, on any mesh; what cannot be read is named."""
+
+import resource
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jfe_jax import checkpoint, sharding
+from jfe_jax.checkpoint import RunCheckpoints
+from jfe_jax.config import MeshConfig, OptimizerConfig
+from jfe_jax.data.tokens import train_tokenizer
+from jfe_jax.errors import UserError
+from jfe_jax.train import state as states
+from tests.train import tiny
+
+CONFIG = tiny.config(optimizer=OptimizerConfig(freeze=("vision",)))
+
+
+def training(config=CONFIG, sizes=(1, 1, 1)):
+    mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    return states.prepare(config, mesh)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return states.initialise(training())
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(["a text"], 261, path)
+    return path
+
+
+def rest(state):
+    return state._replace(params={})._asdict()
+
+
+def save(run, state, steps, said, keep=3):
+    checkpoints = RunCheckpoints(run, keep, said.append)
+    for step in steps:
+        checkpoints.save(step, CONFIG, state.params, rest(state), {"next": step})
+    checkpoints.close()
+
+
+def restore(run, said, config=CONFIG, sizes=(1, 1, 1)):
+    abstract = training(config, sizes).abstract
+    checkpoints = RunCheckpoints(run, 3, said.append)
+    try:
+        return checkpoints.restore(config, abstract.params, rest(abstract))
+    finally:
+        checkpoints.close()
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(one), jax.device_get(other))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_restores_the_newest_onto_any_mesh(tmp_path, state, said, sizes):
+    save(tmp_path, state, [2, 4], said)
+    saved = restore(tmp_path, said, sizes=sizes)
+    assert (saved.step, saved.data) == (4, {"next": 4})
+    assert_equal(saved.params, state.params)
+    assert_equal(saved.train, rest(state))
+    wanted = training(CONFIG, sizes).abstract.params
+    assert jax.tree.map(lambda x: x.sharding, saved.params) == jax.tree.map(lambda x: x.sharding, wanted)
+    assert said == []
+
+
+def test_nothing_to_restore(tmp_path, said):
+    assert restore(tmp_path, said) is None
+
+
+def test_only_the_newest_are_kept(tmp_path, state, said):
+    save(tmp_path, state, [1, 2, 3], said, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def cut(path):
+    largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+
+
+def lose_iterator(path):
+    for file in (path / "data").glob("process_*"):
+        file.unlink()
+
+
+def lose_config(path):
+    (path / "config" / "data.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [cut, lose_iterator, lose_config])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, state, said, damage):
+    save(tmp_path, state, [2, 4], said)
+    damage(tmp_path / "checkpoints" / "4")
+    assert restore(tmp_path, said).step == 2
+    assert len(said) == 1 and "checkpoints/4 is damaged" in said[0] and "\n" not in said[0]
+    # The step can be written again, and the damaged files are still there.
+    save(tmp_path, state, [4], said)
+    assert restore(tmp_path, said).step == 4
+    assert (tmp_path / "damaged" / "4").exists()
+
+
+def test_a_half_written_checkpoint_is_named_and_the_one_before_used(tmp_path, state, said):
+    save(tmp_path, state, [2], said)
+    (tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    assert restore(tmp_path, said).step == 2
+    assert len(said) == 1 and "half-written" in said[0]
+
+
+def test_all_damaged_is_an_error(tmp_path, state, said):
+    save(tmp_path, state, [2], said)
+    cut(tmp_path / "checkpoints" / "2")
+    with pytest.raises(UserError, match="no checkpoint can be read"):
+        restore(tmp_path, said)
+
+
+def test_another_model_is_refused_with_its_keys(tmp_path, state, said):
+    save(tmp_path, state, [2], said)
+    model = replace(CONFIG.model, pooling="mean", text=replace(CONFIG.model.text, width=64), dtype="bfloat16")
+    with pytest.raises(UserError, match=r"another model: model.pooling: last != mean; model.text.width: 32 != 64$"):
+        restore(tmp_path, said, replace(CONFIG, model=model))
+    assert restore(tmp_path, said).step == 2
+
+
+def test_other_frozen_groups_are_refused(tmp_path, state, said):
+    save(tmp_path, state, [2], said)
+    with pytest.raises(UserError, match=r"optimizer\.freeze"):
+        restore(tmp_path, said, replace(CONFIG, optimizer=OptimizerConfig()))
+
+
+@contextmanager
+def little_disk(size):
+    # Files that cannot grow: what a full disk is to a writer, without needing one.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_one_line_and_older_checkpoints_stay(tmp_path, state, said):
+    save(tmp_path, state, [2], said, keep=1)
+    checkpoints = RunCheckpoints(tmp_path, 1, said.append)
+    with little_disk(1000):
+        with pytest.raises(UserError, match=r"cannot write the checkpoint .*step 2 is intact") as caught:
+            checkpoints.save(4, CONFIG, state.params, rest(state), {"next": 4})
+            checkpoints.wait()
+        assert "\n" not in str(caught.value)
+        checkpoints.close()
+    assert restore(tmp_path, said).step == 2
+    assert said == []
+
+
+@pytest.mark.parametrize("step_directory", [False, True])
+def test_a_model_is_saved_and_opened(tmp_path, state, tokenizer, step_directory):
+    run = tmp_path / "model"
+    checkpoint.save_model(run, CONFIG, nnx.State(state.params), tokenizer)
+    loaded = checkpoint.load_model(run / "checkpoints" / "0" if step_directory else run)
+    assert loaded.config == CONFIG and loaded.step == 0
+    assert_equal(nnx.to_pure_dict(loaded.params), state.params)
+    assert (loaded.tokenizer_dir / "tokenizer.json").read_bytes() == (tokenizer / "tokenizer.json").read_bytes()
+    packed = tiny.batch(CONFIG, 1).packed
+    embeddings = jax.eval_shape(lambda params: nnx.merge(loaded.graphdef, params)(packed), loaded.params)
+    assert embeddings.shape == (1, 32, 32)
+    with pytest.raises(UserError, match="holds checkpoints already"):
+        checkpoint.save_model(run, CONFIG, loaded.params, tokenizer)
+
+
+def test_a_model_opens_on_a_mesh(tmp_path, state, tokenizer):
+    checkpoint.save_model(tmp_path / "model", CONFIG, state.params, tokenizer)
+    loaded = checkpoint.load_model(tmp_path / "model", sharding.make_mesh(MeshConfig(data=1, fsdp=8)))
+    assert not loaded.params["tower"]["blocks"]["down_fd"].sharding.is_fully_replicated
+
+
+def test_a_training_checkpoint_opens_as_a_model(tmp_path, state, said):
+    save(tmp_path, state, [2, 4], said)
+    assert checkpoint.load_model(tmp_path).step == 4
+    cut(tmp_path / "checkpoints" / "4")
+    assert checkpoint.load_model(tmp_path).step == 2
+
+
+def test_no_checkpoint_there(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint there"):
+        checkpoint.load_model(tmp_path / "nowhere")
+
+
+def test_parameters_start_another_run_of_the_same_model_only(tmp_path, state, tokenizer):
+    checkpoint.save_model(tmp_path / "one", CONFIG, state.params, tokenizer)
+    there = training()
+    assert_equal(checkpoint.load_parameters(tmp_path / "one", CONFIG.model, there.model), state.params)
+    other = replace(CONFIG, model=replace(CONFIG.model, text=replace(CONFIG.model.text, mlp_dim=128)))
+    with pytest.raises(UserError, match=r"model\.text\.mlp_dim: 64 != 128"):
+        checkpoint.load_parameters(tmp_path / "one", other.model, training(other).model)

@@ -1,0 +1,81 @@
+"""The compiled step on meshes of 8 fake devices against one device."""
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from jfe_jax import sharding
+from jfe_jax.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig
+from jfe_jax.train import state as states
+from jfe_jax.train.step import loss_of, make_eval_step, make_train_step
+from tests.train import tiny
+
+MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
+
+
+def training(config, sizes=(1, 1, 1)):
+    mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    return states.prepare(config, mesh)
+
+
+def batch(training, seed=0):
+    return sharding.put_batch(tiny.batch(training.config, sharding.group_count(training.mesh), seed), training.mesh)
+
+
+def gradients(training):
+    state = states.initialise(training)
+    tree = states.trainable(state.params, state.loss)
+    function = jax.jit(jax.value_and_grad(lambda tree, batch: loss_of(training, tree, batch)[0]))
+    with jax.set_mesh(training.mesh):
+        return jax.device_get(function(tree, batch(training)))
+
+
+@pytest.fixture(scope="module")
+def config():
+    return tiny.config(data=DataConfig(pairs=16, hard_negatives=1, rows=16, row_tokens=48, image_slots=32))
+
+
+@pytest.fixture(scope="module")
+def alone(config):
+    return gradients(training(config))
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_loss_and_gradients_equal_those_of_one_device(config, alone, sizes):
+    spread = gradients(training(config, sizes))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), alone, spread)
+
+
+def test_the_step_compiles_once_learns_and_reuses_its_state(config):
+    there = training(config, (2, 2, 2))
+    step, state = make_train_step(there), states.initialise(there)
+    first = state
+    seen = []
+    for _ in range(8):
+        state, metrics = step(state, batch(there))
+        seen.append(float(metrics["loss"]))
+    assert step._cache_size() == 1
+    assert seen[-1] < seen[0]
+    assert state.step == 8
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+    assert jax.tree.map(lambda x: x.sharding, state.params) == jax.tree.map(lambda x: x.sharding, there.abstract.params)
+
+
+def test_temperature_stops_at_its_minimum_and_validation_is_the_loss_before_the_update(config):
+    there = training(
+        replace(
+            config,
+            loss=LossConfig(temperature=0.05, min_temperature=0.0499),
+            optimizer=OptimizerConfig(learning_rate=0.5, warmup_steps=0, steps=9, schedule="constant"),
+        )
+    )
+    step, state = make_train_step(there), states.initialise(there)
+    valued = jax.device_get(make_eval_step(there)(state, batch(there)))
+    state, stepped = step(state, batch(there))
+    np.testing.assert_allclose(valued["loss"], stepped["loss"], rtol=1e-6)
+    np.testing.assert_allclose(valued["temperature"], 0.05, rtol=1e-6)
+    for _ in range(5):
+        state, metrics = step(state, batch(there))
+        assert metrics["temperature"] >= 0.0499 * (1 - 1e-6)
