@@ -132,11 +132,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array |
       [..., S, N, H] in the dtype of `value`. Logits and softmax are float32.
     """
     *lead, s, n, h = query.shape
-    k = key.shape[-2]
-    # Keys on the last axis and S before J: with one kv head this is a product of [S·J, H] and [H, T] with no transpose.
-    query = (query * h**-0.5).reshape(*lead, s, k, n // k, h)
-    logits = jnp.einsum("...skjh,...tkh->...ksjt", query, key, preferred_element_type=jnp.float32)
+    t, k = key.shape[-3:-1]
+    # The query heads of a kv head stand side by side with the tokens, so that all of them are one matrix [S·J, H]; with
+    # one kv head (Gemma's) that is a mere reshape. Both products then take their operands as they lie.
+    query = (query * h**-0.5).reshape(*lead, s, k, n // k * h).swapaxes(-3, -2).reshape(*lead, k, s * n // k, h)
+    key, value = key.swapaxes(-3, -2), value.swapaxes(-3, -2)
+    logits = jnp.einsum("...qh,...th->...qt", query, key, preferred_element_type=jnp.float32)
     if bias is not None:
-        logits = logits + bias[..., None, :, None, :]
-    weights = jax.nn.softmax(logits, axis=-1).astype(value.dtype)
-    return jnp.einsum("...ksjt,...tkh->...skjh", weights, value).reshape(*lead, s, n, h)
+        logits = (logits.reshape(*lead, k, s, n // k, t) + bias[..., None, :, None, :]).reshape(logits.shape)
+    # Divided by their sum after the product with the values: H numbers a row instead of T.
+    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
+    out = jnp.einsum("...qt,...th->...qh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(value.dtype)
+    return out.reshape(*lead, k, s, n // k * h).swapaxes(-3, -2).reshape(*lead, s, n, h)
