@@ -19,6 +19,7 @@ from absl import flags
 
 from jfe_jax.config import Config
 from jfe_jax.data.contrastive import BatchShape, PackPairs
+from jfe_jax.data.packing import ContrastiveBatch, PackedBatch
 from jfe_jax.data.pairs import Caches, EncodePair, UnitQueries
 from jfe_jax.data.prepared import Prepared
 from jfe_jax.data.tokens import ItemEncoder
@@ -83,7 +84,8 @@ def training_batches(
         # Grain asks for its flags' values, which absl refuses until somebody has parsed a command line.
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=_PREFETCH))
+        options = grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=_PREFETCH)
+        batches = batches.mp_prefetch(options).map(_copy)
         return iter(batches)
     iterator = _Prefetched(iter(batches), _PREFETCH)
     # A reader that is still at work when the interpreter shuts down would abort the process.
@@ -100,6 +102,12 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
         if not self._is_closed:
             self._is_closed = True
             super().close()
+
+
+def _copy(batch: ContrastiveBatch) -> ContrastiveBatch:
+    # Workers hand over shared memory, which must not outlive the iterator.
+    packed, *ids = batch
+    return ContrastiveBatch(PackedBatch(*map(np.array, packed)), *map(np.array, ids))
 
 
 def _close(iterator: weakref.ref[grain.DatasetIterator]) -> None:

@@ -83,18 +83,20 @@ class Packer:
         free, segments = self._free[group], self._segments[group]
         images, next_row = self._images[group], self._next_row[group]
         taken: list[tuple[int, int, EncodedItem, int, int]] = []
-        fits = images + sum(item.pixels is not None for _, item in items) <= self.image_slots
-        for index, item in items if fits else ():
+        fits = True
+        for index, item in items:
             length = len(item.tokens)
+            images += item.pixels is not None
             if self.layout == "padded":
                 row, self._next_row[group] = self._next_row[group], self._next_row[group] + 1
                 fits = row < self.rows and length <= self.row_tokens
             else:
                 row = int((free >= length).argmax())
                 fits = bool(free[row] >= length)
+            fits = fits and images <= self.image_slots
             if not fits:
                 break
-            start = row * self.row_tokens + self.row_tokens - int(free[row])
+            start = (row + 1) * self.row_tokens - int(free[row])
             free[row] -= length
             segments[row] += 1
             taken.append((group, index, item, start, int(segments[row])))
@@ -104,7 +106,7 @@ class Packer:
                 segments[start // self.row_tokens] -= 1
             self._next_row[group] = next_row
             return False
-        self._images[group] = images + sum(item.pixels is not None for _, item in items)
+        self._images[group] = images
         self._placed += taken
         return True
 

@@ -53,16 +53,18 @@ class UnitQueries(grain.MapDataset):
     def __init__(self, records: RawRecords, instructions: Iterable[list[str]]):
         super().__init__()
         self._records = records
+        # Grain asks for it several times at every read.
+        self._count = len(records)
         self._prompts = {
             (MODALITIES.index(query), MODALITIES.index(candidate)): prompts
             for query, candidate, *prompts in instructions
         }
 
     def __len__(self) -> int:
-        return len(self._records)
+        return self._count
 
     def __getitem__(self, index: int) -> StoredQuery:
-        return StoredQuery(parse_query(self._records[index % len(self._records)]), self._prompts)
+        return StoredQuery(parse_query(self._records[index % self._count]), self._prompts)
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ class RawRecords:
         self.place, self.split = place, split
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._source)
 
     def __getitem__(self, index: int) -> bytes:
         return self._source[index]
@@ -124,11 +124,6 @@ class RawRecords:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"place": self.place, "split": self.split}
-
-    @functools.cached_property
-    def _length(self) -> int:
-        # Counting goes through several layers of the library, and grain asks at every read.
-        return len(self._source)
 
     @functools.cached_property
     def _source(self) -> Any:
