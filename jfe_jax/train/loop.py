@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jfe_jax import checkpoint, sharding
-from jfe_jax.checkpoint import RunCheckpoints
 from jfe_jax.config import Config
 from jfe_jax.data.loader import training_batches
 from jfe_jax.errors import UserError
 from jfe_jax.train import checks
 from jfe_jax.train import state as states
+from jfe_jax.train.checkpoints import RunCheckpoints
 from jfe_jax.train.logging import MetricsLog, Progress
 from jfe_jax.train.prefetch import Prefetcher
 from jfe_jax.train.state import Training, TrainState

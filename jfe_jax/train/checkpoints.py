@@ -1,0 +1,171 @@
+"""The checkpoints of a run while it trains: written in the background, restored onto any mesh, damage survived."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jfe_jax import checkpoint
+from jfe_jax.checkpoint import CHECKPOINTS
+from jfe_jax.config import Config
+from jfe_jax.errors import UserError
+
+
+class Saved(NamedTuple):
+    """What a run continues from."""
+
+    step: int
+    params: Any
+    train: Any
+    data: Any
+
+
+class RunCheckpoints:
+    """The checkpoints of one training run, newest good one first. Writing happens in the background."""
+
+    def __init__(self, run: Path, keep: int, warn: Callable[[str], None]):
+        """Opens `run`/checkpoints, or makes it; what a killed process left half-written is removed, named to `warn`."""
+        self._directory = run.absolute() / CHECKPOINTS
+        self._warn = warn
+        self._closed = False
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._remove_half_written()
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory,
+            context=checkpoint.orbax_context(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps that there is a checkpoint of, ascending."""
+        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+
+    def save(self, step: int, config: Config, params: Any, train: Any, data: Any) -> None:
+        """Starts to write; the arrays may be donated as soon as this returns. Waits for the save before, if need be.
+
+        Raises:
+          UserError: this or the previous checkpoint cannot be written (a full disk); older ones are intact.
+        """
+        parts = {"params": params, "train": train, "data": _IteratorState(data), "config": dataclasses.asdict(config)}
+        try:
+            self._checkpointer.save_checkpointables_async(step, parts, force=True)
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Until everything is on disk. Raises as `save` does."""
+        try:
+            self._checkpointer.wait()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Waits and releases. Raises as `save` does, unless that has been raised already."""
+        if self._closed:
+            return
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def restore(self, config: Config, abstract_params: Any, abstract_train: Any) -> Saved | None:
+        """The newest checkpoint that can be read, on the shardings of the abstract trees; None if there is none.
+
+        A damaged checkpoint is named in a line to `warn`, set aside in `damaged/`, and the one before is used.
+
+        Raises:
+          UserError: the checkpoint is of another model or optimizer layout (the differing keys are listed), or every
+            checkpoint is damaged.
+        """
+        steps = self.steps()
+        for step in reversed(steps):
+            path = self._directory / str(step)
+            try:
+                saved = checkpoint.read_config(path)
+                data = _IteratorState()
+                checkpoint.refuse_other_model(saved.model, config.model, str(path))
+                _refuse_other_state(saved, config, str(path))
+                checkpoint.read_part(path, "data", data)
+                params = checkpoint.read_part(path, "params", abstract_params)
+                return Saved(step, params, checkpoint.read_part(path, "train", abstract_train), data.state)
+            except UserError:
+                raise
+            except Exception as error:
+                self._set_aside(path, error)
+        if steps:
+            raise UserError(f"{self._directory}: no checkpoint can be read; they are in {self._damaged}")
+        return None
+
+    @property
+    def _damaged(self) -> Path:
+        return self._directory.parent / "damaged"
+
+    def _set_aside(self, path: Path, error: Exception) -> None:
+        self._damaged.mkdir(exist_ok=True)
+        target = self._damaged / path.name
+        if target.exists():
+            shutil.rmtree(target)
+        path.rename(target)
+        self._checkpointer.reload()
+        why = checkpoint.one_line(error)
+        self._warn(f"warning: checkpoint {path} is damaged ({why}); moved to {target}, using the one before")
+
+    def _remove_half_written(self) -> None:
+        for path in sorted(self._directory.iterdir()):
+            if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
+                self._warn(f"warning: checkpoint {path} is half-written; removed, using the one before")
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _failed(self, error: Exception) -> UserError:
+        # Other threads may still be writing their parts of what cannot be finished.
+        self._closed = True
+        with contextlib.suppress(Exception):
+            self._checkpointer.close()
+        for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
+        good = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        kept = f"step {good[-1]} is intact" if good else "there is none before it"
+        return UserError(f"{self._directory}: cannot write the checkpoint ({checkpoint.reason(error)}); {kept}")
+
+
+def _refuse_other_state(saved: Config, wanted: Config, place: str) -> None:
+    # What decides which parameters have moments.
+    for key in ("optimizer.freeze", "loss.learn_temperature"):
+        section, name = key.split(".")
+        one, other = getattr(getattr(saved, section), name), getattr(getattr(wanted, section), name)
+        if one != other:
+            raise UserError(
+                f"{place}: cannot continue with {key}: {one} != {other}; start a new run from it with `init`"
+            )
+
+
+class _IteratorState:
+    """The data iterator's position as an Orbax checkpointable: every process writes and reads its own."""
+
+    def __init__(self, state: Any = None):
+        self.state = state
+
+    async def save(self, directory: Any) -> Awaitable[None]:
+        text = json.dumps(self.state)
+
+        async def write() -> None:
+            (Path(await directory.await_creation()) / _process_file()).write_text(text, encoding="utf-8")
+
+        return write()
+
+    async def load(self, directory: Any) -> Awaitable[None]:
+        async def read() -> None:
+            self.state = json.loads((Path(directory) / _process_file()).read_text(encoding="utf-8"))
+
+        return read()
+
+
+def _process_file() -> str:
+    return f"process_{jax.process_index()}-of-{jax.process_count()}.json"
