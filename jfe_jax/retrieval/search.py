@@ -16,8 +16,8 @@ from jfe_jax.errors import UserError
 
 QUERY_BLOCK = 1024
 CANDIDATE_BLOCK = 8192
-# Targets are padded to a multiple of this, and lengths to powers of two: many pools and units share few compilations.
-_TARGET_STEP = 8
+# Targets are padded to a multiple of this, and lengths to round numbers: many pools and units share few compilations.
+_TARGET_STEP = 4
 
 
 class Found(NamedTuple):
@@ -78,16 +78,21 @@ def search(
         )
         for start in range(0, len(queries), query_block)
     ]
+    total = len(candidates)
+    single = total <= candidate_block
     for start, block in _blocks(candidates, candidate_block):
         for part in blocks:
-            part.best = _merge(part.best, _scores(part.queries, block), start, len(candidates), k)
+            scores = _scores(part.queries, block)
+            part.best = _merge(part.best, scores, start, total, k)
             if width:
-                part.wanted = _target_scores(part.wanted, _scores(part.queries, block), part.targets, start)
-    if width:
-        for start, block in _blocks(candidates, candidate_block):
-            for part in blocks:
-                scores = _scores(part.queries, block)
-                part.ahead = _count_ahead(part.ahead, scores, part.wanted, part.targets, start, len(candidates))
+                part.wanted = _target_scores(part.wanted, scores, part.targets, start)
+            if width and single:
+                part.ahead = _count_ahead(part.ahead, scores, part.wanted, part.targets, start, total)
+    # What stands ahead of a target can be counted only once its score is known.
+    for start, block in _blocks(candidates, candidate_block) if width and not single else ():
+        for part in blocks:
+            scores = _scores(part.queries, block)
+            part.ahead = _count_ahead(part.ahead, scores, part.wanted, part.targets, start, total)
     scores, rows = (_joined([part.best[i] for part in blocks], len(queries), k) for i in range(2))
     ahead = _joined([part.ahead for part in blocks], len(queries), padded_targets.shape[1])
     ranks = np.where(padded_targets < 0, 0, ahead + 1)[:, :width]
@@ -171,4 +176,4 @@ def _joined(parts: list[jax.Array | np.ndarray], length: int, width: int) -> np.
 
 
 def _rounded(length: int) -> int:
-    return max(128, 1 << max(length - 1, 0).bit_length())
+    return -(-length // 1024) * 1024 if length > 1024 else max(128, 1 << max(length - 1, 0).bit_length())
