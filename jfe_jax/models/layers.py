@@ -94,6 +94,28 @@ def run_stack(blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: s
     return jax.lax.scan(layer, x, params, unroll=depth if depth <= UNROLLED_DEPTH else 1)[0]
 
 
+@jax.custom_vjp
+def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., C] times w [C, D] → [..., D].
+
+    The gradients are those of any product, written out: left to itself, XLA computes the weight's on the CPU from a
+    transposed copy of the activations, at a third of the speed.
+    """
+    return x @ w
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ w, (x, w)
+
+
+def _matmul_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = kept
+    return g @ w.T, x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nnx.Module):
     """x [..., C] → [..., D] with a bias; parameters float32, product in x's dtype."""
 
@@ -102,7 +124,7 @@ class Linear(nnx.Module):
         self.bias_d = zeros(d)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return x @ self.kernel_cd[...].astype(x.dtype) + self.bias_d[...].astype(x.dtype)
+        return matmul(x, self.kernel_cd[...].astype(x.dtype)) + self.bias_d[...].astype(x.dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array, inner: int = 1) -> jax.Array:
@@ -117,7 +139,7 @@ def project(x: jax.Array, kernel: jax.Array, inner: int = 1) -> jax.Array:
     for axis in kernel.shape[:inner]:
         size *= axis
     matrix = kernel.astype(x.dtype).reshape(size, -1)
-    return (x.reshape(*lead, size) @ matrix).reshape(*lead, *outer)
+    return matmul(x.reshape(*lead, size), matrix).reshape(*lead, *outer)
 
 
 def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
