@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs `jfe`; returns its exit status: 0 done, 1 failed with one clear line, 2 wrong usage."""
     # INFO lines of the libraries are not ours to print; what goes wrong still shows.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # XLA's own matrix products on the CPU (YNNPACK's) run at half the speed of Eigen's on one core; no effect elsewhere.
+    # YNNPACK's matrix products, XLA's default on the CPU, run at half of Eigen's speed on one core.
     os.environ["XLA_FLAGS"] = f"--xla_cpu_experimental_ynn_fusion_type= {os.environ.get('XLA_FLAGS', '')}".strip()
     parser = argparse.ArgumentParser(prog="jfe", description="Joint Fusion Encoder: multimodal retrieval in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
