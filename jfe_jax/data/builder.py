@@ -28,7 +28,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jfe_jax.data.images import decode
-from jfe_jax.data.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit
+from jfe_jax.data.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, dataset_id
 from jfe_jax.data.numbering import CandidateIndex, CandidateIndices
 from jfe_jax.errors import UserError
 
@@ -69,6 +69,7 @@ class CandidatesConfig(tfds.core.BuilderConfig):
     """Which candidates; `tick` is called with the number of records done, of `expected`."""
 
     index: CandidateIndex | None = None
+    fingerprint: str = ""
     expected: int = 0
     tick: Callable[[int], None] = lambda _: None
 
@@ -80,7 +81,7 @@ class MbeirCandidates(_StreamingBuilder, skip_registration=True):
         return tfds.core.DatasetInfo(
             builder=self,
             disable_shuffling=True,
-            metadata=tfds.core.MetadataDict(fingerprint=self.builder_config.index.fingerprint),
+            metadata=tfds.core.MetadataDict(fingerprint=self.builder_config.fingerprint),
             features=tfds.features.FeaturesDict({"did": tfds.features.Text(), **_ITEM_FEATURES}),
         )
 
@@ -101,7 +102,11 @@ class MbeirCandidates(_StreamingBuilder, skip_registration=True):
 
 @dataclass(kw_only=True)
 class QueriesConfig(tfds.core.BuilderConfig):
-    """Which queries, numbered by which indices; `counts` tells "records", "dropped" and "dangling" afterwards."""
+    """Which queries, numbered by which indices, at most `expected` in a split.
+
+    Afterwards `counts` tells "records", "dropped" and "dangling", and `datasets` into which datasets they point;
+    `fingerprint` makes the part's fingerprint of these.
+    """
 
     mbeir: Mbeir | None = None
     unit: Unit | None = None
@@ -110,6 +115,8 @@ class QueriesConfig(tfds.core.BuilderConfig):
     indices: CandidateIndices | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
     counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    datasets: set[int] = dataclasses.field(default_factory=set)
+    fingerprint: Callable[[set[int]], str] = lambda _: ""
     tick: Callable[[int], None] = lambda _: None
 
 
@@ -136,13 +143,27 @@ class MbeirQueries(_StreamingBuilder, skip_registration=True):
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[Record]]:
         return {split: self._generate_examples(split) for split in self.builder_config.splits}
 
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        super()._download_and_prepare(dl_manager, download_config)
+        config = self.builder_config
+        pools = {dataset: config.indices.fingerprint(dataset) for dataset in sorted(config.datasets)}
+        self.info.metadata.update(
+            fingerprint=config.fingerprint(config.datasets),
+            datasets=list(pools),
+            # What the loader needs: ids that are in no pool may name datasets that have none.
+            pools={f"dataset{dataset}": pools[dataset] for dataset in pools if config.indices.of(dataset).numbers},
+        )
+
     def _generate_examples(self, split: str) -> Iterator[Record]:
         config = self.builder_config
         most = self.info.metadata["max_positives"]
         for query in config.mbeir.iter_queries(split, config.unit):
             config.tick(1)
-            right = {did: number for did in query.pos if (number := config.indices.number(did)) is not None}
-            wrong = {did: number for did in query.neg if (number := config.indices.number(did)) is not None}
+            try:
+                right, wrong = self._numbers(query.pos), self._numbers(query.neg)
+            except ValueError as error:
+                file = config.mbeir.query_file(split, config.unit)
+                raise UserError(f"{file}: query {query.qid}: candidate id {error}") from error
             config.counts["dangling"] += len({*query.pos, *query.neg} - right.keys() - wrong.keys())
             if not right:
                 config.counts["dropped"] += 1
@@ -160,6 +181,16 @@ class MbeirQueries(_StreamingBuilder, skip_registration=True):
                 "negatives": list(wrong.values()),
                 **_image(query.image, config.mbeir.path),
             }
+
+    def _numbers(self, dids: Iterable[str]) -> dict[str, int]:
+        """Candidate id → number, of those that are in a pool."""
+        config, numbers = self.builder_config, {}
+        for did in dids:
+            config.datasets.add(dataset_id(did))
+            number = config.indices.number(did)
+            if number is not None:
+                numbers[did] = number
+        return numbers
 
 
 def serialize(record: Record) -> bytes:

@@ -20,7 +20,6 @@ class CandidateIndex:
     Attributes:
       numbers: candidate id → number.
       modalities: candidate id → index into MODALITIES.
-      fingerprint: changes when a row does.
 
     Raises:
       UserError: the dataset's id or its candidates are too many for int32, or a row is wrong.
@@ -34,19 +33,16 @@ class CandidateIndex:
         self.modalities: dict[str, int] = {}
         # Which lines of which file the candidates are on, in the order of their numbers.
         self._lines: list[tuple[Path, array]] = []
-        digest = hashlib.blake2b(digest_size=16)
         for file in mbeir.pool_files():
             lines = array("q")
             for line, candidate in self._new_candidates(file):
                 self.numbers[candidate.did] = dataset * PER_DATASET + len(self.numbers)
                 self.modalities[candidate.did] = MODALITIES.index(candidate.modality)
-                digest.update(repr((candidate.did, candidate.text, str(candidate.image))).encode())
                 lines.append(line)
             if lines:
                 self._lines.append((file, lines))
         if len(self.numbers) > PER_DATASET:
             raise UserError(f"{mbeir.path}: dataset {dataset} has more than {PER_DATASET} candidates")
-        self.fingerprint = digest.hexdigest()
 
     def candidates(self) -> Iterator[Candidate]:
         """The candidates in the order of their numbers."""
@@ -83,6 +79,7 @@ class CandidateIndices:
     def __init__(self, mbeir: Mbeir):
         self._mbeir = mbeir
         self._known: dict[int, CandidateIndex] = {}
+        self._fingerprints: dict[int, str] = {}
 
     def of(self, dataset: int) -> CandidateIndex:
         if dataset not in self._known:
@@ -90,9 +87,25 @@ class CandidateIndices:
         return self._known[dataset]
 
     def number(self, did: str) -> int | None:
-        """The candidate's number, or None if it is in no pool."""
+        """The candidate's number, or None if it is in no pool.
+
+        Raises:
+          ValueError: the id does not tell its dataset.
+        """
         return self.of(dataset_id(did)).numbers.get(did)
 
     def modality(self, did: str) -> int:
         """Index into MODALITIES of a candidate that is in a pool."""
         return self.of(dataset_id(did)).modalities[did]
+
+    def fingerprint(self, dataset: int) -> str:
+        """Changes when a line about the dataset's candidates does; needs no index."""
+        if dataset not in self._fingerprints:
+            digest, prefix = hashlib.blake2b(digest_size=16), f'"{dataset}:'.encode()
+            for file in self._mbeir.pool_files():
+                with open(file, "rb") as stream:
+                    for line in stream:
+                        if prefix in line:
+                            digest.update(line)
+            self._fingerprints[dataset] = digest.hexdigest()
+        return self._fingerprints[dataset]

@@ -20,8 +20,8 @@ from jfe_jax.data.builder import (
     MbeirQueries,
     QueriesConfig,
 )
-from jfe_jax.data.mbeir import MODALITIES, Mbeir, Unit, dataset_id
-from jfe_jax.data.numbering import CandidateIndex, CandidateIndices
+from jfe_jax.data.mbeir import MODALITIES, Mbeir, Unit
+from jfe_jax.data.numbering import CandidateIndices
 from jfe_jax.errors import UserError
 
 
@@ -46,6 +46,8 @@ def prepare(
 ) -> Iterator[Part]:
     """Writes the parts that are missing or whose source has changed, one after the other.
 
+    The source is the text files: an image that is replaced under its old name is not noticed.
+
     Args:
       splits: those to write; by default all but test ones, which training never reads.
       units: names of the units to write; by default all. The datasets they point into are written too.
@@ -65,101 +67,94 @@ def prepare(
     if not found:
         raise UserError(f"{mbeir.path}: no queries in the splits {', '.join(splits)}")
     indices = CandidateIndices(mbeir)
-    parts = {name: by_split for name, by_split in sorted(found.items()) if not units or name in units}
-    summaries = {name: _summary(mbeir, by_split) for name, by_split in parts.items()}
-    for dataset in sorted({dataset for summary in summaries.values() for dataset in summary.datasets}):
-        yield _prepare_candidates(indices.of(dataset), out, progress)
-    for name, by_split in parts.items():
-        yield _prepare_queries(mbeir, name, by_split, summaries[name], indices, out, progress)
-
-
-@dataclass(frozen=True)
-class _Summary:
-    """One pass over a unit's query files: how many rows, which datasets they point into, a digest of the lines."""
-
-    rows: int
-    datasets: frozenset[int]
-    digest: str
-    splits: tuple[str, ...]
-
-
-def _summary(mbeir: Mbeir, by_split: dict[str, Unit]) -> _Summary:
-    rows, datasets, splits = 0, set(), []
-    digest = hashlib.blake2b(digest_size=16)
-    for split, unit in by_split.items():
-        before = rows
-        for query in mbeir.iter_queries(split, unit):
-            rows += 1
-            for did in (*query.pos, *query.neg):
-                try:
-                    datasets.add(dataset_id(did))
-                except ValueError as error:
-                    raise UserError(
-                        f"{mbeir.query_file(split, unit)}: query {query.qid}: candidate id {error}"
-                    ) from error
-            digest.update(repr((split, query)).encode())
-        if rows > before:
-            splits.append(split)
-    return _Summary(rows, frozenset(datasets), digest.hexdigest(), tuple(splits))
-
-
-def _prepare_candidates(index: CandidateIndex, out: Path, progress: Callable) -> Part:
-    name = f"dataset{index.dataset}"
-    place = out / CANDIDATES / name / VERSION
-    if not index.numbers:
-        return Part(f"{CANDIDATES}/{name}", "empty", 0)
-    if _finished(place, index.fingerprint):
-        return Part(f"{CANDIDATES}/{name}", "kept", len(index.numbers))
-    with progress(f"{CANDIDATES}/{name}", len(index.numbers)) as tick:
-        config = CandidatesConfig(name=name, index=index, expected=len(index.numbers), tick=tick)
-        _build(MbeirCandidates, config, out, place)
-    return Part(f"{CANDIDATES}/{name}", "written", len(index.numbers))
+    datasets: set[int] = set()
+    for name, by_split in sorted(found.items()):
+        if not units or name in units:
+            part, seen = _prepare_queries(mbeir, name, by_split, indices, out, progress)
+            datasets |= seen
+            yield part
+    for dataset in sorted(datasets):
+        yield _prepare_candidates(indices, dataset, out, progress)
 
 
 def _prepare_queries(
-    mbeir: Mbeir,
-    name: str,
-    by_split: dict[str, Unit],
-    summary: _Summary,
-    indices: CandidateIndices,
-    out: Path,
-    progress: Callable,
-) -> Part:
-    place = out / QUERIES / name / VERSION
+    mbeir: Mbeir, name: str, by_split: dict[str, Unit], indices: CandidateIndices, out: Path, progress: Callable
+) -> tuple[Part, set[int]]:
+    """Writes or keeps a unit's queries; also says into which datasets they point."""
+    part, place = f"{QUERIES}/{name}", out / QUERIES / name / VERSION
     unit = next(iter(by_split.values()))
-    pools = {f"dataset{dataset}": indices.of(dataset).fingerprint for dataset in sorted(summary.datasets)}
     table = [
         [query, candidate, *prompts]
         for query in MODALITIES
         for candidate in MODALITIES
         if (prompts := mbeir.instructions(unit.dataset, query, candidate, required=False))
     ]
-    digest = hashlib.blake2b(repr((summary.digest, pools, table)).encode(), digest_size=16).hexdigest()
-    if not summary.splits:
-        return Part(f"{QUERIES}/{name}", "empty", 0)
-    if _finished(place, digest):
-        return Part(f"{QUERIES}/{name}", "kept", summary.rows)
-    with progress(f"{QUERIES}/{name}", summary.rows) as tick:
-        metadata = {"fingerprint": digest, "pools": pools, "instructions": table, "max_positives": {}}
+    source, rows = _digest(mbeir, by_split, table)
+    if not rows:
+        return Part(part, "empty", 0), set()
+    finished = _finished(place)
+    if finished:
+        seen = set(finished.metadata.get("datasets", ()))
+        if finished.metadata["fingerprint"] == _with_pools(source, indices, seen):
+            return Part(part, "kept", sum(split.num_examples for split in finished.splits.values())), seen
+    metadata = {"instructions": table, "max_positives": {}}
+    with progress(part, sum(rows.values())) as tick:
         config = QueriesConfig(
             name=name,
             mbeir=mbeir,
             unit=unit,
-            splits=summary.splits,
-            expected=summary.rows,
+            splits=list(rows),
+            expected=max(rows.values()),
             indices=indices,
+            fingerprint=lambda seen: _with_pools(source, indices, seen),
             metadata=metadata,
             tick=tick,
         )
         _build(MbeirQueries, config, out, place)
     counts = config.counts
-    return Part(f"{QUERIES}/{name}", "written", counts["records"], counts["dropped"], counts["dangling"])
+    return Part(part, "written", counts["records"], counts["dropped"], counts["dangling"]), config.datasets
 
 
-def _finished(place: Path, fingerprint: str) -> bool:
-    if not (place / "dataset_info.json").is_file():
-        return False
-    return tfds.builder_from_directory(place).info.metadata.get("fingerprint") == fingerprint
+def _prepare_candidates(indices: CandidateIndices, dataset: int, out: Path, progress: Callable) -> Part:
+    name = f"dataset{dataset}"
+    part, place = f"{CANDIDATES}/{name}", out / CANDIDATES / name / VERSION
+    finished = _finished(place)
+    if finished and finished.metadata["fingerprint"] == indices.fingerprint(dataset):
+        return Part(part, "kept", finished.splits["pool"].num_examples)
+    index = indices.of(dataset)
+    if not index.numbers:
+        return Part(part, "empty", 0)
+    with progress(part, len(index.numbers)) as tick:
+        config = CandidatesConfig(
+            name=name, index=index, fingerprint=indices.fingerprint(dataset), expected=len(index.numbers), tick=tick
+        )
+        _build(MbeirCandidates, config, out, place)
+    return Part(part, "written", len(index.numbers))
+
+
+def _digest(mbeir: Mbeir, by_split: dict[str, Unit], table: list[list[str]]) -> tuple[bytes, dict[str, int]]:
+    """A digest of a unit's query files and instructions, and the number of lines of each split that has any."""
+    digest, rows = hashlib.blake2b(repr(table).encode()), {}
+    for split, unit in by_split.items():
+        digest.update(split.encode())
+        count = 0
+        with open(mbeir.query_file(split, unit), "rb") as stream:
+            for line in stream:
+                digest.update(line)
+                count += 1
+        if count:
+            rows[split] = count
+    return digest.digest(), rows
+
+
+def _with_pools(source: bytes, indices: CandidateIndices, datasets: set[int]) -> str:
+    pools = "".join(f"{dataset}:{indices.fingerprint(dataset)};" for dataset in sorted(datasets))
+    return hashlib.blake2b(source + pools.encode(), digest_size=16).hexdigest()
+
+
+def _finished(place: Path) -> tfds.core.DatasetInfo | None:
+    """What TFDS knows of a part, if it was finished."""
+    return tfds.builder_from_directory(place).info if (place / "dataset_info.json").is_file() else None
 
 
 def _build(

@@ -7,6 +7,7 @@ Axes: S tokens, P patches, H W pixels.
 """
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from jfe_jax.data.images import to_pixels
 from jfe_jax.data.items import EncodedItem, Item
 from jfe_jax.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 IMAGE = "<image>"
 _SPECIAL = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
 
@@ -81,7 +83,7 @@ class ItemEncoder:
         if self.image_id in ids:
             ids = [one for one in ids if one != self.image_id]
         if len(ids) > self._max_text:
-            self.cut_texts += 1
+            self._count_cut()
             ids = ids[: self._max_text]
         head = self._head if has_image else self._head[-1:]
         tokens = np.empty(len(head) + len(ids) + len(self._tail), np.int32)
@@ -89,6 +91,12 @@ class ItemEncoder:
         tokens[len(head) : len(head) + len(ids)] = ids
         tokens[len(head) + len(ids) :] = self._tail
         return tokens
+
+    def _count_cut(self) -> None:
+        self.cut_texts += 1
+        # At 1, 10, 100, …: enough to see how many there are.
+        if str(self.cut_texts).strip("0") == "1":
+            _LOG.warning("texts cut to tokens.max_text_tokens, %d: %d so far", self._max_text, self.cut_texts)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
