@@ -101,4 +101,5 @@ def _clock(seconds: float) -> str:
 
 def _lines(path: Path) -> list[str]:
     # A killed process may have left a last line without its end.
-    return [line for line in path.open(encoding="utf-8") if line.endswith("\n")] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]

@@ -1,0 +1,220 @@
+"""`jfe train` from a config to a run directory: stopped, killed, continued, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from jfe_jax import checkpoint
+from jfe_jax.cli.main import main
+from jfe_jax.config import Config, OptimizerConfig, from_dict, to_yaml
+from jfe_jax.errors import UserError
+from jfe_jax.train.loop import train
+from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Config:
+    """Eight steps on a small M-BEIR directory, saved every three, logged every one."""
+    source, data = tmp_path_factory.mktemp("mbeir"), tmp_path_factory.mktemp("data")
+    make_mbeir(source, queries_per_task=4)
+    assert main(["data", "prepare", str(source), "--out", str(data)]) == 0
+    tree = {
+        "log_every_steps": 1,
+        "val_every_steps": 4,
+        "val_steps": 2,
+        "model": {
+            "vision": {"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "mlp_dim": 32, "num_heads": 2},
+            "text": {
+                "vocab_size": VOCAB_SIZE,
+                "width": 32,
+                "depth": 1,
+                "mlp_dim": 64,
+                "num_heads": 2,
+                "num_kv_heads": 1,
+                "head_dim": 16,
+            },
+            "image_token": IMAGE_TOKEN,
+        },
+        "tokens": {"tokenizer": str(source / "tokenizer"), "max_text_tokens": 40},
+        "data": {"path": str(data), "val_split": "val", "pairs": 8, "rows": 8, "row_tokens": 64, "image_slots": 16},
+        "optimizer": {"steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2},
+        "checkpoint": {"every_steps": 3, "keep": 2},
+        "mesh": {"data": 1},
+    }
+    return from_dict(tree)
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """The run without interruption: its directory."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    said = []
+    outcome = train(replace(config, output=str(run)), "auto", said.append)
+    assert outcome == (STEPS, f"{run}: finished at step {STEPS}")
+    assert any(line.startswith("step 1/8 loss") and "items/s" in line and "left" in line for line in said)
+    return run
+
+
+def lines(run):
+    """Everything of the log but how fast it went."""
+    read = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in one.items() if k not in ("items_per_second", "data_wait")} for one in read]
+
+
+def parameters(run):
+    return jax.device_get(nnx.to_pure_dict(checkpoint.load_model(run).params))
+
+
+def assert_same_run(one, other):
+    assert lines(one) == lines(other)
+    assert checkpoint.latest_step(one) == checkpoint.latest_step(other)
+    np.testing.assert_equal(parameters(one), parameters(other))
+
+
+def test_a_run_directory_is_complete(config, whole):
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["6", "8"]
+    assert checkpoint.load_model(whole).config == replace(config, output=str(whole))
+    assert (whole / "config.yaml").read_text() == to_yaml(replace(config, output=str(whole)))
+    assert (whole / "tokenizer" / "tokenizer.json").exists()
+    assert [one["step"] for one in lines(whole) if "loss" in one] == list(range(1, STEPS + 1))
+    assert [one["step"] for one in lines(whole) if "val_loss" in one] == [4, 8]
+    assert list((whole / "logs").glob("events.out.tfevents.*"))
+    assert {"loss", "accuracy", "temperature", "learning_rate", "gradient_norm"} < set(lines(whole)[0])
+
+
+def test_a_finished_run_is_left_as_it_is(config, whole):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+    outcome = train(replace(config, output=str(whole)), "auto", lambda line: None)
+    assert outcome == (STEPS, f"{whole}: finished at step {STEPS}; nothing to do")
+    assert before == {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
+
+
+KILLED = """
+import os, signal, sys
+from jfe_jax.cli.main import main
+from jfe_jax.train.checkpoints import RunCheckpoints
+save = RunCheckpoints.save
+def save_and_die(self, step, *rest):
+    save(self, step, *rest)
+    if step == 6:
+        os.kill(os.getpid(), signal.SIGKILL)
+RunCheckpoints.save = save_and_die
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_while_it_writes_a_checkpoint_it_continues_to_the_bit(config, whole, tmp_path):
+    run, file = tmp_path / "run", tmp_path / "run.yaml"
+    file.write_text(to_yaml(replace(config, output=str(run))))
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, "train", "--config", str(file)], capture_output=True, text=True
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    # What it was doing is lost, and a log line may have been cut.
+    with (run / "logs" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 7, "lo')
+    again = subprocess.run(
+        [sys.executable, "-m", "jfe_jax.cli.main", "train", "--config", str(file)], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == f"{run}: finished at step {STEPS}\n"
+    assert "continuing from step 3" in again.stderr or "continuing from step 6" in again.stderr
+    assert_same_run(run, whole)
+
+
+def end_at(text):
+    """A `say` that has the process told to end when a line begins with `text`."""
+    return lambda line: os.kill(os.getpid(), signal.SIGTERM) if line.startswith(text) else None
+
+
+def test_told_to_end_it_saves_and_continues_to_the_bit(config, whole, tmp_path):
+    mine = replace(config, output=str(tmp_path / "run"))
+    outcome = train(mine, "auto", end_at("step 4: validation"))
+    assert outcome.step == 4 and "stopped at step 4 of 8, saved" in outcome.note
+    assert train(mine, "auto", lambda line: None).step == STEPS
+    assert_same_run(tmp_path / "run", whole)
+
+
+def test_it_continues_on_another_mesh(config, whole, tmp_path):
+    mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0)
+    stopped = train(replace(mine, mesh=replace(config.mesh, fsdp=2, tensor=2)), "auto", end_at("step 1/8")).step
+    assert stopped < STEPS
+    said = []
+    assert train(mine, "auto", said.append).step == STEPS
+    assert said[0] == f"continuing from step {stopped}"
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, STEPS + 1))
+
+
+def test_never_resuming_spares_what_is_there(config, whole):
+    with pytest.raises(UserError, match=r"holds checkpoints up to step 8; remove it, choose another output"):
+        train(replace(config, output=str(whole)), "never", lambda line: None)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(config, tmp_path):
+    hot = replace(
+        config,
+        output=str(tmp_path / "run"),
+        optimizer=OptimizerConfig(steps=50, learning_rate=1e38, warmup_steps=0, clip_norm=0.0, schedule="constant"),
+        checkpoint=replace(config.checkpoint, every_steps=1),
+        val_every_steps=0,
+    )
+    with pytest.raises(UserError, match=r"step \d+: loss .*nan.*stopped, (checkpoint \d+ is kept|there is no)"):
+        train(hot, "auto", lambda line: None)
+    kept = checkpoint.latest_step(tmp_path / "run")
+    assert kept is None or all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if line["step"] <= kept)
+
+
+def test_stage_two_starts_from_stage_one(config, whole, tmp_path):
+    # Without a tokenizer of its own, and with a learning rate too small to move anything.
+    second = replace(
+        config,
+        output=str(tmp_path / "two"),
+        init=str(whole),
+        tokens=replace(config.tokens, tokenizer=""),
+        optimizer=replace(config.optimizer, steps=1, warmup_steps=0, learning_rate=1e-30),
+        val_every_steps=0,
+    )
+    train(second, "auto", lambda line: None)
+    np.testing.assert_equal(parameters(tmp_path / "two"), parameters(whole))
+
+
+def test_stage_two_of_another_model_is_refused(config, whole, tmp_path):
+    wider = replace(config.model, text=replace(config.model.text, mlp_dim=128))
+    with pytest.raises(UserError, match=r"another model: model\.text\.mlp_dim: 64 != 128"):
+        train(replace(config, output=str(tmp_path / "two"), init=str(whole), model=wider), "auto", lambda line: None)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"mesh": {"data": 3, "fsdp": 3}}, "needs 9 devices; there are 8"),
+        ({"mesh": {"data": 3}}, r"data\.pairs: 8 is not divisible by the batch's 3 groups"),
+        ({"tokens": {"tokenizer": ""}}, r"tokens\.tokenizer is empty"),
+        ({"tokens": {"tokenizer": "/nowhere"}}, "/nowhere"),
+        ({"data": {"path": "/nowhere"}}, "/nowhere"),
+        ({"loss": {"min_temperature": 0.5}}, r"loss\.temperature is 0\.05"),
+        ({"optimizer": {"warmup_steps": 20}}, r"optimizer\.warmup_steps is 20"),
+        ({"optimizer": {"freeze": ("visoin",)}}, "no parameters under 'visoin'"),
+        ({"init": "/nowhere"}, "/nowhere: no checkpoint there"),
+        ({"data": {"val_split": ""}}, r"data\.val_split names no split"),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_leaves_nothing(config, tmp_path, changes, says):
+    wrong = replace(config, output=str(tmp_path / "run"))
+    for section, values in changes.items():
+        value = replace(getattr(wrong, section), **values) if isinstance(values, dict) else values
+        wrong = replace(wrong, **{section: value})
+    with pytest.raises(UserError, match=says) as caught:
+        train(wrong, "auto", lambda line: None)
+    assert "\n" not in str(caught.value)
+    assert checkpoint.latest_step(tmp_path / "run") is None
