@@ -58,8 +58,9 @@ class Index:
         """Raises UserError if another model made the index: its vectors would mean nothing to this one."""
         if retriever.fingerprint != self.fingerprint:
             raise UserError(
-                f"{self.path}: made by {self.checkpoint}, step {self.step} ({self.fingerprint}), not {retriever.path} "
-                f"step {retriever.step} ({retriever.fingerprint}); embed it again or give its --checkpoint"
+                f"{self.path}: made by {self.checkpoint} step {self.step} ({self.fingerprint}), not by "
+                f"{retriever.path} step {retriever.step} ({retriever.fingerprint}); embed it again, or give its maker "
+                "as --checkpoint"
             )
 
 

@@ -1,8 +1,5 @@
 """A small M-BEIR directory and a model for it, once for all tests here."""
 
-import contextlib
-import dataclasses
-
 import pytest
 
 from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
@@ -17,12 +14,5 @@ def mbeir_path(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shapes_retriever(mbeir_path):
-    config = tiny_config(mbeir_path / "tokenizer")
-    text = dataclasses.replace(config.model.text, vocab_size=VOCAB_SIZE)
-    model = dataclasses.replace(config.model, text=text, image_token=IMAGE_TOKEN)
-    return random_retriever(dataclasses.replace(config, model=model), mbeir_path / "model", seed=0)
-
-
-@contextlib.contextmanager
-def quiet(name, total):
-    yield lambda count: None
+    config = tiny_config(mbeir_path / "tokenizer", image_token=IMAGE_TOKEN, vocab_size=VOCAB_SIZE)
+    return random_retriever(config, mbeir_path / "model", seed=0)

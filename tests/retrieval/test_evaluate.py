@@ -14,7 +14,7 @@ from jfe_jax.retrieval import results
 from jfe_jax.retrieval.evaluate import evaluate
 from jfe_jax.retrieval.retriever import Retriever
 from tests.data.mbeir_maker import edit_line, edit_row
-from tests.retrieval.conftest import quiet
+from tests.retrieval.tiny import quiet
 
 
 @pytest.fixture(scope="module")

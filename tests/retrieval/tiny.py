@@ -1,5 +1,6 @@
 """Tiny random models of the real architecture, and their tokenizer."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from jfe_jax.retrieval.retriever import Retriever
 TEXTS = ["a red square on white", "turn it blue", "find the picture that matches this text"]
 
 
-def tiny_config(tokenizer: Path, kind: str = "fusion") -> Config:
+def tiny_config(tokenizer: Path, kind: str = "fusion", *, image_token: int = 299, vocab_size: int = 300) -> Config:
     return Config(
         model=ModelConfig(
             kind=kind,
             vision=VisionConfig(image_size=16, patch_size=8, width=16, depth=1, mlp_dim=32, num_heads=2),
-            text=TextConfig(vocab_size=300, width=16, depth=2, mlp_dim=32, num_heads=2, head_dim=8),
-            image_token=299,
+            text=TextConfig(vocab_size=vocab_size, width=16, depth=2, mlp_dim=32, num_heads=2, head_dim=8),
+            image_token=image_token,
             embed_dim=16 if kind == "two_tower" else 0,
         ),
         tokens=TokensConfig(tokenizer=str(tokenizer), max_text_tokens=60),
@@ -57,3 +58,9 @@ def save(retriever: Retriever, path: Path) -> Path:
 
 def picture(seed: int, size: int = 16) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+
+
+@contextlib.contextmanager
+def quiet(name: str, total: int):
+    """Progress that nobody watches."""
+    yield lambda count: None
