@@ -23,7 +23,7 @@ from jfe_jax.data.packing import PackedBatch
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 
-BATCH_TOKENS = 8192
+BATCH_TOKENS = 4096
 PIXEL_CACHE_MIB = 256
 # A batch computes a quarter, a half, three quarters or all of its image slots, whichever is enough.
 _SLOT_STEPS = 4
