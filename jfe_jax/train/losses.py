@@ -5,6 +5,7 @@ pair), P right answers of a query, E embedding. Each device holds its groups' ro
 side over the batch axes of the mesh, never over `tensor`, where embeddings are whole.
 """
 
+import functools
 import math
 from functools import partial
 from typing import NamedTuple
@@ -121,7 +122,7 @@ def _local_sums(
 
     negative = everyone.candidate_valid.reshape(1, -1)
     if mask:
-        right = _contains(row_positives[:, None], column_ids[None, :, None])
+        right = _contains(row_positives[:, None], column_ids[None])
         negative &= ~(right | (column_ids[None] == row_ids[:, None]))
     forward, own, rival = _rows(
         queries, everyone.candidates.reshape(-1, e), negative, (first + groups) * c + rows, scale
@@ -132,7 +133,7 @@ def _local_sums(
         if mask:
             column_positives = everyone.positive_ids.reshape(negative.shape[1], -1)
             same = everyone.candidate_ids[:, :n].reshape(1, -1) == row_ids[:, None]
-            negative &= ~(_contains(column_positives[None], row_ids[:, None, None]) | same)
+            negative &= ~(_contains(column_positives[None], row_ids[:, None]) | same)
         backward, _, _ = _rows(positives, everyone.queries.reshape(-1, e), negative, (first + groups) * n + rows, scale)
     sums = Sums(
         *(jnp.sum(jnp.where(valid, x, 0.0)) for x in (forward, backward, (own > rival).astype(jnp.float32))),
@@ -156,5 +157,7 @@ def _rows(
 
 
 def _contains(sets: jax.Array, value: jax.Array) -> jax.Array:
-    # Padding of a set is -1, and so is a filler's id: fillers are no members of anything.
-    return jnp.any((sets == value) & (value >= 0), axis=-1)
+    # [..., P], broadcastable [...] → bool [...]. Padding of a set is -1 and so is a filler's id: fillers are members
+    # of nothing. Written out over P because a reduction would hold [I, J, P] in memory.
+    hits = (sets[..., p] == value for p in range(sets.shape[-1]))
+    return functools.reduce(jnp.logical_or, hits) & (value >= 0)

@@ -34,12 +34,22 @@ def make_optimizer(config: Config, axes: Any) -> optax.GradientTransformation:
         weight_decay=settings.weight_decay,
         mask={"model": decay_mask(axes), "loss": {"log_inverse_temperature": False}},
     )
-    labels = {
-        "model": jax.tree.map(lambda frozen: "frozen" if frozen else "trained", frozen_mask(axes, settings.freeze)),
-        "loss": {"log_inverse_temperature": "trained" if config.loss.learn_temperature else "frozen"},
-    }
+    labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", trained_mask(config, axes))
     clipped = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw
     return optax.partition({"trained": clipped, "frozen": optax.set_to_zero()}, labels)
+
+
+def trained_mask(config: Config, axes: Any) -> dict[str, Any]:
+    """True where a leaf of the optimizer's tree moves.
+
+    Raises:
+      UserError: `optimizer.freeze` names no group of parameters.
+    """
+    frozen = frozen_mask(axes, config.optimizer.freeze)
+    return {
+        "model": jax.tree.map(lambda stays: not stays, frozen),
+        "loss": {"log_inverse_temperature": config.loss.learn_temperature},
+    }
 
 
 def decay_mask(axes: Any) -> Any:

@@ -12,6 +12,7 @@ from jfe_jax import sharding
 from jfe_jax.blueprint import shardings_of
 from jfe_jax.data.packing import ContrastiveBatch
 from jfe_jax.train import losses
+from jfe_jax.train.optimizer import trained_mask
 from jfe_jax.train.schedules import learning_rate
 from jfe_jax.train.state import Training, TrainState, trainable
 
@@ -22,9 +23,10 @@ def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatc
     """Compiled step: (state, batch on the mesh) → (next state, metrics); the old state's memory is reused.
 
     Metrics are float32 scalars, those of `losses.contrastive_loss` (before the update) and "temperature",
-    "learning_rate", "gradient_norm" (before clipping).
+    "learning_rate", "gradient_norm" (of what is trained, before clipping).
     """
     config, rate = training.config, learning_rate(training.config.optimizer)
+    trained = trained_mask(config, training.model.axes)
 
     def step(state: TrainState, batch: ContrastiveBatch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(training.mesh.abstract_mesh):
@@ -32,7 +34,9 @@ def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatc
             grads, metrics = jax.grad(lambda tree: loss_of(training, tree, batch), has_aux=True)(tree)
             updates, optimizer = training.optimizer.update(grads, state.optimizer, tree)
             tree = optax.apply_updates(tree, updates)
-        metrics |= {"learning_rate": jnp.float32(rate(state.step)), "gradient_norm": optax.tree.norm(grads)}
+        # Without the frozen ones' gradients, which then need not be computed.
+        moving = jax.tree.map(lambda gradient, moves: gradient if moves else None, grads, trained)
+        metrics |= {"learning_rate": jnp.float32(rate(state.step)), "gradient_norm": optax.tree.norm(moving)}
         loss = losses.clamp(tree["loss"], config.loss)
         return TrainState(state.step + 1, tree["model"], loss, optimizer), metrics
 
