@@ -15,10 +15,9 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-BASELINES = {"score": "late fusion by sum", "feature": "late fusion by a transformer"}
 PRESETS = {"demo": (("jfe", "feature"), (0,), ""), "full": (("jfe", "score", "feature"), (0, 1, 2), "full_")}
 DATA = Path("data/emoji")
 
@@ -60,10 +59,10 @@ def prepared(raw: Path) -> Path:
     return raw.with_name(raw.name + "-prepared")
 
 
-def run(model: str, seed: int, prefix: str, root: Path, cores: "queue.Queue[int]") -> None:
+def run(data: Future[Path], model: str, seed: int, prefix: str, root: Path, cores: "queue.Queue[int]") -> None:
     """Stage 1, stage 2 and the evaluation of one model and seed, on one core."""
+    raw, out = data.result(), root / f"{model}-{seed}"
     core = cores.get()
-    raw, out = DATA / f"fold{seed}", root / f"{model}-{seed}"
     try:
         for stage in ("stage1", "stage2"):
             jfe(
@@ -98,14 +97,15 @@ def main() -> None:
     root = args.out or Path("runs") / f"emoji-{args.preset}"
     start = time.monotonic()
 
-    for seed in seeds:
-        prepare(seed)
     cores: queue.Queue[int] = queue.Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
     with ThreadPoolExecutor(cores.qsize()) as pool:
         # Seed by seed, so that an interrupted benchmark has whole seeds to compare.
-        jobs = [pool.submit(run, model, seed, prefix, root, cores) for seed in seeds for model in models]
+        jobs: list[Future] = []
+        for seed in seeds:
+            data = pool.submit(prepare, seed)
+            jobs += [data, *(pool.submit(run, data, model, seed, prefix, root, cores) for model in models)]
         try:
             for job in jobs:
                 job.result()
@@ -114,8 +114,8 @@ def main() -> None:
             raise
 
     for split in ("test", "combo") if prefix else ("test",):
-        evaluations = {model: ",".join(str(root / f"{model}-{seed}" / f"eval-{split}") for seed in seeds) for model in models}
-        jfe("compare", "compare", "--out", root / f"report-{split}", *(f"{m}={dirs}" for m, dirs in evaluations.items()))
+        named = [f"{m}=" + ",".join(str(root / f"{m}-{s}" / f"eval-{split}") for s in seeds) for m in models]
+        jfe("compare", "compare", "--out", root / f"report-{split}", *named)
     if args.preset == "demo":
         jfe("convert", "convert", "to-hf", root / "jfe-0" / "stage2", root / "jfe-hf")
     say("done", f"in {(time.monotonic() - start) / 60:.1f} min; open {root / 'report-test' / 'report.html'}")
