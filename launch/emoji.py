@@ -3,9 +3,9 @@
     python launch/emoji.py demo      one seed, JFE and one late-fusion baseline, about ten minutes on 2 cores
     python launch/emoji.py full      three seeds of JFE and both late-fusion baselines
 
-Seed s holds out fold s of the base emoji, so that three seeds test three disjoint sets of bases. Every part is a `jfe`
-command, printed as it starts; what is finished is not done again and what was interrupted goes on. One run has one core:
-two single-threaded runs side by side do more steps a second than one after the other on both cores.
+Seed s holds out fold s of the base emoji, so that three seeds test three disjoint sets of bases. Every part is a
+`jfe` command, printed as it starts; what is finished is not done again and what was interrupted goes on. One run has
+one core: two single-threaded runs side by side do more steps a second than one after the other on both cores.
 """
 
 import argparse

