@@ -5,8 +5,6 @@ import os
 import sys
 from pathlib import Path
 
-from jfe_jax import config as configs
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """`--config`, `--resume`, `--print-config`; every other `--key.sub=value` overrides the config."""
@@ -24,6 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Raises UserError as `loop.train` does."""
+    from jfe_jax import config as configs
+
     config = configs.load(args.config, args.overrides)
     if args.print_config:
         print(configs.to_yaml(config), end="")

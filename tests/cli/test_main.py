@@ -1,0 +1,67 @@
+"""The command line's contract: exit statuses, one clear line, nothing heavy imported to answer `--help`."""
+
+import subprocess
+import sys
+
+import pytest
+
+from jfe_jax.cli import main as cli
+from jfe_jax.errors import UserError
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\n"
+        "from jfe_jax.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'jax', 'numpy', 'flax', 'grain', 'tensorflow_datasets', 'transformers', 'PIL', 'yaml'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(verb in done.stdout for verb in cli.VERBS)
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["eval", "--no-such-flag"], ["train"]])
+def test_wrong_usage_exits_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train", "--config", "no/such.yaml"], "no/such.yaml"),
+        (["data", "check", "no/such/dir"], "no/such/dir"),
+        (["convert", "to-hf", "no/such/run", "out"], "no/such/run"),
+        (["convert", "from-hf", "no/such/model", "out"], "no/such/model"),
+        (["eval", "--checkpoint", "no/such/run", "--data", "no/such/dir", "--out", "out"], "no/such"),
+        (["search", "--index", "no/such/index", "--text", "apple"], "no/such/index"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_it(words, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith(f"jfe {words[0]}: ")
+    assert named in printed.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_where_it_came_from():
+    with pytest.raises(UserError):
+        cli.main(["train", "--config", "no/such.yaml", "--debug"])
+
+
+def test_full_disk_is_one_line(capsys, monkeypatch):
+    def run(_):
+        raise OSError(28, "No space left on device", "runs/x")
+
+    monkeypatch.setattr("jfe_jax.cli.train.run", run)
+    assert cli.main(["train", "--config", "x.yaml"]) == 1
+    assert capsys.readouterr().err == "jfe train: runs/x: No space left on device\n"
