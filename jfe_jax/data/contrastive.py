@@ -3,6 +3,7 @@
 Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a query, B items of a group.
 """
 
+import logging
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ import numpy as np
 from jfe_jax.data.packing import ContrastiveBatch, Layout, Packer
 from jfe_jax.data.pairs import EncodedPair
 from jfe_jax.errors import UserError
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +61,7 @@ class _PackPairsIterator(grain.DatasetIterator):
     def __init__(self, pairs: grain.MapDataset, shape: BatchShape, start: int, stride: int):
         super().__init__()
         self._pairs, self._shape, self._start, self._stride = pairs, shape, start, stride
-        self._next = 0
+        self._next, self._short = 0, 0
         self._waiting: list[int] = []
         # Encoded pairs of the indices that wait; a restored iterator makes them anew.
         self._held: dict[int, EncodedPair] = {}
@@ -84,11 +87,29 @@ class _PackPairsIterator(grain.DatasetIterator):
             if not filling.add(pair):
                 waiting.append(index)
                 held[index] = pair
-        self._waiting, self._held = (
-            [*waiting, *queue],
-            held | {index: self._held[index] for index in queue if index in self._held},
-        )
-        return filling.finish()
+        held |= {index: self._held[index] for index in queue if index in self._held}
+        self._waiting, self._held = [*waiting, *queue], held
+        batch = filling.finish()
+        if filling.count < total:
+            self._warn_short(batch, filling.count, total)
+        return batch
+
+    def _warn_short(self, batch: ContrastiveBatch, count: int, total: int) -> None:
+        self._short += 1
+        # At 1, 10, 100, …: one short step is chance, many are a layout that is too small.
+        if str(self._short).strip("0") == "1":
+            packed = batch.packed
+            images = int((packed.image_start < self._shape.rows * self._shape.row_tokens).sum())
+            _LOG.warning(
+                "%d steps so far had no room for all their pairs; this one has %d of %d, with %d of %d image slots and "
+                "%.0f %% of the row tokens in use: raise data.image_slots or data.rows",
+                self._short,
+                count,
+                total,
+                images,
+                packed.image_start.size,
+                100 * (packed.segments > 0).mean(),
+            )
 
 
 class _Filling:

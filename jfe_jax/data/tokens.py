@@ -8,6 +8,7 @@ Axes: S tokens, P patches, H W pixels.
 
 import json
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from jfe_jax.data.images import to_pixels
 from jfe_jax.data.items import EncodedItem, Item
 from jfe_jax.errors import UserError
 
+# Texts come one at a time, and a pool of threads for a single text costs more than the text.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _LOG = logging.getLogger(__name__)
 IMAGE = "<image>"
 _SPECIAL = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
