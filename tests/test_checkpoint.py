@@ -141,6 +141,20 @@ def test_other_frozen_groups_are_refused(tmp_path, state, said):
         restore(tmp_path, said, replace(CONFIG, optimizer=OptimizerConfig()))
 
 
+def test_a_model_alone_is_no_run_to_continue(tmp_path, state, said, tokenizer):
+    checkpoint.save_model(tmp_path, CONFIG, state.params, tokenizer)
+    with pytest.raises(UserError, match="holds a model and no training state"):
+        restore(tmp_path, said)
+
+
+def test_another_number_of_processes_is_refused(tmp_path, state, said):
+    save(tmp_path, state, [2], said)
+    data = tmp_path / "checkpoints" / "2" / "data"
+    (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
+    with pytest.raises(UserError, match="written by 2 processes"):
+        restore(tmp_path, said)
+
+
 @contextmanager
 def little_disk(size):
     # Files that cannot grow: what a full disk is to a writer, without needing one.

@@ -21,6 +21,7 @@ class Saved(NamedTuple):
     """What a run continues from."""
 
     step: int
+    config: Config
     params: Any
     train: Any
     data: Any
@@ -45,7 +46,7 @@ class RunCheckpoints:
 
     def steps(self) -> list[int]:
         """Steps that there is a checkpoint of, ascending."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return [saved.step for saved in self._checkpointer.checkpoints]
 
     def save(self, step: int, config: Config, params: Any, train: Any, data: Any) -> None:
         """Starts to write; the arrays may be donated as soon as this returns. Waits for the save before, if need be.
@@ -90,11 +91,15 @@ class RunCheckpoints:
             try:
                 saved = checkpoint.read_config(path)
                 data = _IteratorState()
+                if not (path / "train").exists():
+                    raise UserError(
+                        f"{path}: holds a model and no training state; give it as `init`, with another output"
+                    )
                 checkpoint.refuse_other_model(saved.model, config.model, str(path))
                 _refuse_other_state(saved, config, str(path))
                 checkpoint.read_part(path, "data", data)
                 params = checkpoint.read_part(path, "params", abstract_params)
-                return Saved(step, params, checkpoint.read_part(path, "train", abstract_train), data.state)
+                return Saved(step, saved, params, checkpoint.read_part(path, "train", abstract_train), data.state)
             except UserError:
                 raise
             except Exception as error:
@@ -162,6 +167,10 @@ class _IteratorState:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
+            written = sorted(Path(directory).glob("process_*.json"))
+            if written and not (Path(directory) / _process_file()).exists():
+                count = written[0].stem.rpartition("-")[2]
+                raise UserError(f"{directory}: written by {count} processes; continue with as many")
             self.state = json.loads((Path(directory) / _process_file()).read_text(encoding="utf-8"))
 
         return read()

@@ -53,22 +53,27 @@ class Progress:
     """A bar on a terminal; elsewhere plain lines, at most one every ten seconds."""
 
     def __init__(self, steps: int, start: int, say: Callable[[str], None]):
-        self._steps, self._start, self._say = steps, start, say
-        self._began = time.monotonic()
+        self._steps, self._say = steps, say
+        # From when the first step is done: it waits for the compiler.
+        self._first: tuple[int, float] | None = None
         self._spoke = float("-inf")
         terminal = sys.stderr.isatty()
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True) if terminal else None
+        form = "{percentage:3.0f}%|{bar:10}| {n}/{total}{postfix}, {remaining} left"
+        self._bar = tqdm(total=steps, initial=start, bar_format=form, dynamic_ncols=True) if terminal else None
 
     def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """`step` steps are done; `values` are metrics to show, if there are new ones."""
+        self._first = self._first or (step, time.monotonic())
         if self._bar is not None:
             if values:
-                self._bar.set_postfix_str(_shown(values), refresh=False)
+                self._bar.set_postfix_str(_short(values), refresh=False)
             self._bar.update(step - self._bar.n)
         elif values and (step == self._steps or time.monotonic() - self._spoke >= LINE_SECONDS):
             self._spoke = time.monotonic()
-            left = (self._spoke - self._began) / max(step - self._start, 1) * (self._steps - step)
-            self._say(f"step {step}/{self._steps} {_shown(values)}, {_clock(left)} left")
+            first, since = self._first
+            left = (self._spoke - since) / (step - first) * (self._steps - step) if step > first else None
+            tail = "" if left is None else f", {_clock(left)} left"
+            self._say(f"step {step}/{self._steps} {_shown(values)}{tail}")
 
     def say(self, line: str) -> None:
         """A line that does not break the bar."""
@@ -84,12 +89,18 @@ class Progress:
 
 
 def _shown(values: Mapping[str, float]) -> str:
-    if "val_loss" in values:
-        return f"validation loss {values['val_loss']:.4f}, in-batch accuracy {values['val_accuracy']:.1%}"
     return (
         f"loss {values['loss']:.4f}, in-batch accuracy {values['accuracy']:.1%}, temperature "
         f"{values['temperature']:.4f}, learning rate {values['learning_rate']:.2e}, {values['items_per_second']:.0f} "
         f"items/s, data wait {values['data_wait']:.0%}"
+    )
+
+
+def _short(values: Mapping[str, float]) -> str:
+    # The same, for a bar on a line of a hundred columns.
+    return (
+        f"loss {values['loss']:.3f}, acc {values['accuracy']:.0%}, temp {values['temperature']:.3f}, lr "
+        f"{values['learning_rate']:.1e}, {values['items_per_second']:.0f} items/s, wait {values['data_wait']:.0%}"
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from jfe_jax import checkpoint, sharding
+from jfe_jax import config as configs
 from jfe_jax.config import Config
 from jfe_jax.data.loader import training_batches
 from jfe_jax.errors import UserError
@@ -99,6 +100,9 @@ def _start(
     if saved is not None:
         batches.set_state(saved.data)
         say(f"continuing from step {saved.step}")
+        changed = configs.differing_keys(saved.config, training.config)
+        if changed:
+            say(f"other settings than the checkpoint's: {'; '.join(changed)}")
         return saved.step, TrainState(**saved.train | {"params": saved.params})
     if training.config.init:
         params = checkpoint.load_parameters(training.config.init, training.config.model, training.model)
@@ -121,7 +125,7 @@ class _Run:
         self.log = MetricsLog(Path(self.config.output) / "logs", start) if jax.process_index() == 0 else None
         self.progress = Progress(steps, start, self.say)
         self.pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
-        self.waited, self.since, self.last_logged = 0.0, time.monotonic(), start
+        self.waited, self.since, self.start, self.last_logged = 0.0, time.monotonic(), start, start
         source = Prefetcher(batches, self.training.mesh)
         step = start
         try:
@@ -167,6 +171,9 @@ class _Run:
                 self.waited, self.since, self.last_logged = 0.0, now, step
                 if self.log is not None:
                     self.log.write(step, shown)
+            elif self.last_logged == self.start:
+                # The first step waited for the compiler; rates are of what comes after it.
+                self.waited, self.since, self.last_logged = 0.0, time.monotonic(), step
             self.progress.update(step, shown)
 
     def _save(self, step: int, state: TrainState, position: Any) -> None:
