@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jfe_jax.config import Config
@@ -41,7 +42,7 @@ def save_hf(loaded: Any, out: str | Path, shard_bytes: int = SHARD_BYTES) -> Non
       shard_bytes: weights are split into files of at most this size (a larger tensor has one of its own).
 
     Raises:
-      UserError: the model has no Hugging Face layout, `out` is in use, or the tokenizer is missing.
+      UserError: the model has no Hugging Face layout, `out` is in use, the tokenizer is missing, or the disk is full.
     """
     out = Path(out)
     config: Config = loaded.config
@@ -61,6 +62,8 @@ def save_hf(loaded: Any, out: str | Path, shard_bytes: int = SHARD_BYTES) -> Non
         if out.exists():
             out.rmdir()
         os.replace(part, out)
+    except SafetensorError as error:
+        raise UserError(f"{out}: cannot write the weights ({error}); nothing is left of it") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -13,6 +13,7 @@ from jfe_jax.models.gemma import Embedder, GemmaTower
 from jfe_jax.models.layers import Linear
 from jfe_jax.models.pooling import pool, unit
 from jfe_jax.models.vision import VisionTower
+from jfe_jax.sharding import constrain
 
 
 class FusionEncoder(nnx.Module):
@@ -31,8 +32,9 @@ class FusionEncoder(nnx.Module):
 
     def hidden(self, packed: PackedBatch) -> jax.Array:
         """Hidden state of every token after the final norm, [G, R, S, D] in the compute dtype."""
-        features = self.projector(self.vision(packed.pixels))
-        x = place(features, self.embedder(packed.tokens), packed.image_start)
+        x = self.embedder(packed.tokens)
+        if packed.pixels.shape[1]:
+            x = place(self.projector(self.vision(packed.pixels)), x, packed.image_start)
         return self.tower(x, packed.segments, packed.positions)
 
 
@@ -48,6 +50,9 @@ def place(features: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
       [G, R, S, D]. Batched over G, so that nothing crosses a device that holds whole groups.
     """
     g, r, s, d = x.shape
+    if features.shape[2] > r * s:
+        # Rows too short for a single image hold none.
+        return x
     window = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2), inserted_window_dims=(), scatter_dims_to_operand_dims=(0,)
     )
@@ -62,4 +67,5 @@ def place(features: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:
             mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
         )
 
-    return jax.vmap(one_group)(features, x.reshape(g, r * s, d), start).reshape(g, r, s, d)
+    placed = jax.vmap(one_group)(features, x.reshape(g, r * s, d), start).reshape(g, r, s, d)
+    return constrain(placed, ("group", None, None, None))

@@ -10,9 +10,14 @@ from flax import nnx
 
 from jfe_jax.config import TextConfig
 from jfe_jax.models.layers import attend, project, run_stack, stack, weight, zeros
+from jfe_jax.sharding import constrain
 
 # Far below any logit, yet finite: a row of nothing else still has a softmax.
 MASKED = -1e30
+# Layouts of what a block computes inside.
+HEADS = ("group", None, None, "heads", None)
+KV_HEADS = ("group", None, None, "kv_heads", None)
+MLP = ("group", None, None, "mlp")
 
 
 class RMSNorm(nnx.Module):
@@ -43,9 +48,10 @@ class GemmaAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
         """[G, R, S, D] → [G, R, S, D]; see `GemmaTower` for `angles` and `bias`."""
-        query = rotate(project(x, self.query_dnh[...]), *angles)
-        key = rotate(project(x, self.key_dkh[...]), *angles)
-        out = attend(query, key, project(x, self.value_dkh[...]), bias)
+        query = constrain(rotate(project(x, self.query_dnh[...]), *angles), HEADS)
+        key = constrain(rotate(project(x, self.key_dkh[...]), *angles), KV_HEADS)
+        value = constrain(project(x, self.value_dkh[...]), KV_HEADS)
+        out = constrain(attend(query, key, value, bias), HEADS)
         return project(out, self.out_nhd[...], inner=2)
 
 
@@ -66,7 +72,8 @@ class GemmaBlock(nnx.Module):
         x = x + self.attention(self.attention_norm(x), angles, bias)
         y = self.mlp_norm(x)
         gate = jax.nn.gelu(project(y, self.gate_df[...]), approximate=True)
-        return x + project(gate * project(y, self.up_df[...]), self.down_fd[...])
+        hidden = constrain(gate * project(y, self.up_df[...]), MLP)
+        return x + project(hidden, self.down_fd[...])
 
 
 class GemmaTower(nnx.Module):

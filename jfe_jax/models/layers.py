@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jfe_jax.sharding import constrain
+
 LOGICAL = {
     "d": "embed",
     "n": "heads",
@@ -78,15 +80,16 @@ def run_stack(blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: s
 
     Args:
       blocks: made by `stack`.
-      x: [..., D].
+      x: [G, …, D].
       *args: what every block gets besides, unchanged from layer to layer.
       depth: number of blocks.
       remat: what the backward pass recomputes: "none", "full" (all of a block) or "dots" (all but matrix products).
     """
     graphdef, params = nnx.split(blocks)
+    groups = ("group", *[None] * (x.ndim - 1))
 
     def layer(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return nnx.merge(graphdef, params)(x, *args), None
+        return constrain(nnx.merge(graphdef, params)(x, *args), groups), None
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None

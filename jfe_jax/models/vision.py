@@ -9,6 +9,11 @@ from flax import nnx
 
 from jfe_jax.config import VisionConfig
 from jfe_jax.models.layers import attend, project, run_stack, stack, weight, zeros
+from jfe_jax.sharding import constrain
+
+# Layouts of what a block computes inside.
+HEADS = ("group", None, None, "heads", None)
+MLP = ("group", None, None, "mlp")
 
 
 class LayerNorm(nnx.Module):
@@ -38,11 +43,12 @@ class VisionAttention(nnx.Module):
         self.out_bias_d = zeros(d)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., P, D] → [..., P, D]."""
+        """[G, M, P, D] → [G, M, P, D]."""
         query = project(x, self.query_dnh[...]) + self.query_bias_nh[...].astype(x.dtype)
         key = project(x, self.key_dnh[...]) + self.key_bias_nh[...].astype(x.dtype)
         value = project(x, self.value_dnh[...]) + self.value_bias_nh[...].astype(x.dtype)
-        out = attend(query, key, value, bias=None)
+        query, key, value = (constrain(heads, HEADS) for heads in (query, key, value))
+        out = constrain(attend(query, key, value, bias=None), HEADS)
         return project(out, self.out_nhd[...], inner=2) + self.out_bias_d[...].astype(x.dtype)
 
 
@@ -60,10 +66,10 @@ class VisionBlock(nnx.Module):
         self.down_bias_d = zeros(d)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., P, D] → [..., P, D]."""
+        """[G, M, P, D] → [G, M, P, D]."""
         x = x + self.attention(self.attention_norm(x))
         hidden = project(self.mlp_norm(x), self.up_df[...]) + self.up_bias_f[...].astype(x.dtype)
-        hidden = jax.nn.gelu(hidden, approximate=True)
+        hidden = constrain(jax.nn.gelu(hidden, approximate=True), MLP)
         return x + project(hidden, self.down_fd[...]) + self.down_bias_d[...].astype(x.dtype)
 
 

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import torch
 from flax import nnx
@@ -13,6 +12,7 @@ from jfe_jax.hf import mapping
 from jfe_jax.hf.load import load_hf
 from jfe_jax.models import build_model
 from jfe_jax.models.pooling import pool, unit
+from tests.hf import oracle
 
 ITEMS = oracle.items()
 LAYOUTS = {

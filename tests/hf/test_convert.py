@@ -1,0 +1,273 @@
+"""Hugging Face directories in and out: every spelling, every defect, and the same bits back."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+from jfe_jax import checkpoint
+from jfe_jax.cli.main import main
+from jfe_jax.config import Config, ModelConfig
+from jfe_jax.errors import UserError
+from jfe_jax.hf import mapping
+from jfe_jax.hf.load import INDEX, SINGLE, load_hf
+from jfe_jax.hf.save import save_hf
+from jfe_jax.hf.settings import read_config
+from jfe_jax.models import build_model
+from tests.hf import oracle
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return oracle.save(oracle.tiny(kv_heads=2), tmp_path_factory.mktemp("hf") / "source")
+
+
+@pytest.fixture
+def broken(source, tmp_path):
+    """A copy to damage, and a function that rewrites its tensors."""
+    directory = tmp_path / "broken"
+    shutil.copytree(source, directory)
+
+    def rewrite(change):
+        save_file(change(load_file(directory / SINGLE)), directory / SINGLE)
+        return directory
+
+    return rewrite
+
+
+def loaded(source, **changes) -> checkpoint.LoadedModel:
+    config, params = load_hf(source)
+    return checkpoint.LoadedModel(config, None, params, source, 0)._replace(**changes)
+
+
+def assert_same_bits(one, other):
+    one, other = (dict(nnx.to_flat_state(params)) for params in (one, other))
+    assert one.keys() == other.keys()
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(leaf[...], other[path][...], str(path))
+
+
+def test_what_goes_out_comes_back_to_the_bit(source, tmp_path):
+    model = loaded(source)
+    save_hf(model, tmp_path / "out")
+    assert_same_bits(load_hf(tmp_path / "out")[1], model.params)
+    theirs, ours = load_file(source / SINGLE), load_file(tmp_path / "out" / SINGLE)
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, name)
+
+
+def test_transformers_opens_it_and_embeds_the_same(source, tmp_path):
+    save_hf(loaded(source), tmp_path / "out")
+    model, report = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    original = oracle.tiny(kv_heads=2)
+    for name, item in oracle.items().items():
+        with torch.no_grad():
+            assert torch.equal(oracle.hidden(model.eval(), item), oracle.hidden(original, item)), name
+
+
+def test_transformers_processor_prepares_images_as_we_do(source, tmp_path):
+    save_hf(loaded(source), tmp_path / "out")
+    pixels = oracle.items()["image only"].pixels
+    inputs = AutoProcessor.from_pretrained(tmp_path / "out")(
+        images=pixels, text="<image>a red house", return_tensors="np"
+    )
+    assert (inputs["input_ids"] == oracle.IMAGE_TOKEN).sum() == oracle.PATCHES
+    np.testing.assert_allclose(
+        inputs["pixel_values"][0].transpose(1, 2, 0), pixels.astype(np.float32) / 127.5 - 1, atol=1e-6
+    )
+
+
+def test_how_items_are_pooled_and_cut_goes_along(source, tmp_path):
+    model = loaded(source)
+    tree = {"pooling": "mean", "max_text_tokens": 17, "newline": False}
+    config = Config(
+        model=ModelConfig(**{**vars(model.config.model), "pooling": "mean"}),
+        tokens=type(model.config.tokens)(max_text_tokens=17, newline=False),
+    )
+    save_hf(model._replace(config=config), tmp_path / "out")
+    back = load_hf(tmp_path / "out")[0]
+    assert {"pooling": back.model.pooling, **{k: getattr(back.tokens, k) for k in list(tree)[1:]}} == tree
+    assert back.tokens.tokenizer == str(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name.replace("language_model.model.", "model.language_model."),
+        lambda name: f"model.{name.replace('language_model.model.', 'language_model.')}",
+        lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
+        lambda name: f"model.{name}" if name.startswith("vision_tower") else name,
+    ],
+    ids=["text of v5 in memory", "all of v5 in memory", "vision of v4", "mixed"],
+)
+def test_every_spelling_is_read(source, broken, spell):
+    directory = broken(lambda tensors: {spell(name): tensor for name, tensor in tensors.items()})
+    assert_same_bits(load_hf(directory)[1], load_hf(source)[1])
+
+
+def test_a_tied_output_matrix_and_old_buffers_are_left_aside(source, broken):
+    extra = {
+        "language_model.lm_head.weight": np.zeros((oracle.VOCABULARY, 32), np.float32),
+        "vision_tower.vision_model.embeddings.position_ids": np.zeros((1, 16), np.int64),
+        "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
+    }
+    assert_same_bits(load_hf(broken(lambda tensors: tensors | extra))[1], load_hf(source)[1])
+
+
+def test_shards_are_read_and_written(source, tmp_path):
+    oracle.save(oracle.tiny(kv_heads=2), tmp_path / "theirs", max_shard_size="50KB")
+    assert (tmp_path / "theirs" / INDEX).exists()
+    model = loaded(tmp_path / "theirs")
+    assert_same_bits(model.params, load_hf(source)[1])
+    save_hf(model, tmp_path / "ours", shard_bytes=50_000)
+    files = sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert_same_bits(load_hf(tmp_path / "ours")[1], model.params)
+    assert not any(
+        PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)[1].values()
+    )
+    (tmp_path / "ours" / files[1]).unlink()
+    with pytest.raises(UserError, match=files[1]):
+        load_hf(tmp_path / "ours")
+
+
+def test_bfloat16_is_widened_without_loss(tmp_path):
+    model = oracle.tiny().to(torch.bfloat16)
+    _, params = load_hf(oracle.save(model, tmp_path / "bf16"))
+    table = model.get_input_embeddings().weight.detach().float().numpy()
+    np.testing.assert_array_equal(params.embedder.table_vd[...], table)
+
+
+def test_all_that_does_not_fit_is_listed_at_once(broken):
+    table, norm = "language_model.model.embed_tokens.weight", "vision_tower.post_layernorm.bias"
+
+    def change(tensors):
+        del tensors[norm]
+        return tensors | {"custom_text_proj.weight": np.zeros(3, np.float32), table: np.zeros((7, 32), np.float32)}
+
+    with pytest.raises(UserError) as error:
+        load_hf(broken(change))
+    message = str(error.value)
+    assert "custom_text_proj.weight is unknown" in message
+    assert f"{table} has shape [7, 32], not [400, 32]" in message
+    assert f"{norm} is missing" in message
+    assert "\n" not in message
+
+
+def test_pickled_weights_are_refused_with_the_reason(broken):
+    directory = broken(dict)
+    (directory / SINGLE).rename(directory / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin.*run any code.*safetensors"):
+        load_hf(directory)
+
+
+def test_a_damaged_file_is_named(broken):
+    directory = broken(dict)
+    (directory / SINGLE).write_bytes((directory / SINGLE).read_bytes()[:1000])
+    with pytest.raises(UserError, match=f"{SINGLE}: damaged"):
+        load_hf(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"model_type": "llava"}, "model_type 'llava'"),
+        ({"text_config": {"model_type": "gemma2"}}, r"text_config\.model_type = 'gemma2'"),
+        ({"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "rope_type = 'linear'"),
+        ({"vision_config": {"hidden_act": "gelu"}}, r"vision_config\.hidden_act = 'gelu'"),
+        ({"image_token_index": None}, "image_token_index"),
+    ],
+)
+def test_an_unknown_architecture_is_refused(broken, change, named):
+    directory = broken(dict)
+    tree = json.loads((directory / "config.json").read_text())
+    for key, value in change.items():
+        tree[key] = {**tree[key], **value} if isinstance(value, dict) else value
+    (directory / "config.json").write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
+    with pytest.raises(UserError, match=named):
+        load_hf(directory)
+
+
+def test_the_published_config_leaves_most_out(broken):
+    """config.json of google/paligemma-3b-pt-224 says little of what transformers takes by default."""
+    directory = broken(dict)
+    published = {
+        "model_type": "paligemma",
+        "image_token_index": 257152,
+        "projection_dim": 2048,
+        "hidden_size": 2048,
+        "text_config": {
+            "hidden_size": 2048,
+            "intermediate_size": 16384,
+            "model_type": "gemma",
+            "num_attention_heads": 8,
+            "num_hidden_layers": 18,
+            "num_image_tokens": 256,
+            "num_key_value_heads": 1,
+            "torch_dtype": "float32",
+            "vocab_size": 257216,
+        },
+        "vision_config": {
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "model_type": "siglip_vision_model",
+            "num_attention_heads": 16,
+            "num_hidden_layers": 27,
+            "num_image_tokens": 256,
+            "patch_size": 14,
+            "projection_dim": 2048,
+            "vision_use_head": False,
+        },
+    }
+    (directory / "config.json").write_text(json.dumps(published))
+    assert read_config(directory).model == ModelConfig()
+
+
+def test_a_directory_in_use_is_left_alone(source, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(UserError, match="exists already"):
+        save_hf(loaded(source), tmp_path / "out")
+    assert (tmp_path / "out" / "precious").exists()
+
+
+def test_a_failed_export_leaves_nothing(source, tmp_path):
+    model = loaded(source)
+    flat = [(path, leaf) for path, leaf in nnx.to_flat_state(model.params) if path[0] != "projector"]
+    with pytest.raises(KeyError):
+        save_hf(model._replace(params=nnx.from_flat_state(flat)), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_baseline_has_no_layout(source, tmp_path):
+    model = loaded(source)
+    config = Config(model=ModelConfig(kind="two_tower"))
+    with pytest.raises(UserError, match="only the fusion model has a Hugging Face layout"):
+        save_hf(model._replace(config=config), tmp_path / "out")
+
+
+def test_convert_there_and_back(source, tmp_path, capsys):
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert main(["convert", "from-hf", str(source), str(run)]) == 0
+    assert main(["convert", "to-hf", str(run), str(out)]) == 0
+    assert "parameters" in capsys.readouterr().out
+    theirs, ours = load_file(source / SINGLE), load_file(out / SINGLE)
+    for name, tensor in theirs.items():
+        np.testing.assert_array_equal(ours[name], tensor, name)
+    assert (out / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert not (run / "tokenizer" / SINGLE).exists()
+    assert main(["convert", "from-hf", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_the_table_names_every_parameter_once():
+    ours = [entry.ours for entry in mapping.TABLE]
+    params = nnx.split(nnx.eval_shape(lambda: build_model(ModelConfig(), nnx.Rngs(0))))[1]
+    assert sorted(ours) == sorted(".".join(path) for path, _ in nnx.to_flat_state(params))
