@@ -7,6 +7,7 @@ clusters of queries and runs, and draws the same for all models.
 Axes: M models, R runs, U units, C clusters, Q queries.
 """
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,8 +108,9 @@ class Comparison:
         self._numbers = {cluster: number for number, cluster in enumerate(self._clusters)}
         self._replicates = replicates
         self._seed = seed
+        self._known: dict[Slice, tuple[np.ndarray, np.ndarray]] = {}
 
-    @property
+    @functools.cached_property
     def units(self) -> list[str]:
         """Units in the order of task, then name."""
         return [unit for _, unit in sorted({(line["task"], line["unit"]) for run in self._queries for line in run})]
@@ -119,7 +121,7 @@ class Comparison:
 
     def counts(self, slice_: Slice) -> int:
         """Queries in a slice, over all runs."""
-        return sum(slice_.wanted(line) for run in self._queries for line in run)
+        return int(self._sums(slice_)[1].sum())
 
     def means(self, slice_: Slice) -> np.ndarray:
         """float64 [M, R]: mean over units of hit@k, each unit weighing the same; NaN where a slice is empty."""
@@ -127,27 +129,31 @@ class Comparison:
         with np.errstate(invalid="ignore", divide="ignore"):
             return _mean_of_units(hits.sum(-1) / counts.sum(-1))
 
-    def replicates(self, slice_: Slice) -> np.ndarray:
-        """float64 [replicates, M]: bootstrapped means over runs and units; any slice gets the same draws."""
-        hits, counts = self._sums(slice_)
+    def replicates(self, slices: Sequence[Slice]) -> list[np.ndarray]:
+        """float64 [replicates, M] of each slice: bootstrapped means over runs and units, all from the same draws."""
+        sums = [self._sums(one) for one in slices]
+        # A slice concerns few of the clusters.
+        used = [np.flatnonzero(counts.any((0, 1))) for _, counts in sums]
+        sums = [(hits[..., few], counts[..., few]) for (hits, counts), few in zip(sums, used, strict=True)]
         random = np.random.default_rng(self._seed)
         clusters = len(self._clusters)
         picked = random.integers(0, self.runs, (self._replicates, self.runs))
-        replicates = []
+        parts: list[list[np.ndarray]] = [[] for _ in slices]
         step = max(1, int(2e7) // max(clusters, 1))
         for start in range(0, self._replicates, step):
             size = min(step, self._replicates - start)
             weights = random.multinomial(clusters, np.full(clusters, 1 / clusters), size).astype(np.float64)
-            with np.errstate(invalid="ignore", divide="ignore"):
-                rates = np.einsum("mruc,bc->bmru", hits, weights, optimize=True)
-                rates /= np.einsum("ruc,bc->bru", counts, weights, optimize=True)[:, None]
-            means = _mean_of_units(rates)
-            chosen = np.take_along_axis(means, picked[start : start + size, None, :], axis=2)
-            replicates.append(_nanmean(chosen, 2))
-        return np.concatenate(replicates)
+            for part, (hits, counts), few in zip(parts, sums, used, strict=True):
+                drawn = weights[:, few].T
+                with np.errstate(invalid="ignore", divide="ignore"):
+                    means = _mean_of_units(np.moveaxis(hits @ drawn / (counts @ drawn), -1, 0))
+                part.append(_nanmean(np.take_along_axis(means, picked[start : start + size, None, :], axis=2), 2))
+        return [np.concatenate(part) for part in parts]
 
     def _sums(self, slice_: Slice) -> tuple[np.ndarray, np.ndarray]:
         """Hits [M, R, U, C] and counts [R, U, C] of the slice."""
+        if slice_ in self._known:
+            return self._known[slice_]
         units = {unit: number for number, unit in enumerate(self.units)}
         hits = np.zeros((len(self.names), self.runs, len(units), len(self._clusters)))
         counts = np.zeros(hits.shape[1:])
@@ -160,6 +166,7 @@ class Comparison:
             np.add.at(counts[run], at, 1)
             for model in range(len(self.names)):
                 np.add.at(hits[model, run], at, self._hits[run][model, chosen])
+        self._known[slice_] = hits, counts
         return hits, counts
 
 
@@ -198,41 +205,43 @@ def compare(models: dict[str, list[Run]], *, k: int = 1, replicates: int = REPLI
             for name, key in (("with_source", "rank"), ("without_source", "rank_without_source"))
         }
         settings["controls"] = {
-            given: summary(Comparison(models, pool, given=given, k=k, replicates=replicates)) for given in controls
+            given: summary(Comparison(models, pool, given=given, k=k, replicates=replicates), details=False)
+            for given in controls
         }
         told["pools"][pool] = settings
     return told
 
 
-def summary(comparison: Comparison) -> dict:
+def summary(comparison: Comparison, *, details: bool = True) -> dict:
     """Everything that is said about one comparison, ready for JSON.
 
     Gains are of the first model over another, in the unit of the metric (1 = 100 %), each as {"value", "low", "high"}
-    with its 95 % interval. "best_other" has the highest mean where fusion is needed (where none is, the first other).
+    with its 95 % interval; `details` adds kinds and edits.
+    "best_other" has the highest mean where fusion is needed (where none is, the first other).
     """
     groups = [group for group in (needs_fusion(), does_not()) if comparison.counts(group)]
-    slices = {
-        "groups": groups,
-        "units": [of_unit(unit) for unit in comparison.units],
-        "kinds": [of_value("kind", kind) for kind in comparison.values("kind")],
-        "edits": [of_value("edit", edit) for edit in comparison.values("edit")],
-    }
+    families = {"groups": groups, "units": [of_unit(unit) for unit in comparison.units]}
+    for family, key in (("kinds", "kind"), ("edits", "edit")) if details else ():
+        families[family] = [of_value(key, value) for value in comparison.values(key)]
+    drawn = iter(comparison.replicates([member for members in families.values() for member in members]))
+    drawn = {family: {member.name: next(drawn) for member in members} for family, members in families.items()}
     ranking = comparison.means(groups[0]).mean(1) if groups else np.zeros(len(comparison.names))
     others = comparison.names[1:]
     best = max(others, key=lambda name: ranking[comparison.names.index(name)]) if others else None
     told = {"models": comparison.names, "runs": comparison.runs, "best_other": best}
-    for family, members in slices.items():
-        told[family] = {member.name: _told(comparison, member) for member in members}
+    for family, members in families.items():
+        told[family] = {member.name: _told(comparison, member, drawn[family][member.name]) for member in members}
     if len(groups) == 2 and others:
+        one, other = (group.name for group in groups)
         told["difference_of_gains"] = _gains(
             comparison,
             comparison.means(groups[0]) - comparison.means(groups[1]),
-            comparison.replicates(groups[0]) - comparison.replicates(groups[1]),
+            drawn["groups"][one] - drawn["groups"][other],
         )
     return told
 
 
-def _told(comparison: Comparison, slice_: Slice) -> dict:
+def _told(comparison: Comparison, slice_: Slice, replicates: np.ndarray) -> dict:
     means = comparison.means(slice_)
     return {
         "queries": comparison.counts(slice_),
@@ -240,7 +249,7 @@ def _told(comparison: Comparison, slice_: Slice) -> dict:
             name: {"mean": _nanmean(row, 0).item(), "sd": float(np.nanstd(row, ddof=1)) if len(row) > 1 else None}
             for name, row in zip(comparison.names, means, strict=True)
         },
-        "gains": _gains(comparison, means, comparison.replicates(slice_)),
+        "gains": _gains(comparison, means, replicates),
     }
 
 

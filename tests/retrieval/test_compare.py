@@ -113,7 +113,7 @@ def test_runs_may_be_folds_with_other_queries(tmp_path):
     models = load_models({"jfe": [fold("j", 0, 9), fold("j", 1, 7)], "late": [fold("l", 0, 4), fold("l", 1, 4)]})
     comparison = Comparison(models, "global", replicates=400)
     np.testing.assert_allclose(comparison.means(needs_fusion()), [[0.9, 0.7], [0.4, 0.4]])
-    drawn = comparison.replicates(needs_fusion())
+    (drawn,) = comparison.replicates([needs_fusion()])
     assert drawn.shape == (400, 2) and np.isfinite(drawn).all()
     assert drawn.mean(0) == pytest.approx([0.8, 0.4], abs=0.02)
 
@@ -153,7 +153,7 @@ def test_kinds_edits_controls_and_the_source_are_told_apart(tmp_path):
 def test_replicates_are_the_same_draws_for_every_slice(tmp_path):
     models = load_models({"jfe": [written(tmp_path / "j", units({"a_task7": (5, 9)}))]})
     comparison = Comparison(models, "global", replicates=30)
-    np.testing.assert_array_equal(comparison.replicates(needs_fusion()), comparison.replicates(of_unit("a_task7")))
+    np.testing.assert_array_equal(*comparison.replicates([needs_fusion(), of_unit("a_task7")]))
     assert summary(comparison)["runs"] == 1
 
 
