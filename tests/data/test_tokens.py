@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import AddedToken, Tokenizer, models, normalizers
 
 from jfe_jax.config import TokensConfig, VisionConfig
 from jfe_jax.data.items import Item
@@ -91,6 +92,29 @@ def test_added_tokens_that_are_not_special_cannot_claim_an_image(tokenizer_dir, 
     (tmp_path / "tokenizer.json").write_text(json.dumps(tree))
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": {"content": "<bos>"}}')
     assert VOCAB - 1 not in encoder(tmp_path).encode(Item(text="an <image> here")).tokens
+
+
+def test_a_tokenizer_of_gemmas_kind_loads_by_the_same_path(tmp_path):
+    """Spaces as ▁, byte fallback, <image> after the model's own entries and not marked special."""
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["\n", "▁", *"abcdert", "re", "red", "▁red"]
+    merges = [("r", "e"), ("re", "d"), ("▁", "red")]
+    gemma = Tokenizer(
+        models.BPE(
+            {piece: number for number, piece in enumerate(pieces)}, merges, byte_fallback=True, unk_token="<unk>"
+        )
+    )
+    gemma.normalizer = normalizers.Replace(" ", "▁")
+    gemma.add_special_tokens(["<pad>", "<eos>", "<bos>", "<unk>"])
+    gemma.add_tokens([AddedToken("<loc0000>", normalized=False), AddedToken("<image>", normalized=False)])
+    gemma.save(str(tmp_path / "tokenizer.json"))
+    image = len(pieces) + 1
+    ours = ItemEncoder(TokensConfig(tokenizer=str(tmp_path)), VISION, image)
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    wanted = [ids["<bos>"], ids["red"], ids["▁red"], ids["▁"], ids["<0xC3>"], ids["<0xA9>"], ids["\n"], ids["<eos>"]]
+    np.testing.assert_array_equal(ours.encode(Item(text="red é", instruction="red")).tokens[[0, 1, 2]], wanted[:3])
+    np.testing.assert_array_equal(ours.tokens("red red é", None, False), wanted)
+    assert ours.vocab_size == image + 1
 
 
 def test_an_encoder_travels_to_another_process(tokenizer_dir):
