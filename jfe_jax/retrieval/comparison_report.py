@@ -87,18 +87,21 @@ def _lead(told: dict) -> str:
 
 
 def _claims(told: dict) -> str:
-    rows, sums = [], []
+    blocks = []
     first = next(iter(told["pools"].values()))["with_source"]
     names = first["models"]
-    for pool, settings in told["pools"].items():
+    # The largest pool first: it is what the claim is about.
+    for pool, settings in reversed(told["pools"].items()):
         for setting, suffix in SETTINGS.items():
             entry = settings[setting]
-            for name, row in entry["groups"].items():
-                rows.append([f"{text(name)}, {pool} pool{suffix}", *_cells(row, names)])
+            rows = [[text(name), *_cells(row, names)] for name, row in entry["groups"].items()]
+            sums = []
             if "difference_of_gains" in entry:
                 sums.append(len(rows))
                 cells = [_gain_cell(entry["difference_of_gains"][name]) for name in names[1:]]
-                rows.append([f"difference of the gains, {pool} pool{suffix}", *[""] * len(names), *cells])
+                rows.append(["difference of the gains", *[""] * len(names), *cells])
+            table = page.table([f"hit@{told['k']}", *_heads(names)], rows, sums)
+            blocks.append(f"<h3>{text(pool.capitalize())} pool{suffix}</h3>{table}" if rows else "")
     note = (
         f"hit@{told['k']} in %, mean over units (each weighs the same) and runs, ± standard deviation over "
         f"{first['runs']} runs. Gain: {text(names[0])} minus the other, in points, with a 95 % interval from "
@@ -106,7 +109,7 @@ def _claims(told: dict) -> str:
         "alike for all models. Needs fusion: tasks 6, 7, 8; does not: 0, 1, 3, 4. Without source: the query's own "
         "image is taken out of the pool."
     )
-    return page.table([f"hit@{told['k']}", *_heads(names)], rows, sums) + f'<p class="note">{note}</p>'
+    return "".join(blocks) + f'<p class="note">{note}</p>'
 
 
 def _tables(told: dict, pool: str, setting: str) -> str:
@@ -124,48 +127,51 @@ def _kinds(told: dict, pool: str) -> str:
     for setting in SETTINGS:
         entry = told["pools"][pool][setting]
         names = entry["models"]
-        sums = list(range(len(entry["kinds"])))
-        rows = [
-            [text(name), *_cells(row, names), str(row["queries"])]
-            for family in ("kinds", "edits")
-            for name, row in entry[family].items()
-        ]
-        if rows:
-            blocks.append(f"<h3>{'without source' if setting == 'without_source' else 'all candidates'}</h3>")
-            blocks.append(page.table(["kind, then edit", *_heads(names), "queries"], rows, sums))
+        for family in ("kinds", "edits"):
+            rows = [[text(name), *_cells(row, names), str(row["queries"])] for name, row in entry[family].items()]
+            heading = f"{family}, {'without source' if setting == 'without_source' else 'all candidates'}"
+            table = page.table([family[:-1], *_heads(names), "queries"], rows)
+            blocks.append(
+                page.folded(heading, table) if family == "edits" else f"<h3>{heading}</h3>{table}" if rows else ""
+            )
     return "".join(blocks)
 
 
 def _controls(told: dict) -> str:
-    rows = []
-    names = next(iter(told["pools"].values()))["with_source"]["models"]
-    for pool, settings in told["pools"].items():
-        for given, entry in settings.get("controls", {}).items():
-            for name, row in entry["groups"].items():
-                rows.append([f"{text(name)}, {pool} pool, {given} only", *_cells(row, names)])
-            for name, row in entry["units"].items():
-                rows.append([f"{text(name)}, {pool} pool, {given} only", *_cells(row, names)])
-    return page.table([f"hit@{told['k']}", *_heads(names)], rows)
+    blocks = []
+    for pool, settings in reversed(told["pools"].items()):
+        for given, entry in settings["controls"].items():
+            names = entry["models"]
+            rows = [
+                [text(name), *_cells(row, names)]
+                for family in ("units", "groups")
+                for name, row in entry[family].items()
+            ]
+            sums = range(len(entry["units"]), len(rows))
+            table = page.table([f"hit@{told['k']}", *_heads(names)], rows, sums)
+            blocks.append(page.folded(f"{given} only, {pool} pool", table, shown=pool == list(told["pools"])[-1]))
+    return "".join(blocks)
 
 
 def _two_way(models: dict[str, list[Run]], pools: Sequence[str]) -> str:
-    rows = []
-    first = next(iter(models.values()))[0].results["units"]
-    for pool in pools:
-        for unit, about in first.items():
-            for key, other in (("two_way", "own image"), ("two_way_foil", "foil")):
+    blocks = []
+    units = next(iter(models.values()))[0].results["units"]
+    for pool in reversed(pools):
+        for key, other in (("two_way", "own image"), ("two_way_foil", "foil")):
+            rows = []
+            for unit, about in units.items():
                 if about["pools"][pool][key] is not None:
                     values = [
                         [run.results["units"][unit]["pools"][pool][key] for run in runs] for runs in models.values()
                     ]
-                    rows.append(
-                        [f"{text(unit)}, {pool} pool: {other}", *(percent(sum(row) / len(row)) for row in values)]
-                    )
+                    rows.append([text(unit), *(percent(sum(row) / len(row)) for row in values)])
+            table = page.table([f"against the {other}", *map(text, models)], rows)
+            blocks.append(page.folded(f"{other}, {pool} pool", table, shown=pool == pools[-1]))
     note = (
         "How often the best right candidate stands before the query's own image, and before the query's foil (a wrong "
-        "candidate that the data set names for it); mean over runs."
+        "candidate that the data set names for it), in %; mean over runs."
     )
-    return page.table(["two-way accuracy", *map(text, models)], rows) + f'<p class="note">{note}</p>' if rows else ""
+    return f'<p class="note">{note}</p>{"".join(blocks)}' if any(blocks) else ""
 
 
 def _bars(entry: dict, names: Sequence[str]) -> str:
@@ -204,7 +210,8 @@ def _cells(row: dict, names: Sequence[str]) -> list[str]:
     cells = []
     for name in names:
         shown = _mean(row["models"][name], " <small>± ") + ("</small>" if row["models"][name]["sd"] is not None else "")
-        cells.append(f'<b class="best">{shown}</b>' if row["models"][name]["mean"] == best else shown)
+        leads = row["models"][name]["mean"] == best and any(row["models"][other]["mean"] != best for other in names)
+        cells.append(f"<b>{shown}</b>" if leads else shown)
     return cells + [_gain_cell(row["gains"][name]) for name in names[1:]]
 
 

@@ -126,17 +126,17 @@ def _pool(results: dict, pool: str) -> str:
 
 
 def _kinds(results: dict, pool: str) -> str:
-    rows, sums = [], []
-    for kind, entry in results["kinds"][pool].items():
-        sums.append(len(rows))
-        rows.append([text(kind), str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-2]])
-    for name, unit in results["units"].items():
-        for edit, entry in unit["pools"][pool]["edits"].items():
-            rows.append(
-                [f"{text(name)}: {text(edit)}", str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-2]]
-            )
+    def row(name: str, entry: dict) -> list[str]:
+        return [text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-2]]
+
     head = [f"{pool} pool", "queries", "hit@1", "hit@5", "hit@10", "hit@1<br>without source"]
-    return page.table(head, rows, sums)
+    kinds = [row(kind, entry) for kind, entry in results["kinds"][pool].items()]
+    edits = [
+        row(f"{name}: {edit}", entry)
+        for name, unit in results["units"].items()
+        for edit, entry in unit["pools"][pool]["edits"].items()
+    ]
+    return page.table(head, kinds) + page.folded(f"edits, {pool} pool", page.table(head, edits))
 
 
 def _controls(results: dict, pool: str) -> str:

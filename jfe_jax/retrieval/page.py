@@ -26,9 +26,10 @@ nav{display:flex;flex-wrap:wrap;gap:6px 16px;margin:12px 0;font-size:.9rem}a{col
 table{border-collapse:collapse;width:100%;font-size:.875rem;font-variant-numeric:tabular-nums}
 th,td{padding:6px 12px;text-align:right;white-space:nowrap;border-top:1px solid var(--line)}
 thead th{border-top:0;color:var(--muted);font-weight:600;vertical-align:bottom}
-th:first-child,td:first-child{text-align:left;position:sticky;left:0;background:var(--card)}
+th:first-child{text-align:left;position:sticky;left:0;background:var(--card);white-space:normal;min-width:8.5em}
+tr.sum th:first-child{background:var(--soft)}
 tr.sum td,tr.sum th{font-weight:600;background:var(--soft)}
-td small{color:var(--muted)}b.best{font-weight:700}
+td small{color:var(--muted)}
 dl.facts{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px 20px;margin:0}
 dl.facts dt{color:var(--muted);font-size:.8rem}dl.facts dd{margin:0;overflow-wrap:anywhere}
 details{margin:10px 0}summary{cursor:pointer;font-weight:600}
@@ -57,7 +58,8 @@ margin:0;padding:0}
 background:var(--bg)}
 .found li.right{border-color:var(--right)}.found li.right .score::after{content:" ✓";color:var(--right);font-weight:700}
 .found .picture{width:100%;height:auto;aspect-ratio:1;border:0}
-.found .words{text-align:left;overflow-wrap:anywhere;max-height:7.5em;overflow:hidden;line-height:1.25;margin:2px}
+.found .words{text-align:left;overflow-wrap:anywhere;hyphens:auto;
+max-height:7.5em;overflow:hidden;line-height:1.25;margin:2px}
 .score{color:var(--muted)}[hidden]{display:none!important}
 @media (max-width:480px){main{padding:12px 12px 48px}.gallery{grid-template-columns:1fr}th,td{padding:6px 8px}
 .bars{grid-template-columns:1fr;gap:2px 0}.bars svg{margin-bottom:8px}}
@@ -107,6 +109,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], sums: Sequence[int
         lines.append(f'<tr{mark}><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in others)}</tr>')
     header = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def folded(heading: str, inner: str, *, shown: bool = False) -> str:
+    """Markup that opens on a click, or is open already; empty without any."""
+    opened = " open" if shown else ""
+    return f"<details{opened}><summary>{text(heading)}</summary>{inner}</details>" if inner else ""
 
 
 def facts(pairs: Sequence[tuple[str, object]]) -> str:

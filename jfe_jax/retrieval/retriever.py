@@ -67,12 +67,12 @@ class Retriever:
         path = Path(path)
         if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
             from jfe_jax.hf.load import load_hf
-
-            loaded_config, params = load_hf(path)
             from jfe_jax.models import build_model
 
-            graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(loaded_config.model, nnx.Rngs(0))))
-            return cls(loaded_config, graphdef, params, path=path)
+            config, params = load_hf(path)
+            graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
+            # On the device once, not at every call.
+            return cls(config, graphdef, jax.tree.map(jax.numpy.asarray, params), path=path)
         from jfe_jax import checkpoint
 
         loaded = checkpoint.load_model(path)
@@ -83,11 +83,13 @@ class Retriever:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the architecture, the tokenizer and a fixed sample of every weight."""
-        digest = hashlib.sha256(config_lib.to_yaml(self.config.model).encode())
+        # How it is computed does not change what it is.
+        model = dataclasses.replace(self.config.model, remat="none", dtype="float32")
+        digest = hashlib.sha256(config_lib.to_yaml(model).encode())
         digest.update((Path(self.config.tokens.tokenizer) / "tokenizer.json").read_bytes())
         settings = dataclasses.replace(self.config.tokens, tokenizer="")
         digest.update(config_lib.to_yaml(settings).encode())
-        for name, leaf in jax.tree_util.tree_leaves_with_path(self._params):
+        for name, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(self._params)):
             flat = leaf.reshape(-1)
             stride = max(1, flat.size // _FINGERPRINT_SAMPLES)
             digest.update(f"{jax.tree_util.keystr(name)} {leaf.shape}".encode())

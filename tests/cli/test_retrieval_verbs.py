@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from jfe_jax.cli.main import main
+from jfe_jax.data.items import Item
 from jfe_jax.retrieval.retriever import Retriever
 from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 from tests.retrieval.tiny import picture, random_retriever, save, tiny_config
@@ -68,6 +69,16 @@ def test_embed_writes_unit_rows_in_input_order(index, runs):
 
 def test_a_step_directory_is_the_same_model(runs):
     assert Retriever.load(runs[0] / "checkpoints" / "0").fingerprint == Retriever.load(runs[0]).fingerprint
+
+
+def test_the_converted_model_searches_the_same_index(runs, index, tmp_path, capsys):
+    assert main(["convert", "to-hf", str(runs[0]), str(tmp_path / "hf")]) == 0
+    converted, own = Retriever.load(tmp_path / "hf"), Retriever.load(runs[0])
+    items = [Item(text="thing 3"), Item(image=picture(0), text="turn it", instruction="find it")]
+    np.testing.assert_allclose(converted.encode(items), own.encode(items), atol=1e-5)
+    capsys.readouterr()
+    assert main(["search", "--index", str(index), "--text", "thing 3", "--checkpoint", str(tmp_path / "hf")]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split()[-1] == "t3"
 
 
 def test_search_finds_the_item_itself_first(index, items, capsys):
