@@ -41,7 +41,7 @@ def comparison(path: Path, entry: dict, title: str, labels: dict[str, str] | Non
         axes.set_xticks(at, [_wrapped((labels or {}).get(name, name)) for name, _ in rows])
         for label in axes.get_xticklabels()[: len(entry["groups"])]:
             label.set_fontweight("bold")
-        axes.set_ylabel("hit@1, %")
+        axes.set_ylabel("%")
         axes.set_title(title, loc="left", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#dddddd", linewidth=0.7)
