@@ -142,7 +142,7 @@ def test_a_resumed_iterator_goes_on_as_if_it_had_never_stopped(make_config, tigh
     assert len(json.dumps(state)) < 300
 
 
-def test_what_does_not_fit_waits_and_nothing_is_lost(make_config):
+def test_what_does_not_fit_waits_and_nothing_is_lost(make_config, caplog):
     """All pairs of the stream come out, in a tight layout as in a roomy one, and fillers are marked."""
 
     def pairs(batches):
@@ -157,6 +157,7 @@ def test_what_does_not_fit_waits_and_nothing_is_lost(make_config):
     tight = list(pairs(batches))
     short = [batch for batch in batches if not batch.packed.valid.all()]
     assert short
+    assert "raise data.image_slots or data.rows" in caplog.text
     for batch in batches:
         valid = batch.packed.valid
         np.testing.assert_array_equal(valid[:, :8], valid[:, 8:])
@@ -292,6 +293,7 @@ def test_an_image_that_cannot_be_read_is_named(make_config, monkeypatch):
         take(training_batches(make_config(), groups=2, split="train"), 3)
 
 
+@pytest.mark.slow
 @pytest.mark.multiprocess
 def test_reader_processes_resume_too(make_config, tmp_path):
     """In a process of its own, as a worker imports the main module anew."""
@@ -324,7 +326,7 @@ if __name__ == "__main__":
     main()
 """
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=400)
     assert (done.stdout, done.stderr) == ("resumed\n", "")
 
 
