@@ -97,6 +97,7 @@ class RunCheckpoints:
                     )
                 checkpoint.refuse_other_model(saved.model, config.model, str(path))
                 _refuse_other_state(saved, config, str(path))
+                _refuse_other_processes(path / "data")
                 checkpoint.read_part(path, "data", data)
                 params = checkpoint.read_part(path, "params", abstract_params)
                 return Saved(step, saved, params, checkpoint.read_part(path, "train", abstract_train), data.state)
@@ -151,6 +152,13 @@ def _refuse_other_state(saved: Config, wanted: Config, place: str) -> None:
             )
 
 
+def _refuse_other_processes(directory: Path) -> None:
+    written = sorted(directory.glob("process_*.json"))
+    if written and not (directory / _process_file()).exists():
+        count = written[0].stem.rpartition("-")[2]
+        raise UserError(f"{directory}: written by {count} processes; continue with as many")
+
+
 class _IteratorState:
     """The data iterator's position as an Orbax checkpointable: every process writes and reads its own."""
 
@@ -167,10 +175,6 @@ class _IteratorState:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            written = sorted(Path(directory).glob("process_*.json"))
-            if written and not (Path(directory) / _process_file()).exists():
-                count = written[0].stem.rpartition("-")[2]
-                raise UserError(f"{directory}: written by {count} processes; continue with as many")
             self.state = json.loads((Path(directory) / _process_file()).read_text(encoding="utf-8"))
 
         return read()

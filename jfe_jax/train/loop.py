@@ -66,7 +66,7 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
     training = states.prepare(config, mesh)
     checkpoints = RunCheckpoints(run, config.checkpoint.keep, say)
     try:
-        start, state = _start(training, checkpoints, batches, say)
+        start, state = starting_point(training, checkpoints, batches, say)
         if jax.process_index() == 0:
             checkpoint.write_run_files(run, config, Path(config.tokens.tokenizer))
         reached = _Run(training, checkpoints, groups, say).go(start, state, batches)
@@ -92,9 +92,10 @@ def with_tokenizer(config: Config) -> Config:
     return replace(config, tokens=replace(config.tokens, tokenizer=str(inherited)))
 
 
-def _start(
+def starting_point(
     training: Training, checkpoints: RunCheckpoints, batches: Any, say: Callable[[str], None]
 ) -> tuple[int, TrainState]:
+    """Step and state to go on from: the run's own checkpoint (`batches` is set to its place), `init`, or random."""
     abstract = training.abstract
     saved = checkpoints.restore(training.config, abstract.params, abstract._replace(params={})._asdict())
     if saved is not None:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jfe_jax import checkpoint
+from jfe_jax import checkpoint, sharding
 from jfe_jax.cli.main import main
-from jfe_jax.config import Config, OptimizerConfig, from_dict, to_yaml
+from jfe_jax.config import Config, from_dict, to_yaml
 from jfe_jax.errors import UserError
-from jfe_jax.train.loop import train
+from jfe_jax.train import state as states
+from jfe_jax.train.checkpoints import RunCheckpoints
+from jfe_jax.train.loop import starting_point, train, with_tokenizer
 from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 
 STEPS = 8
@@ -148,7 +150,7 @@ def test_told_to_end_it_saves_and_continues_to_the_bit(config, whole, tmp_path):
 
 def test_it_continues_on_another_mesh(config, whole, tmp_path):
     mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0)
-    stopped = train(replace(mine, mesh=replace(config.mesh, fsdp=2, tensor=2)), "auto", end_at("step 1/8")).step
+    stopped = train(replace(mine, mesh=replace(config.mesh, fsdp=2)), "auto", end_at("step 1/8")).step
     assert stopped < STEPS
     said = []
     assert train(mine, "auto", said.append).step == STEPS
@@ -161,32 +163,26 @@ def test_never_resuming_spares_what_is_there(config, whole):
         train(replace(config, output=str(whole)), "never", lambda line: None)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(config, tmp_path):
-    hot = replace(
-        config,
-        output=str(tmp_path / "run"),
-        optimizer=OptimizerConfig(steps=50, learning_rate=1e38, warmup_steps=0, clip_norm=0.0, schedule="constant"),
-        checkpoint=replace(config.checkpoint, every_steps=1),
-        val_every_steps=0,
-    )
-    with pytest.raises(UserError, match=r"step \d+: loss .*nan.*stopped, (checkpoint \d+ is kept|there is no)"):
-        train(hot, "auto", lambda line: None)
-    kept = checkpoint.latest_step(tmp_path / "run")
-    assert kept is None or all(np.isfinite(line["loss"]) for line in lines(tmp_path / "run") if line["step"] <= kept)
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_there(config, whole, tmp_path):
+    loaded = checkpoint.load_model(whole)
+    broken = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), nnx.to_pure_dict(loaded.params))
+    checkpoint.save_model(tmp_path / "broken", loaded.config, broken, loaded.tokenizer_dir)
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match=r"step 1: loss nan, .*stopped, there is no checkpoint"):
+        train(replace(config, output=str(run), init=str(tmp_path / "broken")), "auto", lambda line: None)
+    assert checkpoint.latest_step(run) is None
 
 
-def test_stage_two_starts_from_stage_one(config, whole, tmp_path):
-    # Without a tokenizer of its own, and with a learning rate too small to move anything.
-    second = replace(
-        config,
-        output=str(tmp_path / "two"),
-        init=str(whole),
-        tokens=replace(config.tokens, tokenizer=""),
-        optimizer=replace(config.optimizer, steps=1, warmup_steps=0, learning_rate=1e-30),
-        val_every_steps=0,
-    )
-    train(second, "auto", lambda line: None)
-    np.testing.assert_equal(parameters(tmp_path / "two"), parameters(whole))
+def test_stage_two_starts_from_stage_one_and_inherits_its_tokenizer(config, whole, tmp_path):
+    second = replace(config, output=str(tmp_path / "two"), init=str(whole), tokens=replace(config.tokens, tokenizer=""))
+    second = with_tokenizer(second)
+    assert second.tokens.tokenizer == str(whole / "tokenizer")
+    training = states.prepare(second, sharding.make_mesh(second.mesh))
+    checkpoints = RunCheckpoints(tmp_path / "two", 1, lambda line: None)
+    step, state = starting_point(training, checkpoints, None, lambda line: None)
+    checkpoints.close()
+    assert step == state.step == 0
+    np.testing.assert_equal(jax.device_get(state.params), parameters(whole))
 
 
 def test_stage_two_of_another_model_is_refused(config, whole, tmp_path):
