@@ -40,7 +40,7 @@ class AttentionPool(nnx.Module):
         # Mean first, value projection after: N vectors to project instead of P.
         mean = jnp.einsum("...pn,...pd->...nd", weights, x)
         heads = jnp.einsum("...nd,dnh->...nh", mean, self.value_dnh[...].astype(x.dtype))
-        return self.projection(self.norm(heads.reshape(*heads.shape[:-2], -1)))
+        return self.projection(self.norm(heads.reshape(*heads.shape[:-2], x.shape[-1])))
 
 
 class TwoTowerEncoder(nnx.Module):

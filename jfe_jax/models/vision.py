@@ -99,4 +99,5 @@ def _patches(pixels: jax.Array, side: int) -> jax.Array:
     """[G, M, H, W, 3] → [G, M, P, side, side, 3]; moved while still uint8, a quarter of the bytes."""
     g, m, height, width, colours = pixels.shape
     grid = pixels.reshape(g, m, height // side, side, width // side, side, colours)
-    return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(g, m, -1, side, side, colours)
+    patches = height // side * (width // side)
+    return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(g, m, patches, side, side, colours)

@@ -16,14 +16,14 @@ def mixed(text, image):
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_score_fusion_is_the_sum_of_the_halves(pooling):
-    embed, _ = tiny.model("score", "embed", pooling=pooling)
+    embed = tiny.model("score", "embed", pooling=pooling)
     both, text, image = embed(tiny.packed([BOTH, TEXT, IMAGE]))[0]
     np.testing.assert_allclose(both, text + image, atol=1e-5)
     assert np.linalg.norm(text) > 0.1 and np.linalg.norm(image) > 0.1
 
 
 def test_score_fusion_of_an_image_alone_does_not_depend_on_the_template():
-    embed, _ = tiny.model("score", "embed")
+    embed = tiny.model("score", "embed")
     image = embed(tiny.packed([IMAGE]))[0, 0]
     template = IMAGE.tokens.copy()
     template[tiny.PATCHES] = 40
@@ -31,7 +31,7 @@ def test_score_fusion_of_an_image_alone_does_not_depend_on_the_template():
 
 
 def test_score_fusion_embeds_one_word_beside_an_image():
-    embed, _ = tiny.model("score", "embed")
+    embed = tiny.model("score", "embed")
     word = tiny.item(1, True, 2)
     both, image = embed(tiny.packed([word, tiny.without_text(word)]))[0]
     assert np.abs(both - image).max() > 1e-3
@@ -41,7 +41,7 @@ def test_score_fusion_cannot_mix_and_feature_fusion_does():
     """Interaction of text and image, as in a 2 x 2 design: zero for a sum."""
     cross = [mixed(text, image) for text in (BOTH, OTHER) for image in (BOTH, OTHER)]
     for kind, mixes in (("score", False), ("feature", True)):
-        a, b, c, d = tiny.model(kind, "embed")[0](tiny.packed(cross))[0]
+        a, b, c, d = tiny.model(kind, "embed")(tiny.packed(cross))[0]
         interaction = np.abs(a - b - c + d).max()
         assert (interaction > 1e-2) == mixes, (kind, interaction)
         assert np.abs(a - b).max() > 1e-2 and np.abs(a - c).max() > 1e-2, "depends on both"
@@ -49,6 +49,6 @@ def test_score_fusion_cannot_mix_and_feature_fusion_does():
 
 @pytest.mark.parametrize("kind", ["score", "feature"])
 def test_an_item_with_neither_is_finite(kind):
-    embed, _ = tiny.model(kind)
+    embed = tiny.model(kind)
     empty = tiny.item(0, False, 0)
     assert np.isfinite(embed(tiny.packed([empty, None]))).all()

@@ -53,10 +53,16 @@ def packed(items: list[EncodedItem | None], layout: str = "packed", groups: int 
 
 
 @functools.cache
+def split(name: str, **changes) -> tuple[nnx.GraphDef, nnx.State]:
+    """Graph and parameters. They come from NumPy, norms and biases too: no compilation, and an error in any shows."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build_model(config(name, **changes), nnx.Rngs(0))))
+    rng = np.random.default_rng(3)
+    return graphdef, jax.tree.map(lambda leaf: (0.25 * rng.normal(size=leaf.shape)).astype(np.float32), abstract)
+
+
+@functools.cache
 def model(name: str, method: str = "__call__", **changes):
-    """A function PackedBatch → NumPy array [G, B, E], and the parameters it closes over."""
-    graphdef, params = nnx.split(build_model(config(name, **changes), nnx.Rngs(3)))
-    # Norms and biases start at 0, where an error in them would not show.
-    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    """A function PackedBatch → NumPy array [G, B, E]."""
+    graphdef, params = split(name, **changes)
     apply = jax.jit(lambda params, batch: getattr(nnx.merge(graphdef, params), method)(batch))
-    return lambda batch: np.asarray(apply(params, batch)), params
+    return lambda batch: np.asarray(apply(params, batch))
