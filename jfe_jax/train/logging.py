@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
+
+from jfe_jax.train.events import EventWriter
 
 METRICS = "metrics.jsonl"
 # Plain lines come at most this often.
@@ -33,7 +34,7 @@ class MetricsLog:
         if not step:
             for events in directory.glob("events.out.tfevents.*"):
                 events.unlink()
-        self._events = SummaryWriter(str(directory), purge_step=step + 1 if step else None)
+        self._events = EventWriter(directory, purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Appends one line and the same values as TensorBoard scalars; on disk when it returns."""
@@ -41,7 +42,8 @@ class MetricsLog:
         self._file.flush()
         for name, value in values.items():
             place = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"
-            self._events.add_scalar(place, value, step)
+            self._events.scalar(place, value, step)
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes both."""
