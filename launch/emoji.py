@@ -91,9 +91,11 @@ def run(data: Future[Path], model: str, seed: int, prefix: str, root: Path, core
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these; each is also the fold that is held out")
     parser.add_argument("--out", type=Path, default=None, help="default runs/emoji-PRESET")
     args = parser.parse_args()
     models, seeds, prefix = PRESETS[args.preset]
+    seeds = args.seeds or seeds
     root = args.out or Path("runs") / f"emoji-{args.preset}"
     start = time.monotonic()
 
