@@ -118,7 +118,7 @@ def main() -> None:
     for split in ("test", "combo") if prefix else ("test",):
         named = [f"{m}=" + ",".join(str(root / f"{m}-{s}" / f"eval-{split}") for s in seeds) for m in models]
         jfe("compare", "compare", "--out", root / f"report-{split}", *named)
-    if args.preset == "demo":
+    if args.preset == "demo" and not (root / "jfe-hf").exists():
         jfe("convert", "convert", "to-hf", root / "jfe-0" / "stage2", root / "jfe-hf")
     say("done", f"in {(time.monotonic() - start) / 60:.1f} min; open {root / 'report-test' / 'report.html'}")
 
