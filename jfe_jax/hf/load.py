@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 # Gives NumPy the type bfloat16, which files have.
 import ml_dtypes  # noqa: F401
 import numpy as np
@@ -23,9 +25,9 @@ def load_hf(directory: str | Path) -> tuple[Config, nnx.State]:
     """Opens a directory that transformers wrote.
 
     Returns:
-      The configuration (`model` and `tokens` as the directory says, the rest default) and the parameters, float32 NumPy
-      arrays in the tree of `nnx.split(build_model(config.model, …))`. Stored bfloat16 or float16 is widened, which
-      loses nothing.
+      The configuration (`model` and `tokens` as the directory says, the rest default) and the parameters, float32 on
+      the first device, in the tree of `nnx.split(build_model(config.model, …))`. Stored bfloat16 or float16 is widened,
+      which loses nothing.
 
     Raises:
       UserError: a file is missing or damaged; or a tensor of the files has no place, a parameter no tensor, or the two
@@ -101,5 +103,8 @@ def _fill(
 
 
 def _with_values(abstract: nnx.State, arrays: dict[str, np.ndarray]) -> nnx.State:
-    leaves = [(path, leaf.replace(arrays[".".join(path)])) for path, leaf in nnx.to_flat_state(abstract)]
+    # Popped, so that no weight is held twice for longer than its own move.
+    leaves = [
+        (path, leaf.replace(jnp.asarray(arrays.pop(".".join(path))))) for path, leaf in nnx.to_flat_state(abstract)
+    ]
     return nnx.from_flat_state(leaves)
