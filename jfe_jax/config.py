@@ -109,6 +109,7 @@ class DataConfig:
       hard_negatives: negatives from `neg_cand_list` that go with each pair.
       layout: "packed" puts several items into a row of `row_tokens`; "padded" one.
       rows, row_tokens, image_slots: shape of the global packed batch.
+      image_shift: training images are moved by up to so many pixels, their edges repeated; a new draw each time.
       shuffle: False keeps the order on disk (for debugging).
       workers: reader processes; 0 reads in threads of the main process.
       image_cache_mib: decoded images kept in memory by each reader; candidates' tokens may take a quarter as much more.
@@ -125,6 +126,7 @@ class DataConfig:
     rows: int = 256
     row_tokens: int = 512
     image_slots: int = 256
+    image_shift: int = 0
     shuffle: bool = True
     workers: int = 0
     image_cache_mib: int = 0

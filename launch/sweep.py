@@ -1,9 +1,10 @@
-"""The sweep behind configs/emoji: learning rate and pooling for each model, by the validation loss of fold 0.
+"""The sweep behind configs/emoji: each model's settings, chosen by the validation loss of fold 0.
 
-    python launch/sweep.py      about half an hour on 2 cores
+    python launch/sweep.py      about 50 minutes on 2 cores
 
-Every model has the same settings to choose from, and stage 2 from random weights, 300 steps, to choose by. Test queries
-have no part in it. Finished runs are kept; the table is printed and written to runs/emoji-sweep/table.md.
+First learning rate and pooling, after 300 steps; then, with each model's best of these, whether images are shifted,
+after 600. Every model has the same settings to choose from, and stage 2 from random weights to choose by. Test queries
+have no part in it. Finished runs are kept; the tables are printed and written to runs/emoji-sweep/table.md.
 """
 
 import itertools
@@ -12,26 +13,36 @@ import os
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from emoji import jfe, prepare, prepared
 
 MODELS = ("jfe", "score", "feature")
 RATES = ("1.5e-3", "3e-3", "6e-3")
 POOLINGS = ("last", "mean")
-STEPS = 300
+SHIFTS = (0, 6)
 ROOT = Path("runs/emoji-sweep")
 
 
-def validation_loss(model: str, rate: str, pooling: str, raw: Path, cores: "queue.Queue[int]") -> float:
-    out = ROOT / f"{model}-{rate}-{pooling}"
+class Trial(NamedTuple):
+    model: str
+    rate: str
+    pooling: str
+    shift: int
+    steps: int
+
+
+def validation_loss(trial: Trial, raw: Path, cores: "queue.Queue[int]") -> float:
+    out = ROOT / "-".join(map(str, trial))
     core = cores.get()
     try:
         jfe(
             out.name,
-            *("train", "--config", f"configs/emoji/{model}_stage2.yaml", "--init=", f"--output={out}"),
+            *("train", "--config", f"configs/emoji/{trial.model}_stage2.yaml", "--init=", f"--output={out}"),
             *(f"--data.path={prepared(raw)}", f"--tokens.tokenizer={raw / 'tokenizer'}"),
-            *(f"--optimizer.learning_rate={rate}", f"--model.pooling={pooling}", f"--optimizer.steps={STEPS}"),
-            *("--data.val_split=val", f"--val_every_steps={STEPS}", "--val_steps=8"),
+            *(f"--optimizer.learning_rate={trial.rate}", f"--model.pooling={trial.pooling}"),
+            *(f"--optimizer.steps={trial.steps}", f"--data.image_shift={trial.shift}"),
+            *("--data.val_split=val", f"--val_every_steps={trial.steps}", "--val_steps=8"),
             core=core,
         )
     finally:
@@ -45,13 +56,24 @@ def main() -> None:
     cores: queue.Queue[int] = queue.Queue()
     for core in sorted(os.sched_getaffinity(0)):
         cores.put(core)
+
+    def losses(trials: list[Trial]) -> dict[Trial, float]:
+        with ThreadPoolExecutor(cores.qsize()) as pool:
+            return dict(zip(trials, pool.map(lambda trial: validation_loss(trial, raw, cores), trials), strict=True))
+
     choices = list(itertools.product(RATES, POOLINGS))
-    with ThreadPoolExecutor(cores.qsize()) as pool:
-        jobs = {(m, *c): pool.submit(validation_loss, m, *c, raw, cores) for c in choices for m in MODELS}
-        losses = {key: job.result() for key, job in jobs.items()}
-    table = ["| learning rate, pooling | " + " | ".join(MODELS) + " |", "|---|" + "---:|" * len(MODELS)]
+    first = losses([Trial(model, *choice, 0, 300) for choice in choices for model in MODELS])
+    best = {model: min((t for t in first if t.model == model), key=first.__getitem__) for model in MODELS}
+    second = losses([best[model]._replace(shift=shift, steps=600) for shift in SHIFTS for model in MODELS])
+
+    table = ["| 300 steps: learning rate, pooling | " + " | ".join(MODELS) + " |"]
+    table.append("|---|" + "---:|" * len(MODELS))
     for choice in choices:
-        table.append(f"| {', '.join(choice)} | " + " | ".join(f"{losses[m, *choice]:.3f}" for m in MODELS) + " |")
+        cells = (f"{first[Trial(model, *choice, 0, 300)]:.3f}" for model in MODELS)
+        table.append(f"| {', '.join(choice)} | " + " | ".join(cells) + " |")
+    for shift in SHIFTS:
+        cells = (f"{second[best[model]._replace(shift=shift, steps=600)]:.3f}" for model in MODELS)
+        table.append(f"| 600 steps: the best of these, image_shift {shift} | " + " | ".join(cells) + " |")
     (ROOT / "table.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
 

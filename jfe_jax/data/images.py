@@ -64,6 +64,12 @@ def to_pixels(image: bytes | Path | np.ndarray, size: int, name: str = "image") 
     return pixels
 
 
+def shift(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
+    """Moves uint8 [H, W, 3] by so many pixels (negative: up, left); the edge that opens repeats what was outermost."""
+    rows, columns = (np.arange(size) for size in pixels.shape[:2])
+    return pixels[(rows - down).clip(0, len(rows) - 1)][:, (columns - right).clip(0, len(columns) - 1)]
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image

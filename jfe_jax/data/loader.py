@@ -52,6 +52,8 @@ def training_batches(
         tokenizer does not match the model; while iterating, an image cannot be read.
     """
     shape = _shape(cfg, groups, process_count)
+    if not 0 <= cfg.data.image_shift < cfg.model.vision.image_size:
+        raise UserError(f"data.image_shift: {cfg.data.image_shift} is not from 0 to less than the image's size")
     encoder = ItemEncoder(cfg.tokens, cfg.model.vision, cfg.model.image_token)
     if encoder.vocab_size > cfg.model.text.vocab_size:
         raise UserError(
@@ -77,7 +79,16 @@ def training_batches(
             queries = queries.shuffle(seed=int(seed))
         sources.append(queries.repeat())
     shape = dataclasses.replace(shape, positives=min(most_positives, MAX_POSITIVES))
-    encode = EncodePair(prepared, encoder, caches, cfg.seed, cfg.data.instruction_probability, cfg.data.hard_negatives)
+    encode = EncodePair(
+        prepared,
+        encoder,
+        caches,
+        seed=cfg.seed,
+        instruction_probability=cfg.data.instruction_probability,
+        negatives=cfg.data.hard_negatives,
+        # Validation sees images as evaluation does.
+        image_shift=cfg.data.image_shift if split == cfg.data.split else 0,
+    )
     pairs = grain.MapDataset.mix(sources, weights=list(weights.values())).map_with_index(encode)
     batches: grain.IterDataset = PackPairs(pairs, shape, start=process_index, stride=process_count)
     if cfg.data.workers:

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from jfe_jax.data.cache import ByteCache
-from jfe_jax.data.images import to_pixels
+from jfe_jax.data.images import shift, to_pixels
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.mbeir import MODALITIES
 from jfe_jax.data.prepared import CandidateRecord, Prepared, QueryRecord, RawRecords, parse_query
@@ -75,6 +75,7 @@ class EncodePair(grain.transforms.MapWithIndex):
       seed: the draws are a function of it and of the index in the stream.
       instruction_probability: how often the query gets an instruction.
       negatives: K at most; a query with fewer in its list gets those.
+      image_shift: each image is moved by up to so many pixels.
     """
 
     prepared: Prepared
@@ -83,10 +84,12 @@ class EncodePair(grain.transforms.MapWithIndex):
     seed: int
     instruction_probability: float
     negatives: int
+    image_shift: int = 0
 
     def map_with_index(self, index: int, element: StoredQuery) -> "EncodedPair":
         query = element.record
-        with_instruction, prompt, positive, *others = uniform(self.seed, index, 3 + self.negatives)
+        drawn = uniform(self.seed, index, 3 + self.negatives + 2 * (2 + self.negatives))
+        with_instruction, prompt, positive, *others = drawn[: 3 + self.negatives]
         chosen = int(positive * len(query.positives))
         prompts = element.prompts.get((query.modality, query.positive_modalities[chosen]), ())
         instruction = None
@@ -95,6 +98,9 @@ class EncodePair(grain.transforms.MapWithIndex):
         left = list(query.negatives)
         numbers = [query.positives[chosen], *(left.pop(int(other * len(left))) for other in others[: len(left)])]
         items = (self._query(query, instruction), *map(self._candidate, numbers))
+        if self.image_shift:
+            ways = iter(drawn[3 + self.negatives :])
+            items = tuple(self._shifted(item, next(ways), next(ways)) for item in items)
         return EncodedPair(query.qid, items, tuple(numbers), query.positives)
 
     def _query(self, query: QueryRecord, instruction: str | None) -> EncodedItem:
@@ -118,6 +124,13 @@ class EncodePair(grain.transforms.MapWithIndex):
             record = record or self.prepared.candidate(number)
             pixels = self._pixels(record, f"image of candidate {record.did}")
         return EncodedItem(ids, pixels)
+
+    def _shifted(self, item: EncodedItem, down: float, right: float) -> EncodedItem:
+        """Moves the item's image; `down` and `right` in [0, 1) stand for the whole range."""
+        if item.pixels is None:
+            return item
+        moves = (int(way * (2 * self.image_shift + 1)) - self.image_shift for way in (down, right))
+        return item._replace(pixels=shift(item.pixels, *moves))
 
     def _pixels(self, record: QueryRecord | CandidateRecord, name: str) -> np.ndarray:
         return self.caches.pixels.get(

@@ -218,6 +218,36 @@ def test_weights_instructions_and_order_follow_the_config(make_config, mbeir_dir
         np.testing.assert_array_equal(segment(batch.packed, 0, pair), encoder.tokens(query.text, None, False))
 
 
+def test_images_are_shifted_in_training_and_not_in_validation(make_config):
+    """A shifted image is one of the 49 that `image_shift: 3` can make of it, and the draws are of seed and step."""
+    plain = take(training_batches(make_config(), groups=1, split="train"), 2)
+    shifted = take(training_batches(make_config(image_shift=3), groups=1, split="train"), 2)
+    for one, other in zip(plain, shifted, strict=True):
+        for before, after in zip(leaves(one)[:3], leaves(other)[:3], strict=True):
+            np.testing.assert_array_equal(before, after)
+    ways = list(itertools.product(range(-3, 4), repeat=2))
+    made = [shift_by_padding(image, *way).tobytes() for image in plain[0].packed.pixels[0] for way in ways]
+    counts = np.zeros(len(ways), int)
+    for place, image in enumerate(shifted[0].packed.pixels[0]):
+        mine = np.array([one == image.tobytes() for one in made[place * len(ways) : (place + 1) * len(ways)]])
+        assert mine.any()
+        counts += mine
+    # An empty slot counts everywhere, so what is left is the draws.
+    assert (counts > counts.min()).sum() > 5
+    again = take(training_batches(make_config(image_shift=3), groups=1, split="train"), 2)
+    for one, other in zip(shifted, again, strict=True):
+        assert_same(one, other)
+    (val,) = take(training_batches(make_config(image_shift=3), groups=1, split="val"), 1)
+    assert_same(val, take(training_batches(make_config(), groups=1, split="val"), 1)[0])
+    with pytest.raises(UserError, match=r"data.image_shift: 32 is not"):
+        training_batches(make_config(image_shift=32), groups=1, split="train")
+
+
+def shift_by_padding(image, down, right):
+    height, width = image.shape[:2]
+    return np.pad(image, ((4, 4), (4, 4), (0, 0)), "edge")[4 - down : 4 - down + height, 4 - right : 4 - right + width]
+
+
 def test_padded_layout_has_an_item_a_row(make_config):
     cfg = make_config(layout="padded", rows=32)
     (padded,) = take(training_batches(cfg, groups=2, split="train"), 1)
