@@ -37,7 +37,17 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Gemma's blocks, run in both directions."""
+    """Gemma's blocks, run in both directions.
+
+    The defaults are Gemma 1's; the last four fields are what Gemma 2 adds.
+
+    Attributes:
+      post_norms: normalise what attention and MLP give, too, before it is added.
+      query_pre_attn_scalar: queries are divided by its square root; 0 takes `head_dim`.
+      attn_logit_softcap: attention logits go through cap · tanh(logit / cap); 0 for no cap.
+      sliding_window: in layers 0, 2, 4, … a token attends to those at most so many tokens away, before or after it; 0
+        for no window. (transformers' definition for a Gemma 2 that attends in both directions.)
+    """
 
     vocab_size: int = 257216
     width: int = 2048
@@ -48,6 +58,10 @@ class TextConfig:
     head_dim: int = 256
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
+    post_norms: bool = False
+    query_pre_attn_scalar: float = 0.0
+    attn_logit_softcap: float = 0.0
+    sliding_window: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,10 +84,21 @@ def _text_block() -> Iterator[Entry]:
     for name, short in (("gate_df", "gate_proj"), ("up_df", "up_proj"), ("down_fd", "down_proj")):
         yield _linear(f"{ours}{name}", f"{theirs}mlp.{short}")
     yield Entry(f"{ours}attention_norm.scale_d", f"{theirs}input_layernorm.weight")
-    yield Entry(f"{ours}mlp_norm.scale_d", f"{theirs}post_attention_layernorm.weight")
 
 
-TABLE: tuple[Entry, ...] = (
+def _norms(**names: str) -> tuple[Entry, ...]:
+    ours, theirs = "tower.blocks.", f"{TEXT}layers.{{layer}}."
+    return tuple(Entry(f"{ours}{name}.scale_d", f"{theirs}{other}.weight") for name, other in names.items())
+
+
+# The same name is another norm in the two: Gemma 1's comes before the MLP, Gemma 2's after attention.
+_GEMMA_1 = _norms(mlp_norm="post_attention_layernorm")
+_GEMMA_2 = _norms(
+    attention_post_norm="post_attention_layernorm",
+    mlp_norm="pre_feedforward_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
+_COMMON: tuple[Entry, ...] = (
     Entry("vision.patch_yxcd", f"{VISION}embeddings.patch_embedding.weight", convolution=True),
     Entry("vision.patch_bias_d", f"{VISION}embeddings.patch_embedding.bias"),
     Entry("vision.position_pd", f"{VISION}embeddings.position_embedding.weight"),
@@ -141,11 +152,12 @@ def pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
     Raises:
       UserError: a parameter that the table does not know: the model has no Hugging Face layout.
     """
-    unknown = sorted(shapes.keys() - {entry.ours for entry in TABLE})
+    table = (*_COMMON, *(_GEMMA_2 if _GEMMA_2[0].ours in shapes else _GEMMA_1))
+    unknown = sorted(shapes.keys() - {entry.ours for entry in table})
     if unknown:
         raise UserError(f"no Hugging Face name for {', '.join(unknown)}; only the fusion model has a layout there")
     found = {}
-    for entry in TABLE:
+    for entry in table:
         shape = shapes[entry.ours]
         for layer in range(shape[0]) if entry.stacked else (None,):
             found[entry.theirs.format(layer=layer)] = Piece(entry, layer, shape[1:] if entry.stacked else shape)

@@ -21,7 +21,7 @@ _VISION = {
     "num_heads": ("num_attention_heads", 16),
     "norm_eps": ("layer_norm_eps", 1e-6),
 }
-_TEXT = {
+_GEMMA_1 = {
     "vocab_size": ("vocab_size", 257216),
     "width": ("hidden_size", 2048),
     "depth": ("num_hidden_layers", 18),
@@ -31,6 +31,17 @@ _TEXT = {
     "head_dim": ("head_dim", 256),
     "norm_eps": ("rms_norm_eps", 1e-6),
 }
+_GEMMA_2 = _GEMMA_1 | {
+    "vocab_size": ("vocab_size", 256000),
+    "width": ("hidden_size", 2304),
+    "depth": ("num_hidden_layers", 26),
+    "mlp_dim": ("intermediate_size", 9216),
+    "num_kv_heads": ("num_key_value_heads", 4),
+    "query_pre_attn_scalar": ("query_pre_attn_scalar", 256),
+    "attn_logit_softcap": ("attn_logit_softcapping", 50.0),
+    "sliding_window": ("sliding_window", 4096),
+}
+_TEXT = {"gemma": _GEMMA_1, "gemma2": _GEMMA_2}
 
 
 def read_config(directory: Path) -> Config:
@@ -45,10 +56,18 @@ def read_config(directory: Path) -> Config:
         raise UserError(f"{path}: model_type {tree.get('model_type')!r}; only 'paligemma' is read")
     vision, text = _section(tree, "vision_config", path), _section(tree, "text_config", path)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    family = text.get("model_type", "gemma")
+    table = _TEXT.get(family, _GEMMA_1)
+    sizes = {ours: text.get(theirs, default) for ours, (theirs, default) in table.items()}
+    layer_types = text.get("layer_types")
+    # Gemma 2 without windows: nothing that a layer's number decides.
+    if layer_types == ["full_attention"] * sizes["depth"] and "sliding_window" in sizes:
+        sizes["sliding_window"], layer_types = 0, None
     _refuse(
         path,
         {
-            "text_config.model_type": (text.get("model_type", "gemma"), ("gemma",)),
+            "text_config.model_type": (family, tuple(_TEXT)),
+            "text_config.layer_types": (layer_types, (None, _layer_types(sizes["depth"]))),
             # "gelu" is what old Gemma files say and mean the tanh form by.
             "text_config.hidden_act": (
                 text.get("hidden_activation") or text.get("hidden_act"),
@@ -66,8 +85,12 @@ def read_config(directory: Path) -> Config:
     encoder = _read_json(directory / ENCODER_FILE) if (directory / ENCODER_FILE).exists() else {}
     model = {
         "vision": {ours: vision.get(theirs, default) for ours, (theirs, default) in _VISION.items()},
-        "text": {ours: text.get(theirs, default) for ours, (theirs, default) in _TEXT.items()}
-        | {"rope_theta": rope.get("rope_theta") or text.get("rope_theta") or 10000.0},
+        # null is how a file says that there is no cap or no window.
+        "text": {name: 0 if value is None else value for name, value in sizes.items()}
+        | {
+            "rope_theta": rope.get("rope_theta") or text.get("rope_theta") or 10000.0,
+            "post_norms": family == "gemma2",
+        },
         "image_token": tree.get("image_token_index", tree.get("image_token_id")),
         "pooling": encoder.pop("pooling", "last"),
     }
@@ -82,7 +105,17 @@ def config_json(model: ModelConfig, special: dict[str, int]) -> dict[str, Any]:
       special: ids of "bos", "eos" and "pad".
     """
     ids = {f"{name}_token_id": number for name, number in special.items()}
-    text = {theirs: getattr(model.text, ours) for ours, (theirs, _) in _TEXT.items()}
+    family = "gemma2" if model.text.post_norms else "gemma"
+    text = {theirs: getattr(model.text, ours) for ours, (theirs, _) in _TEXT[family].items()}
+    if family == "gemma2":
+        text |= {
+            "query_pre_attn_scalar": model.text.query_pre_attn_scalar or model.text.head_dim,
+            "attn_logit_softcapping": model.text.attn_logit_softcap or None,
+            "sliding_window": model.text.sliding_window or None,
+            "layer_types": _layer_types(model.text.depth)
+            if model.text.sliding_window
+            else ["full_attention"] * model.text.depth,
+        }
     vision = {theirs: getattr(model.vision, ours) for ours, (theirs, _) in _VISION.items()}
     return {
         "architectures": ["PaliGemmaForConditionalGeneration"],
@@ -95,8 +128,11 @@ def config_json(model: ModelConfig, special: dict[str, int]) -> dict[str, Any]:
         "tie_word_embeddings": True,
         "vocab_size": model.text.vocab_size,
         "text_config": {
-            "model_type": "gemma",
+            "model_type": family,
             **text,
+            # As the encoder runs: transformers' classes then give its hidden states without a mask of one's own.
+            "is_causal": False,
+            "use_bidirectional_attention": True,
             **ids,
             "hidden_act": TANH_GELU,
             "hidden_activation": TANH_GELU,
@@ -164,6 +200,11 @@ def _section(tree: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
     return section
 
 
+def _layer_types(depth: int) -> list[str]:
+    """Gemma 2's: a window in layers 0, 2, 4, …"""
+    return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(depth)]
+
+
 def _refuse(path: Path, settings: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
     bad = [f"{key} = {value!r}" for key, (value, allowed) in settings.items() if value not in allowed]
     if bad:
@@ -171,4 +212,4 @@ def _refuse(path: Path, settings: dict[str, tuple[Any, tuple[Any, ...]]]) -> Non
 
 
 assert set(_VISION) == set(VisionConfig.__dataclass_fields__)
-assert {*_TEXT, "rope_theta"} == set(TextConfig.__dataclass_fields__)
+assert {*_GEMMA_2, "rope_theta", "post_norms"} == set(TextConfig.__dataclass_fields__)

@@ -45,18 +45,20 @@ class GemmaAttention(nnx.Module):
         self.key_dkh = weight(rngs, d, k, h, fan_in=d)
         self.value_dkh = weight(rngs, d, k, h, fan_in=d)
         self.out_nhd = weight(rngs, n, h, d, fan_in=n * h)
+        self.scale = (cfg.query_pre_attn_scalar or h) ** -0.5
+        self.softcap = cfg.attn_logit_softcap
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
         """[G, R, S, D] → [G, R, S, D]; see `GemmaTower` for `angles` and `bias`."""
         query = constrain(rotate(project(x, self.query_dnh[...]), *angles), HEADS)
         key = constrain(rotate(project(x, self.key_dkh[...]), *angles), KV_HEADS)
         value = constrain(project(x, self.value_dkh[...]), KV_HEADS)
-        out = constrain(attend(query, key, value, bias), HEADS)
+        out = constrain(attend(query, key, value, bias, self.scale, self.softcap), HEADS)
         return project(out, self.out_nhd[...], inner=2)
 
 
 class GemmaBlock(nnx.Module):
-    """Pre-norm transformer block with a gated tanh-GELU MLP."""
+    """Pre-norm transformer block with a gated tanh-GELU MLP; Gemma 2's normalises what it adds as well."""
 
     def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
         d, f = cfg.width, cfg.mlp_dim
@@ -66,14 +68,27 @@ class GemmaBlock(nnx.Module):
         self.gate_df = weight(rngs, d, f, fan_in=d)
         self.up_df = weight(rngs, d, f, fan_in=d)
         self.down_fd = weight(rngs, f, d, fan_in=f)
+        self.attention_post_norm = RMSNorm(d, cfg.norm_eps) if cfg.post_norms else None
+        self.mlp_post_norm = RMSNorm(d, cfg.norm_eps) if cfg.post_norms else None
 
-    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
-        """[G, R, S, D] → [G, R, S, D]."""
-        x = x + self.attention(self.attention_norm(x), angles, bias)
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        bias: jax.Array,
+        near_bias: jax.Array | None = None,
+        near: jax.Array | None = None,
+    ) -> jax.Array:
+        """[G, R, S, D] → [G, R, S, D]; where the bool `near` is true, `near_bias` takes the place of `bias`."""
+        if near is not None:
+            bias = jnp.where(near, near_bias, bias)
+        y = self.attention(self.attention_norm(x), angles, bias)
+        x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp_norm(x)
         gate = jax.nn.gelu(project(y, self.gate_df[...]), approximate=True)
         hidden = constrain(gate * project(y, self.up_df[...]), MLP)
-        return x + project(hidden, self.down_fd[...])
+        y = project(hidden, self.down_fd[...])
+        return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
 
 
 class GemmaTower(nnx.Module):
@@ -99,7 +114,14 @@ class GemmaTower(nnx.Module):
         angles = rotary_angles(positions + 1, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         # Padding attends to padding: no row is empty, and no item sees it.
         bias = jnp.where(segments[..., :, None] == segments[..., None, :], 0.0, MASKED)
-        x = run_stack(self.blocks, x, angles, bias, depth=self.depth, remat=self.remat)
+        window = self.cfg.sliding_window
+        # A window that no row is longer than hides nothing.
+        if not 0 < window < x.shape[2] - 1:
+            return self.norm(run_stack(self.blocks, x, angles, bias, depth=self.depth, remat=self.remat))
+        distance = jnp.abs(positions[..., :, None] - positions[..., None, :])
+        near_bias = jnp.where(distance <= window, bias, MASKED)
+        near = jnp.arange(self.depth) % 2 == 0
+        x = run_stack(self.blocks, x, angles, bias, near_bias, depth=self.depth, remat=self.remat, per_layer=(near,))
         return self.norm(x)
 
 

@@ -75,8 +75,10 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, depth: int) ->
     return nnx.vmap(make)(rngs.split(depth))
 
 
-def run_stack(blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: str) -> jax.Array:
-    """Runs stacked blocks one after the other: x = block(x, *args).
+def run_stack(
+    blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: str, per_layer: tuple[jax.Array, ...] = ()
+) -> jax.Array:
+    """Runs stacked blocks one after the other: x = block(x, *args, *(one[l] for one in per_layer)).
 
     Args:
       blocks: made by `stack`.
@@ -84,17 +86,19 @@ def run_stack(blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: s
       *args: what every block gets besides, unchanged from layer to layer.
       depth: number of blocks.
       remat: what the backward pass recomputes: "none", "full" (all of a block) or "dots" (all but matrix products).
+      per_layer: arrays [L, …], of which each block gets its own.
     """
     graphdef, params = nnx.split(blocks)
     groups = ("group", *[None] * (x.ndim - 1))
 
-    def layer(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-        return constrain(nnx.merge(graphdef, params)(x, *args), groups), None
+    def layer(x: jax.Array, own: tuple[nnx.State, tuple[jax.Array, ...]]) -> tuple[jax.Array, None]:
+        params, extra = own
+        return constrain(nnx.merge(graphdef, params)(x, *args, *extra), groups), None
 
     if remat != "none":
         policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=depth <= UNROLLED_DEPTH)
-    return jax.lax.scan(layer, x, params, unroll=depth if depth <= UNROLLED_DEPTH else 1)[0]
+    return jax.lax.scan(layer, x, (params, per_layer), unroll=depth if depth <= UNROLLED_DEPTH else 1)[0]
 
 
 @jax.custom_vjp
@@ -145,13 +149,22 @@ def project(x: jax.Array, kernel: jax.Array, inner: int = 1) -> jax.Array:
     return matmul(x.reshape(*lead, size), matrix).reshape(*lead, *outer)
 
 
-def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None) -> jax.Array:
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    bias: jax.Array | None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+) -> jax.Array:
     """Softmax attention, grouped if there are fewer key than query heads.
 
     Args:
       query: [..., S, N, H].
       key, value: [..., T, K, H]; query heads n·J … n·J+J-1 share kv head n.
       bias: float32 [..., S, T], added to every head's logits; or None.
+      scale: of the queries; None for H^-0.5.
+      softcap: if not 0, logits become softcap · tanh(logit / softcap) before the bias.
 
     Returns:
       [..., S, N, H] in the dtype of `value`. Logits and softmax are float32.
@@ -160,9 +173,16 @@ def attend(query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array |
     t, k = key.shape[-3:-1]
     # The query heads of a kv head stand side by side with the tokens, so that all of them are one matrix [S·J, H]; with
     # one kv head (Gemma's) that is a mere reshape. Both products then take their operands as they lie.
-    query = (query * h**-0.5).reshape(*lead, s, k, n // k * h).swapaxes(-3, -2).reshape(*lead, k, s * n // k, h)
+    query = (
+        (query * (h**-0.5 if scale is None else scale))
+        .reshape(*lead, s, k, n // k * h)
+        .swapaxes(-3, -2)
+        .reshape(*lead, k, s * n // k, h)
+    )
     key, value = key.swapaxes(-3, -2), value.swapaxes(-3, -2)
     logits = jnp.einsum("...qh,...th->...qt", query, key, preferred_element_type=jnp.float32)
+    if softcap:
+        logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits = (logits.reshape(*lead, k, s, n // k, t) + bias[..., None, :, None, :]).reshape(logits.shape)
     # Divided by their sum after the product with the values: H numbers a row instead of T.

@@ -12,8 +12,22 @@ from jfe_jax.data.tokens import train_tokenizer
 IMAGE_TOKEN, VOCABULARY, PATCHES, SIDE = 399, 400, 16, 56
 
 
-def tiny(kv_heads: int = 1, seed: int = 0) -> PaliGemmaForConditionalGeneration:
-    """Heads are not width / number wide; every weight, norms and biases too, is random and of a size that counts."""
+# Small enough that the cap and the window change what the items below give.
+GEMMA_2 = {
+    "model_type": "gemma2",
+    "query_pre_attn_scalar": 24,
+    "attn_logit_softcapping": 2.0,
+    "sliding_window": 5,
+    "attn_implementation": "eager",
+}
+
+
+def tiny(kv_heads: int = 1, seed: int = 0, text: dict | None = None) -> PaliGemmaForConditionalGeneration:
+    """Heads are not width / number wide; every weight, norms and biases too, is random and of a size that counts.
+
+    Args:
+      text: settings of the text tower that differ from a Gemma 1's.
+    """
     config = PaliGemmaConfig(
         vision_config={
             "model_type": "siglip_vision_model",
@@ -34,6 +48,7 @@ def tiny(kv_heads: int = 1, seed: int = 0) -> PaliGemmaForConditionalGeneration:
             "num_key_value_heads": kv_heads,
             "head_dim": 16,
             "vocab_size": VOCABULARY,
+            **(text or {}),
         },
         image_token_index=IMAGE_TOKEN,
         vocab_size=VOCABULARY,
@@ -81,15 +96,16 @@ def items(seed: int = 0) -> dict[str, EncodedItem]:
 
 
 def hidden(model: PaliGemmaForConditionalGeneration, item: EncodedItem) -> torch.Tensor:
-    """Last hidden state [S, D] of one item alone: no key is masked; positions are PaliGemma's own, from 1."""
-    length = len(item.tokens)
+    """Last hidden state [S, D] of one item alone, in both directions; positions are PaliGemma's own, from 1."""
+    # What decides the mask; the config's `use_bidirectional_attention` alone leaves Gemma 2 causal.
+    model.config.text_config.is_causal = False
     pixels = None
     if item.pixels is not None:
         pixels = torch.from_numpy((item.pixels.astype(np.float32) / 255 - 0.5) / 0.5).permute(2, 0, 1)[None]
     output = model.model(
         input_ids=torch.from_numpy(item.tokens.astype(np.int64))[None],
         pixel_values=pixels,
-        attention_mask=torch.zeros(1, 1, length, length),
+        attention_mask=torch.ones(1, len(item.tokens), dtype=torch.int64),
     )
     return output.last_hidden_state[0]
 

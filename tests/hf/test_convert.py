@@ -1,6 +1,7 @@
 """Hugging Face directories in and out: every spelling, every defect, and the same bits back."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from jfe_jax import checkpoint
 from jfe_jax.cli.main import main
-from jfe_jax.config import Config, ModelConfig
+from jfe_jax.config import Config, ModelConfig, TextConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.load import INDEX, SINGLE, load_hf
@@ -70,6 +71,25 @@ def test_transformers_opens_it_and_embeds_the_same(source, tmp_path):
     for name, item in oracle.items().items():
         with torch.no_grad():
             assert torch.equal(oracle.hidden(model.eval(), item), oracle.hidden(original, item)), name
+
+
+@pytest.mark.parametrize("text", [None, oracle.GEMMA_2], ids=["Gemma 1", "Gemma 2"])
+def test_the_export_runs_in_both_directions_by_itself(text, tmp_path):
+    """What a user of transformers writes: a padded batch, no mask of one's own, the last token's state."""
+    original = oracle.tiny(text=text)
+    save_hf(loaded(oracle.save(original, tmp_path / "source")), tmp_path / "out")
+    model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    items = [item for item in oracle.items().values() if item.pixels is None]
+    longest = max(len(item.tokens) for item in items)
+    ids = np.stack([np.pad(item.tokens, (0, longest - len(item.tokens))) for item in items])
+    mask = torch.tensor([[place < len(item.tokens) for place in range(longest)] for item in items]).long()
+    with torch.no_grad():
+        states = model.model(input_ids=torch.from_numpy(ids).long(), attention_mask=mask).last_hidden_state
+        for row, item in zip(states, items, strict=True):
+            vector = row[len(item.tokens) - 1]
+            torch.testing.assert_close(
+                vector / vector.norm(), oracle.pooled(original, item, "last"), atol=1e-6, rtol=1e-5
+            )
 
 
 def test_transformers_processor_prepares_images_as_we_do(source, tmp_path):
@@ -179,7 +199,8 @@ def test_a_damaged_file_is_named(broken):
     ("change", "named"),
     [
         ({"model_type": "llava"}, "model_type 'llava'"),
-        ({"text_config": {"model_type": "gemma2"}}, r"text_config\.model_type = 'gemma2'"),
+        ({"text_config": {"model_type": "gemma3_text"}}, r"text_config\.model_type = 'gemma3_text'"),
+        ({"text_config": {"layer_types": ["full_attention"] * 2}}, r"text_config\.layer_types = "),
         ({"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "rope_type = 'linear'"),
         ({"vision_config": {"hidden_act": "gelu"}}, r"vision_config\.hidden_act = 'gelu'"),
         ({"image_token_index": None}, "image_token_index"),
@@ -268,6 +289,14 @@ def test_convert_there_and_back(source, tmp_path, capsys):
 
 
 def test_the_table_names_every_parameter_once():
-    ours = [entry.ours for entry in mapping.TABLE]
-    params = nnx.split(nnx.eval_shape(lambda: build_model(ModelConfig(), nnx.Rngs(0))))[1]
-    assert sorted(ours) == sorted(".".join(path) for path, _ in nnx.to_flat_state(params))
+    for text in (TextConfig(), TextConfig(post_norms=True)):
+        config = ModelConfig(text=text)
+        params = nnx.split(nnx.eval_shape(lambda config=config: build_model(config, nnx.Rngs(0))))[1]
+        shapes = {".".join(path): leaf.shape for path, leaf in nnx.to_flat_state(params)}
+        layers = {"vision": config.vision.depth, "tower": text.depth}
+        pieces = mapping.pieces(shapes)
+        for name, shape in shapes.items():
+            mine = [piece for piece in pieces.values() if piece.entry.ours == name]
+            depth = layers[name.split(".")[0]] if ".blocks." in name else 1
+            assert len(mine) == depth, name
+            assert sum(math.prod(piece.shape) for piece in mine) == math.prod(shape)

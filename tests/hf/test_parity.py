@@ -21,10 +21,21 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1 kv head", "2 kv heads"])
+MODELS = {
+    "Gemma 1, 1 kv head": {"kv_heads": 1},
+    "Gemma 1, 2 kv heads": {"kv_heads": 2},
+    "Gemma 2": {"kv_heads": 2, "text": oracle.GEMMA_2},
+    "Gemma 2, no cap and no window": {
+        "kv_heads": 1,
+        "text": oracle.GEMMA_2 | {"attn_logit_softcapping": None, "layer_types": ["full_attention"] * 3},
+    },
+}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def pair(request, tmp_path_factory):
     """The oracle, and ours loaded from what it saved."""
-    model = oracle.tiny(kv_heads=request.param)
+    model = oracle.tiny(**request.param)
     directory = oracle.save(model, tmp_path_factory.mktemp("hf"))
     return model, *load_hf(directory)
 
