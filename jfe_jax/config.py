@@ -59,7 +59,7 @@ class TextConfig:
     rope_theta: float = 10000.0
     norm_eps: float = 1e-6
     post_norms: bool = False
-    query_pre_attn_scalar: float = 0.0
+    query_pre_attn_scalar: int = 0
     attn_logit_softcap: float = 0.0
     sliding_window: int = 0
 
