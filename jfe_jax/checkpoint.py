@@ -6,14 +6,19 @@ data iterator's position, one file per process) and `config` (the resolved tree)
 model only.
 """
 
+import contextlib
 import dataclasses
 import errno
 import logging
 import os
 import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
@@ -22,7 +27,8 @@ from jfe_jax import config as configs
 from jfe_jax.blueprint import Blueprint, blueprint
 from jfe_jax.config import Config, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
-from jfe_jax.sharding import make_mesh
+from jfe_jax.sharding import make_mesh, path_name
+from jfe_jax.streaming import StreamedArray, streaming_context
 
 CHECKPOINTS, TOKENIZER, CONFIG = "checkpoints", "tokenizer", "config.yaml"
 # What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
@@ -49,27 +55,51 @@ class LoadedModel(NamedTuple):
 def save_model(path: str | Path, config: Config, params: Any, tokenizer_dir: str | Path) -> None:
     """Writes a run directory at step 0 that holds only a model.
 
+    Written beside `path` and renamed into place, so that it is there whole or not at all.
+
     Args:
-      path: must hold no checkpoint yet.
+      path: must not exist, or be an empty directory.
       config: the resolved config; its `model` is what counts.
-      params: nnx.State or plain dict.
+      params: nnx.State or plain dict; its leaves may be StreamedArrays (all of them, if any).
       tokenizer_dir: is copied.
 
     Raises:
-      UserError: there is a checkpoint already, or it cannot be written.
+      UserError: `path` is in use, or the checkpoint cannot be written; what reading a StreamedArray raises.
     """
-    run = Path(path).absolute()
-    if (run / CHECKPOINTS).exists() and any((run / CHECKPOINTS).iterdir()):
-        raise UserError(f"{run}: holds checkpoints already; choose another directory")
-    write_run_files(run, config, Path(tokenizer_dir))
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
-    target = run / CHECKPOINTS / "0"
-    target.parent.mkdir(exist_ok=True)
+    streamed = any(isinstance(leaf, StreamedArray) for leaf in jax.tree.leaves(pure))
+    with written_whole(path) as run:
+        write_run_files(run, config, Path(tokenizer_dir))
+        target = run / CHECKPOINTS / "0"
+        target.parent.mkdir()
+        try:
+            with streaming_context(orbax_context()) if streamed else orbax_context():
+                ocp.save_checkpointables(target, {"params": pure, "config": dataclasses.asdict(config)})
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"{path}: cannot write the checkpoint ({reason(error)}); nothing is left of it") from error
+
+
+@contextlib.contextmanager
+def written_whole(path: str | Path) -> Iterator[Path]:
+    """A new directory beside `path` to write into; renamed to `path` at the end, removed after an exception.
+
+    Raises:
+      UserError: `path` is something else than an empty directory.
+    """
+    path = Path(path).absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path}: exists already; choose another directory or remove it")
+    part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
+    part.mkdir(parents=True)
     try:
-        with orbax_context():
-            ocp.save_checkpointables(target, {"params": pure, "config": dataclasses.asdict(config)})
-    except Exception as error:
-        raise UserError(f"{target}: cannot write the checkpoint ({reason(error)})") from error
+        yield part
+        if path.exists():
+            path.rmdir()
+        part.rename(path)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write_run_files(run: Path, config: Config, tokenizer_dir: Path) -> None:
@@ -128,6 +158,19 @@ def refuse_other_model(saved: ModelConfig, wanted: ModelConfig, place: str) -> N
     differing = configs.differing_keys(dataclasses.replace(saved, **same), wanted)
     if differing:
         raise UserError(f"{place}: another model: {'; '.join(f'model.{key}' for key in differing)}")
+
+
+def stored_dtypes(path: str | Path, step: int) -> dict[str, np.dtype]:
+    """The type that each parameter of a checkpoint is stored in, by dotted path.
+
+    Args:
+      path: as for `load_model`.
+      step: which of its checkpoints.
+    """
+    place = dict(_candidates(Path(path)))[step]
+    with orbax_context():
+        tree = ocp.checkpointables_metadata(place).metadata["params"]
+    return {path_name(keys): np.dtype(leaf.dtype) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def tokenizer_of(path: str | Path) -> Path:

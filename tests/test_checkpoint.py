@@ -142,9 +142,9 @@ def test_other_frozen_groups_are_refused(tmp_path, state, said):
 
 
 def test_a_model_alone_is_no_run_to_continue(tmp_path, state, said, tokenizer):
-    checkpoint.save_model(tmp_path, CONFIG, state.params, tokenizer)
+    checkpoint.save_model(tmp_path / "model", CONFIG, state.params, tokenizer)
     with pytest.raises(UserError, match="holds a model and no training state"):
-        restore(tmp_path, said)
+        restore(tmp_path / "model", said)
 
 
 def test_another_number_of_processes_is_refused(tmp_path, state, said):
@@ -189,7 +189,7 @@ def test_a_model_is_saved_and_opened(tmp_path, state, tokenizer, step_directory)
     packed = tiny.batch(CONFIG, 1).packed
     embeddings = jax.eval_shape(lambda params: nnx.merge(loaded.graphdef, params)(packed), loaded.params)
     assert embeddings.shape == (1, 32, 32)
-    with pytest.raises(UserError, match="holds checkpoints already"):
+    with pytest.raises(UserError, match="exists already"):
         checkpoint.save_model(run, CONFIG, loaded.params, tokenizer)
 
 

@@ -12,33 +12,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         direction = directions.add_parser(name, help=purpose, description=purpose)
         direction.add_argument("source", metavar="SRC", help="what is read")
         direction.add_argument("target", metavar="DST", help="directory to write; must be new")
+        direction.add_argument(
+            "--dtype",
+            choices=("float32", "bfloat16", "float16"),
+            help="of the weights that are written; default: as they are in SRC (training computes from float32 copies)",
+        )
+        if name == "to-hf":
+            direction.add_argument(
+                "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights, as 5GB or 500MB"
+            )
         direction.set_defaults(run=run)
 
 
 def _from_hf(args: argparse.Namespace) -> None:
-    import dataclasses
-    import tempfile
-    from pathlib import Path
+    from jfe_jax.hf.convert import from_hf
 
-    from jfe_jax import checkpoint
-    from jfe_jax.hf.load import load_hf
-    from jfe_jax.hf.save import copy_tokenizer
-    from jfe_jax.models import count_parameters
-
-    config, params = load_hf(args.source)
-    # Only the tokenizer's own files: the source directory holds the weights too.
-    with tempfile.TemporaryDirectory() as tokenizer:
-        copy_tokenizer(Path(args.source), Path(tokenizer))
-        config = dataclasses.replace(config, output=args.target)
-        checkpoint.save_model(args.target, config, params, tokenizer)
-    print(f"{args.target}: checkpoint of {count_parameters(params):,} parameters")
+    print(f"{args.target}: checkpoint of {from_hf(args.source, args.target, args.dtype):,} parameters")
 
 
 def _to_hf(args: argparse.Namespace) -> None:
-    from jfe_jax import checkpoint
-    from jfe_jax.hf.save import save_hf
-    from jfe_jax.models import count_parameters
+    from jfe_jax.errors import UserError
+    from jfe_jax.hf.convert import parse_bytes, to_hf
 
-    loaded = checkpoint.load_model(args.source)
-    save_hf(loaded, args.target)
-    print(f"{args.target}: Hugging Face directory of {count_parameters(loaded.params):,} parameters")
+    try:
+        shard_bytes = parse_bytes(args.max_shard_size)
+    except ValueError as error:
+        raise UserError(f"--max-shard-size: {error}") from error
+    parameters = to_hf(args.source, args.target, args.dtype, shard_bytes)
+    print(f"{args.target}: Hugging Face directory of {parameters:,} parameters")

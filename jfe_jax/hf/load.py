@@ -1,56 +1,135 @@
-"""Reads a Hugging Face PaliGemma directory, single file or sharded, without torch or transformers."""
+"""Reads a Hugging Face PaliGemma directory, single file or sharded, without torch or transformers.
+
+The headers of the files are checked first, all of them; then any part of any parameter can be read, and no more of the
+files than that part.
+"""
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax.numpy as jnp
+import jax
 
 # Gives NumPy the type bfloat16, which files have.
-import ml_dtypes  # noqa: F401
+import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from jfe_jax.config import Config
+from jfe_jax.blueprint import blueprint
+from jfe_jax.config import Config, MeshConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.settings import read_config
-from jfe_jax.models import build_model
+from jfe_jax.sharding import make_mesh, path_name
+from jfe_jax.streaming import Index, StreamedArray
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
-def load_hf(directory: str | Path) -> tuple[Config, nnx.State]:
-    """Opens a directory that transformers wrote.
+class HfWeights(NamedTuple):
+    """A directory's weights, checked and not read.
 
-    Returns:
-      The configuration (`model` and `tokens` as the directory says, the rest default) and the parameters, float32 on
-      the first device, in the tree of `nnx.split(build_model(config.model, …))`. Stored bfloat16 or float16 is widened,
-      which loses nothing.
+    Attributes:
+      config: `model` and `tokens` as the directory says, the rest default.
+      arrays: every parameter by its dotted path, in the type it is stored in.
+      prefixes: how the files spell the three parts' names, as `mapping.prefixes`.
+    """
+
+    config: Config
+    arrays: dict[str, StreamedArray]
+    prefixes: dict[str, str]
+
+
+class _Stored(NamedTuple):
+    """A tensor of a file."""
+
+    file: Path
+    name: str
+    dtype: np.dtype
+
+    def read(self, index: Index) -> np.ndarray:
+        # Opened anew each time: an open file keeps every page that was ever read of it in memory.
+        try:
+            with safe_open(self.file, "numpy") as tensors:
+                return tensors.get_slice(self.name)[index]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self.file}: cannot read {self.name} ({error})") from error
+
+
+def open_hf(directory: str | Path) -> HfWeights:
+    """Checks a directory that transformers wrote.
 
     Raises:
       UserError: a file is missing or damaged; or a tensor of the files has no place, a parameter no tensor, or the two
-        another shape: all of them are listed.
+        another shape, or a tensor is no floating-point number: all of them are listed.
     """
     directory = Path(directory)
     config = read_config(directory)
-    abstract = nnx.split(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))[1]
-    flat = {".".join(path): leaf for path, leaf in nnx.to_flat_state(abstract)}
-    pieces = mapping.pieces({path: leaf.shape for path, leaf in flat.items()})
-    arrays = {path: np.empty(leaf.shape, np.float32) for path, leaf in flat.items()}
-    problems, filled = [], set()
+    shapes = _shapes(config)
+    pieces = mapping.pieces(shapes)
+    problems: list[str] = []
+    stored: dict[str, _Stored] = {}
+    names: list[str] = []
     for file in weight_files(directory):
         try:
             with safe_open(file, "numpy") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    problems += _fill(name, tensors, pieces, arrays, filled)
+                    known = mapping.canonical(name)
+                    if known is None:
+                        continue
+                    problem = _problem(name, tensors.get_slice(name), pieces.get(known), known in stored)
+                    problems += [problem] if problem else []
+                    names.append(name)
+                    dtype = DTYPES.get(tensors.get_slice(name).get_dtype(), DTYPES["F32"])
+                    stored[known] = _Stored(file, name, dtype)
         except SafetensorError as error:
             raise UserError(f"{file}: damaged ({error}); copy it again") from error
-    problems += [f"{name} is missing" for name in pieces if name not in filled]
+    problems += [f"{name} is missing" for name in pieces if name not in stored]
+    by_path: dict[str, list[str]] = {}
+    for name, piece in pieces.items():
+        by_path.setdefault(piece.entry.ours, []).append(name)
+    for layers in by_path.values():
+        dtypes = {stored[name].dtype for name in layers if name in stored}
+        if len(dtypes) > 1:
+            problems.append(f"the layers of {pieces[layers[0]].entry.theirs} have types {', '.join(map(str, dtypes))}")
     if problems:
         raise UserError(f"{directory}: the weights do not fit config.json: {'; '.join(problems)}")
-    return config, _with_values(abstract, arrays)
+    arrays = {
+        path: _array(shapes[path], [(pieces[name], stored[name]) for name in layers])
+        for path, layers in by_path.items()
+    }
+    return HfWeights(config, arrays, mapping.prefixes(names))
+
+
+def load_hf(directory: str | Path, mesh: Mesh | None = None) -> tuple[Config, nnx.State]:
+    """Opens a directory that transformers wrote.
+
+    Args:
+      mesh: where the parameters are to lie; None is the first device. Each device's share is read for itself.
+
+    Returns:
+      The configuration and the parameters, float32, in the tree of `nnx.split(build_model(config.model, …))`. Stored
+      bfloat16 or float16 is widened, which loses nothing.
+
+    Raises:
+      UserError: as `open_hf`.
+    """
+    weights = open_hf(directory)
+    plan = blueprint(weights.config.model, mesh or make_mesh(MeshConfig(data=1)))
+
+    def leaf(path: Any, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+        array = weights.arrays[path_name(path)]
+
+        def read(index: Index) -> np.ndarray:
+            whole = tuple(slice(*one.indices(size)[:2]) for one, size in zip(index, array.shape, strict=True))
+            return array.read(whole).astype(abstract.dtype)
+
+        return jax.make_array_from_callback(abstract.shape, abstract.sharding, read)
+
+    return weights.config, nnx.State(jax.tree_util.tree_map_with_path(leaf, plan.abstract))
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -79,32 +158,32 @@ def weight_files(directory: Path) -> list[Path]:
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}")
 
 
-def _fill(
-    name: str, tensors: Any, pieces: dict[str, mapping.Piece], arrays: dict[str, np.ndarray], filled: set[str]
-) -> list[str]:
-    """Puts one tensor into its place; returns what is wrong with it."""
-    known = mapping.canonical(name)
-    if known is None:
-        return []
-    piece = pieces.get(known)
+def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    abstract = blueprint(config.model, make_mesh(MeshConfig(data=1))).abstract
+    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
+    return {path_name(path): leaf.shape for path, leaf in leaves}
+
+
+def _problem(name: str, tensor: Any, piece: mapping.Piece | None, twice: bool) -> str | None:
+    """What is wrong with a tensor of a file."""
     if piece is None:
-        return [f"{name} is unknown"]
-    if known in filled:
-        return [f"{name} is there twice"]
-    filled.add(known)
-    shape = tuple(tensors.get_slice(name).get_shape())
-    wanted = piece.entry.their_shape(piece.shape)
-    if shape != wanted:
-        return [f"{name} has shape {list(shape)}, not {list(wanted)}"]
-    target = arrays[piece.entry.ours]
-    target = target if piece.layer is None else target[piece.layer]
-    target[...] = piece.entry.to_ours(tensors.get_tensor(name), piece.shape)
-    return []
+        return f"{name} is unknown"
+    if twice:
+        return f"{name} is there twice"
+    if tensor.get_dtype() not in DTYPES:
+        return f"{name} has type {tensor.get_dtype()}, not {' or '.join(DTYPES)}"
+    shape, wanted = tuple(tensor.get_shape()), piece.entry.their_shape(piece.shape)
+    return None if shape == wanted else f"{name} has shape {list(shape)}, not {list(wanted)}"
 
 
-def _with_values(abstract: nnx.State, arrays: dict[str, np.ndarray]) -> nnx.State:
-    # Popped, so that no weight is held twice for longer than its own move.
-    leaves = [
-        (path, leaf.replace(jnp.asarray(arrays.pop(".".join(path))))) for path, leaf in nnx.to_flat_state(abstract)
-    ]
-    return nnx.from_flat_state(leaves)
+def _array(shape: tuple[int, ...], layers: list[tuple[mapping.Piece, _Stored]]) -> StreamedArray:
+    """One parameter, read from the tensors of its layers."""
+
+    def read(index: Index) -> np.ndarray:
+        if layers[0][0].layer is None:
+            piece, stored = layers[0]
+            return piece.entry.part(piece.shape, index, stored.read)
+        own, rest = layers[index[0]], index[1:]
+        return np.stack([piece.entry.part(piece.shape, rest, stored.read) for piece, stored in own])
+
+    return StreamedArray(shape, layers[0][1].dtype, read)

@@ -6,14 +6,14 @@ our stacked axis L.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from jfe_jax.errors import UserError
 
-VISION, TEXT = "vision_tower.", "language_model.model."
+VISION, TEXT, PROJECTOR = "vision_tower.", "language_model.model.", "multi_modal_projector."
 
 
 class Entry(NamedTuple):
@@ -45,9 +45,28 @@ class Entry(NamedTuple):
 
     def to_ours(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """One layer's torch tensor in our order, of `shape`."""
+        return self.part(shape, tuple(slice(0, size) for size in shape), tensor.__getitem__)
+
+    def part(
+        self, shape: tuple[int, ...], index: tuple[slice, ...], fetch: Callable[[tuple[slice, ...]], np.ndarray]
+    ) -> np.ndarray:
+        """A part of one layer of ours, for which no more of the torch tensor is read than contains it.
+
+        Args:
+          shape: of our whole layer.
+          index: a slice with start and stop for each of our axes.
+          fetch: gives a part of the torch tensor.
+        """
         if self.convolution:
-            return tensor.transpose(2, 3, 1, 0)
-        return (tensor.T if self.inner else tensor).reshape(shape)
+            everything = (slice(None),) * 4
+            return fetch(everything).transpose(2, 3, 1, 0)[index]
+        if len(shape) == len(self.their_shape(shape)) and not self.inner:
+            return fetch(index)
+        inner, outer = _span(shape[: self.inner], index[: self.inner]), _span(shape[self.inner :], index[self.inner :])
+        if not self.inner:
+            return fetch((outer.flat,)).reshape(outer.shape)[outer.rest]
+        block = fetch((outer.flat, inner.flat)).T
+        return block.reshape(*inner.shape, *outer.shape)[(*inner.rest, *outer.rest)]
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """One layer of ours as a contiguous torch tensor."""
@@ -105,8 +124,8 @@ _COMMON: tuple[Entry, ...] = (
     *_vision_block(),
     Entry("vision.norm.scale_d", f"{VISION}post_layernorm.weight"),
     Entry("vision.norm.bias_d", f"{VISION}post_layernorm.bias"),
-    _linear("projector.kernel_cd", "multi_modal_projector.linear"),
-    Entry("projector.bias_d", "multi_modal_projector.linear.bias"),
+    _linear("projector.kernel_cd", f"{PROJECTOR}linear"),
+    Entry("projector.bias_d", f"{PROJECTOR}linear.bias"),
     Entry("embedder.table_vd", f"{TEXT}embed_tokens.weight"),
     *_text_block(),
     Entry("tower.norm.scale_d", f"{TEXT}norm.weight"),
@@ -127,6 +146,18 @@ def canonical(name: str) -> str | None:
     for pattern, replacement in _SPELLINGS:
         name = pattern.sub(replacement, name)
     return None if _IGNORED.search(name) else name
+
+
+def prefixes(names: Iterable[str]) -> dict[str, str]:
+    """How these names spell the table's VISION, TEXT and PROJECTOR; one that is spelt in several ways is left out."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        known = canonical(name) or ""
+        for root in (VISION, TEXT, PROJECTOR):
+            rest = known.removeprefix(root)
+            if known.startswith(root):
+                found.setdefault(root, set()).add(name.removesuffix(rest))
+    return {root: spellings.pop() for root, spellings in found.items() if len(spellings) == 1}
 
 
 class Piece(NamedTuple):
@@ -162,6 +193,29 @@ def pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
         for layer in range(shape[0]) if entry.stacked else (None,):
             found[entry.theirs.format(layer=layer)] = Piece(entry, layer, shape[1:] if entry.stacked else shape)
     return found
+
+
+class _Span(NamedTuple):
+    """A part of several axes, widened so that it is one run of them flattened: all axes but the first are whole.
+
+    Attributes:
+      flat: the run.
+      shape: of what it holds.
+      rest: takes the part out of that.
+    """
+
+    flat: slice
+    shape: tuple[int, ...]
+    rest: tuple[slice, ...]
+
+
+def _span(shape: tuple[int, ...], index: tuple[slice, ...]) -> _Span:
+    if not shape:
+        return _Span(slice(0, 1), (), ())
+    row = _size(shape[1:])
+    first = index[0]
+    held = (first.stop - first.start, *shape[1:])
+    return _Span(slice(first.start * row, first.stop * row), held, (slice(None), *index[1:]))
 
 
 def _size(shape: tuple[int, ...]) -> int:

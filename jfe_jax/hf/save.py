@@ -1,10 +1,9 @@
 """Writes a model as a Hugging Face directory that transformers opens as PaliGemmaForConditionalGeneration."""
 
 import json
-import os
 import shutil
-import uuid
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from flax import nnx
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from jfe_jax.checkpoint import written_whole
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
@@ -20,6 +20,8 @@ from jfe_jax.hf.load import INDEX, SINGLE
 from jfe_jax.hf.settings import ENCODER_FILE, config_json, encoder_json, processor_json
 
 SHARD_BYTES = 5 * 10**9
+# How the files that a model came from spell the table's prefixes; goes along with the tokenizer through training.
+NAMES_FILE = "hf_names.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -28,44 +30,43 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    NAMES_FILE,
 )
 
 
-def save_hf(loaded: Any, out: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes config.json, float32 safetensors, the tokenizer and the image processor's settings.
+def save_hf(
+    loaded: Any,
+    out: str | Path,
+    shard_bytes: int = SHARD_BYTES,
+    dtypes: Mapping[str, np.dtype] | None = None,
+) -> None:
+    """Writes config.json, safetensors, the tokenizer and the image processor's settings.
 
-    Written beside `out` and renamed into place, so that `out` is there whole or not at all.
+    Written beside `out` and renamed into place, so that `out` is there whole or not at all. The tensors are named as in
+    the files that the model came from, or else as transformers writes them.
 
     Args:
       loaded: a `checkpoint.LoadedModel` of the fusion model.
       out: must not exist, or be an empty directory.
       shard_bytes: weights are split into files of at most this size (a larger tensor has one of its own).
+      dtypes: what each parameter, by dotted path, is written as; float32 where it says nothing.
 
     Raises:
       UserError: the model has no Hugging Face layout, `out` is in use, the tokenizer is missing, or the disk is full.
     """
-    out = Path(out)
     config: Config = loaded.config
     if config.model.kind != "fusion":
         raise UserError(f"model.kind is {config.model.kind!r}: only the fusion model has a Hugging Face layout for now")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already; choose another directory or remove it")
     special = special_ids(Path(loaded.tokenizer_dir))
-    part = out.absolute().parent / f".{out.name}.{uuid.uuid4().hex[:8]}.part"
-    part.mkdir(parents=True)
-    try:
-        _write_json(part / "config.json", config_json(config.model, special))
+    with written_whole(out) as part:
+        _write_json(part / "config.json", config_json(config.model, special) | {"dtype": _main(dtypes)})
         _write_json(part / ENCODER_FILE, encoder_json(config.model, config.tokens))
         _write_json(part / "preprocessor_config.json", processor_json(config.model))
         copy_tokenizer(Path(loaded.tokenizer_dir), part)
-        _write_weights(part, loaded.params, shard_bytes)
-        if out.exists():
-            out.rmdir()
-        os.replace(part, out)
-    except SafetensorError as error:
-        raise UserError(f"{out}: cannot write the weights ({error}); nothing is left of it") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+        try:
+            _write_weights(part, _tensors(loaded.params, dtypes, _names(Path(loaded.tokenizer_dir))), shard_bytes)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{out}: cannot write the weights ({error}); nothing is left of it") from error
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -93,14 +94,30 @@ def special_ids(directory: Path) -> dict[str, int]:
     return ids
 
 
-def _tensors(params: nnx.State) -> Iterator[tuple[str, np.ndarray]]:
+def _tensors(
+    params: nnx.State, dtypes: Mapping[str, np.dtype] | None, prefixes: dict[str, str]
+) -> Iterator[tuple[str, np.ndarray]]:
     flat = {".".join(path): leaf[...] for path, leaf in nnx.to_flat_state(params)}
     for name, piece in mapping.pieces({path: leaf.shape for path, leaf in flat.items()}).items():
-        leaf = flat[piece.entry.ours]
-        yield name, piece.entry.to_theirs(np.asarray(leaf if piece.layer is None else leaf[piece.layer], np.float32))
+        leaf, dtype = flat[piece.entry.ours], (dtypes or {}).get(piece.entry.ours, np.dtype(np.float32))
+        tensor = piece.entry.to_theirs(np.asarray(leaf if piece.layer is None else leaf[piece.layer]).astype(dtype))
+        for ours, theirs in prefixes.items():
+            if name.startswith(ours):
+                name = theirs + name.removeprefix(ours)
+                break
+        yield name, tensor
 
 
-def _write_weights(directory: Path, params: nnx.State, shard_bytes: int) -> None:
+def _names(tokenizer: Path) -> dict[str, str]:
+    return _read_json(tokenizer / NAMES_FILE) if (tokenizer / NAMES_FILE).exists() else {}
+
+
+def _main(dtypes: Mapping[str, np.dtype] | None) -> str:
+    """The type that config.json names: that of most parameters."""
+    return Counter(map(str, dtypes.values())).most_common(1)[0][0] if dtypes else "float32"
+
+
+def _write_weights(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
     # One shard in memory at a time; how many there are is known at the end, and so are their names.
     shards: list[list[str]] = []
     batch: dict[str, np.ndarray] = {}
@@ -111,7 +128,7 @@ def _write_weights(directory: Path, params: nnx.State, shard_bytes: int) -> None
         shards.append(list(batch))
         batch.clear()
 
-    for name, tensor in _tensors(params):
+    for name, tensor in tensors:
         if batch and sum(held.nbytes for held in batch.values()) + tensor.nbytes > shard_bytes:
             flush()
         batch[name] = tensor

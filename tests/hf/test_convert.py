@@ -13,13 +13,15 @@ from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from jfe_jax import checkpoint
 from jfe_jax.cli.main import main
-from jfe_jax.config import Config, ModelConfig, TextConfig
+from jfe_jax.config import Config, MeshConfig, ModelConfig, TextConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
+from jfe_jax.hf.convert import parse_bytes
 from jfe_jax.hf.load import INDEX, SINGLE, load_hf
 from jfe_jax.hf.save import save_hf
 from jfe_jax.hf.settings import read_config
 from jfe_jax.models import build_model
+from jfe_jax.sharding import make_mesh
 from tests.hf import oracle
 
 
@@ -286,6 +288,67 @@ def test_convert_there_and_back(source, tmp_path, capsys):
     assert not (run / "tokenizer" / SINGLE).exists()
     assert main(["convert", "from-hf", str(tmp_path / "nowhere"), str(tmp_path / "x")]) == 1
     assert "nowhere" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda name: name.replace("vision_tower.", "vision_tower.vision_model."),
+        lambda name: f"model.{name.replace('language_model.model.', 'language_model.')}",
+    ],
+    ids=["v4", "v5 in memory"],
+)
+def test_a_bfloat16_model_comes_back_to_the_byte_names_included(spell, tmp_path, capsys):
+    source = oracle.save(oracle.tiny(text=oracle.GEMMA_2).to(torch.bfloat16), tmp_path / "source")
+    save_file({spell(name): one for name, one in load_file(source / SINGLE).items()}, source / SINGLE, {"format": "pt"})
+    run, out = str(tmp_path / "run"), tmp_path / "out"
+    assert main(["convert", "from-hf", str(source), run]) == 0
+    assert main(["convert", "to-hf", run, str(out)]) == 0
+    assert (out / SINGLE).read_bytes() == (source / SINGLE).read_bytes()
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+
+    wide, shards = str(tmp_path / "wide"), tmp_path / "shards"
+    assert main(["convert", "from-hf", str(source), wide, "--dtype", "float32"]) == 0
+    assert main(["convert", "to-hf", wide, str(shards), "--dtype", "float16", "--max-shard-size", "20KB"]) == 0
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    for file in shards.glob("*.safetensors"):
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(tensor.nbytes for tensor in tensors.values()) <= 20_000
+        for name, tensor in tensors.items():
+            assert tensor.dtype == np.float16
+            np.testing.assert_array_equal(tensor, load_file(source / SINGLE)[name].astype(np.float16))
+    assert main(["convert", "to-hf", wide, str(tmp_path / "x"), "--max-shard-size", "big"]) == 1
+    assert "--max-shard-size: 'big' is no size" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("text", "wanted"), [("5GB", 5 * 10**9), ("1.5 GiB", 3 << 29), ("20kb", 20_000), ("7", 7)])
+def test_sizes_are_read_as_transformers_reads_them(text, wanted):
+    assert parse_bytes(text) == wanted
+
+
+def test_every_device_reads_its_own_share(source):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    params = load_hf(source, mesh)[1]
+    assert not params["tower"]["blocks"]["down_fd"].sharding.is_fully_replicated
+    assert_same_bits(params, load_hf(source)[1])
+
+
+def test_a_shard_cut_short_leaves_no_checkpoint(source, tmp_path, capsys):
+    directory = oracle.save(oracle.tiny(), tmp_path / "cut", max_shard_size="50KB")
+    victim = sorted(directory.glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert main(["convert", "from-hf", str(directory), str(tmp_path / "run")]) == 1
+    assert victim.name in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["cut"]
+
+
+def test_layers_of_two_types_are_refused(broken):
+    name = "language_model.model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(UserError, match=r"the layers of .*up_proj\.weight have types"):
+        load_hf(broken(lambda tensors: tensors | {name: tensors[name].astype(np.float16)}))
+    with pytest.raises(UserError, match=r"up_proj\.weight has type I32, not F32 or BF16 or F16"):
+        load_hf(broken(lambda tensors: tensors | {name: tensors[name].astype(np.int32)}))
 
 
 def test_the_table_names_every_parameter_once():

@@ -1,0 +1,78 @@
+"""Arrays written in pieces are what they would be written whole, and no piece is large."""
+
+import dataclasses
+import math
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jfe_jax import checkpoint, streaming
+from jfe_jax.config import Config
+from jfe_jax.errors import UserError
+from jfe_jax.streaming import StreamedArray
+
+CHUNK = 20_000
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Saves arrays as a model; gives its checkpoint's directory and the indices that were read of each."""
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", CHUNK)
+    (tmp_path / "tokenizer").mkdir()
+
+    def save(arrays):
+        asked = {name: [] for name in arrays}
+
+        def streamed(name):
+            def read(index):
+                asked[name].append(index)
+                return arrays[name][index]
+
+            return StreamedArray(arrays[name].shape, arrays[name].dtype, read)
+
+        tree = {"deep": {name: streamed(name) for name in arrays}}
+        checkpoint.save_model(tmp_path / "run", Config(), tree, tmp_path / "tokenizer")
+        return tmp_path / "run" / "checkpoints" / "0", asked
+
+    return save
+
+
+def test_what_is_written_in_pieces_is_read_whole(written):
+    rng = np.random.default_rng(0)
+    arrays = {
+        "stacked": rng.normal(size=(6, 50, 70)).astype(np.float32),
+        "table": rng.normal(size=(1001, 13)).astype(np.float32).astype(ml_dtypes.bfloat16),
+        "vector": rng.normal(size=7).astype(np.float32),
+    }
+    place, asked = written(arrays)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = {name: jax.ShapeDtypeStruct(one.shape, np.float32, sharding=device) for name, one in arrays.items()}
+    back = checkpoint.read_part(place, "params", {"deep": abstract})["deep"]
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(back[name], array.astype(np.float32), name)
+        sizes = [math.prod(one.stop - one.start for one in index) for index in asked[name]]
+        assert sum(sizes) == array.size, "every number once"
+        assert max(sizes) * array.itemsize <= CHUNK
+    # Whole layers where one fits: they lie together in the files of Hugging Face.
+    assert all(one.stop - one.start == 1 for one, *_ in asked["stacked"])
+
+
+def test_a_source_that_fails_leaves_nothing(written, tmp_path):
+    class Failing:
+        shape, dtype = (6, 50, 70), np.dtype(np.float32)
+
+        def __getitem__(self, index):
+            if index[0].start == 4:
+                raise UserError("model-00002-of-00003.safetensors: cannot read x")
+            return np.zeros([one.stop - one.start for one in index], np.float32)
+
+    with pytest.raises(UserError, match="model-00002"):
+        written({"failing": Failing()})
+    assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
+
+
+def test_a_streamed_array_says_how_large_it_is():
+    array = StreamedArray((2, 3), np.dtype(np.float32), dataclasses.MISSING)
+    assert array.size == 6 and array.ndim == 2
