@@ -30,11 +30,13 @@ class StreamedArray:
     Attributes:
       shape, dtype: of the whole.
       read: gives the part at an index of one slice for each axis, with start and stop.
+      stacked: its first axis is of layers, which lie apart where they come from: no part holds several.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
+    stacked: bool = False
 
     @property
     def size(self) -> int:
@@ -48,9 +50,13 @@ class StreamedArray:
 def streaming_context(base: ocp.Context) -> ocp.Context:
     """`base` for a checkpoint whose `params` are StreamedArrays."""
     base.checkpointables.registry.add(_StreamedTreeHandler, checkpointable_name="params")
-    options = base.array_options.saving.storage_options
-    # By layers, or by rows of a table: parts that lie together in the files they come from.
-    options.chunk_byte_size, options.shard_axes = CHUNK_BYTES, (0,)
+    options = ocp.options.ArrayOptions.Saving.StorageOptions
+
+    def storage(keypath: Any, value: Any) -> Any:
+        del keypath
+        return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if value.stacked else ())
+
+    base.array_options.saving.scoped_storage_options_creator = storage
     # Trained weights shrink by a few percent at best, for several times the time.
     base.array_options.saving.use_compression = False
     return base

@@ -30,7 +30,7 @@ def written(tmp_path, monkeypatch):
                 asked[name].append(index)
                 return arrays[name][index]
 
-            return StreamedArray(arrays[name].shape, arrays[name].dtype, read)
+            return StreamedArray(arrays[name].shape, arrays[name].dtype, read, stacked=arrays[name].ndim == 3)
 
         tree = {"deep": {name: streamed(name) for name in arrays}}
         checkpoint.save_model(tmp_path / "run", Config(), tree, tmp_path / "tokenizer")
@@ -43,7 +43,7 @@ def test_what_is_written_in_pieces_is_read_whole(written):
     rng = np.random.default_rng(0)
     arrays = {
         "stacked": rng.normal(size=(6, 50, 70)).astype(np.float32),
-        "table": rng.normal(size=(1001, 13)).astype(np.float32).astype(ml_dtypes.bfloat16),
+        "table": rng.normal(size=(1000, 13)).astype(np.float32).astype(ml_dtypes.bfloat16),
         "vector": rng.normal(size=7).astype(np.float32),
     }
     place, asked = written(arrays)
@@ -57,11 +57,13 @@ def test_what_is_written_in_pieces_is_read_whole(written):
         assert max(sizes) * array.itemsize <= CHUNK
     # Whole layers where one fits: they lie together in the files of Hugging Face.
     assert all(one.stop - one.start == 1 for one, *_ in asked["stacked"])
+    # And no more parts than it takes: each is a write of its own.
+    assert len(asked["vector"]) == 1 and len(asked["table"]) == 2
 
 
 def test_a_source_that_fails_leaves_nothing(written, tmp_path):
     class Failing:
-        shape, dtype = (6, 50, 70), np.dtype(np.float32)
+        shape, dtype, ndim = (6, 50, 70), np.dtype(np.float32), 3
 
         def __getitem__(self, index):
             if index[0].start == 4:

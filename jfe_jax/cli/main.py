@@ -15,6 +15,7 @@ VERBS = {
     "eval": "M-BEIR protocol: recall tables, report, run files",
     "compare": "several evaluations side by side, with intervals",
     "search": "one query against an embedded pool",
+    "bench": "the benchmarks of the README",
 }
 
 

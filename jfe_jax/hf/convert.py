@@ -90,4 +90,4 @@ def _as(array: StreamedArray, dtype: str | None) -> StreamedArray:
     def read(index: Index) -> np.ndarray:
         return array.read(index).astype(wanted, copy=False)
 
-    return StreamedArray(array.shape, wanted, read)
+    return dataclasses.replace(array, dtype=wanted, read=read)

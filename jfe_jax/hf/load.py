@@ -186,4 +186,4 @@ def _array(shape: tuple[int, ...], layers: list[tuple[mapping.Piece, _Stored]]) 
         own, rest = layers[index[0]], index[1:]
         return np.stack([piece.entry.part(piece.shape, rest, stored.read) for piece, stored in own])
 
-    return StreamedArray(shape, layers[0][1].dtype, read)
+    return StreamedArray(shape, layers[0][1].dtype, read, stacked=layers[0][0].layer is not None)
