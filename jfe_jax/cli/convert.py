@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             direction.add_argument(
                 "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights, as 5GB or 500MB"
             )
+            direction.add_argument(
+                "--layout",
+                choices=("transformers", "sentence-transformers"),
+                default="transformers",
+                help="sentence-transformers adds what that library opens; transformers opens both",
+            )
         direction.set_defaults(run=run)
 
 
@@ -38,5 +44,5 @@ def _to_hf(args: argparse.Namespace) -> None:
         shard_bytes = parse_bytes(args.max_shard_size)
     except ValueError as error:
         raise UserError(f"--max-shard-size: {error}") from error
-    parameters = to_hf(args.source, args.target, args.dtype, shard_bytes)
+    parameters = to_hf(args.source, args.target, args.dtype, shard_bytes, args.layout)
     print(f"{args.target}: Hugging Face directory of {parameters:,} parameters")

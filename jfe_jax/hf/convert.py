@@ -11,7 +11,7 @@ import numpy as np
 
 from jfe_jax import checkpoint
 from jfe_jax.hf.load import DTYPES, open_hf
-from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, copy_tokenizer, save_hf
+from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, copy_tokenizer, save_hf
 from jfe_jax.models import count_parameters
 from jfe_jax.streaming import Index, StreamedArray
 
@@ -47,14 +47,20 @@ def from_hf(source: str | Path, target: str | Path, dtype: str | None = None) ->
     return sum(array.size for array in weights.arrays.values())
 
 
-def to_hf(source: str | Path, target: str | Path, dtype: str | None = None, shard_bytes: int = SHARD_BYTES) -> int:
+def to_hf(
+    source: str | Path,
+    target: str | Path,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    layout: Layout = "transformers",
+) -> int:
     """Writes a directory that transformers opens.
 
     Args:
       source: a run directory or one of its checkpoints, of the fusion model.
       target: must be new; is there whole or not at all.
       dtype: of the written weights; None keeps each as the checkpoint stores it.
-      shard_bytes: as in `save_hf`.
+      shard_bytes, layout: as in `save_hf`.
 
     Returns:
       The number of parameters.
@@ -64,7 +70,7 @@ def to_hf(source: str | Path, target: str | Path, dtype: str | None = None, shar
     """
     loaded = checkpoint.load_model(source)
     stored = checkpoint.stored_dtypes(source, loaded.step)
-    save_hf(loaded, target, shard_bytes, {path: _dtype(dtype, one) for path, one in stored.items()})
+    save_hf(loaded, target, shard_bytes, {path: _dtype(dtype, one) for path, one in stored.items()}, layout)
     return count_parameters(loaded.params)
 
 

@@ -5,7 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flax import nnx
@@ -16,9 +16,12 @@ from jfe_jax.checkpoint import written_whole
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
+from jfe_jax.hf.card import known_results, model_card
 from jfe_jax.hf.load import INDEX, SINGLE
+from jfe_jax.hf.sentence_transformers import add_layout
 from jfe_jax.hf.settings import ENCODER_FILE, config_json, encoder_json, processor_json
 
+Layout = Literal["transformers", "sentence-transformers"]
 SHARD_BYTES = 5 * 10**9
 # How the files that a model came from spell the table's prefixes; goes along with the tokenizer through training.
 NAMES_FILE = "hf_names.json"
@@ -39,8 +42,9 @@ def save_hf(
     out: str | Path,
     shard_bytes: int = SHARD_BYTES,
     dtypes: Mapping[str, np.dtype] | None = None,
+    layout: Layout = "transformers",
 ) -> None:
-    """Writes config.json, safetensors, the tokenizer and the image processor's settings.
+    """Writes config.json, safetensors, the tokenizer, the image processor's settings and a model card.
 
     Written beside `out` and renamed into place, so that `out` is there whole or not at all. The tensors are named as in
     the files that the model came from, or else as transformers writes them.
@@ -50,6 +54,7 @@ def save_hf(
       out: must not exist, or be an empty directory.
       shard_bytes: weights are split into files of at most this size (a larger tensor has one of its own).
       dtypes: what each parameter, by dotted path, is written as; float32 where it says nothing.
+      layout: "sentence-transformers" adds what that library needs to open the directory.
 
     Raises:
       UserError: the model has no Hugging Face layout, `out` is in use, the tokenizer is missing, or the disk is full.
@@ -63,6 +68,11 @@ def save_hf(
         _write_json(part / ENCODER_FILE, encoder_json(config.model, config.tokens))
         _write_json(part / "preprocessor_config.json", processor_json(config.model))
         copy_tokenizer(Path(loaded.tokenizer_dir), part)
+        results = known_results(Path(loaded.tokenizer_dir).parent, loaded.step)
+        card = model_card(config, loaded.step, Path(out).name, results, layout)
+        (part / "README.md").write_text(card, encoding="utf-8")
+        if layout == "sentence-transformers":
+            add_layout(part)
         try:
             _write_weights(part, _tensors(loaded.params, dtypes, _names(Path(loaded.tokenizer_dir))), shard_bytes)
         except (SafetensorError, OSError) as error:

@@ -1,0 +1,82 @@
+"""The README of an exported model: how to open it, how it was trained, what it reached if that is known."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jfe_jax import config as configs
+from jfe_jax.config import Config
+
+_USE = """```python
+from transformers import PaliGemmaForConditionalGeneration
+
+model = PaliGemmaForConditionalGeneration.from_pretrained("{name}")
+states = model.model(**inputs).last_hidden_state  # attends in both directions, as config.json says
+```
+"""
+_USE_SENTENCE_TRANSFORMERS = """```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("{name}", trust_remote_code=True)
+vectors = model.encode(["a text"])  # or images; or [{{"image": image, "text": "a change to it"}}]
+```
+"""
+
+
+def model_card(config: Config, step: int, name: str, results: list[dict[str, Any]], layout: str) -> str:
+    """Markdown with the Hub's front matter.
+
+    Args:
+      config: of the run that trained it.
+      step: optimizer steps of that run.
+      name: what the reader will call the directory.
+      results: trees of `results.json`.
+      layout: "transformers" or "sentence-transformers".
+    """
+    model = config.model
+    pooled = "the last token's state" if model.pooling == "last" else "the mean of the tokens' states"
+    ending = "a newline and `<eos>`" if config.tokens.newline else "`<eos>`"
+    lines = [
+        "---",
+        f"library_name: {layout}",
+        "pipeline_tag: feature-extraction",
+        "tags: [jfe_jax, multimodal-retrieval, paligemma]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        "A Joint Fusion Encoder: image patches and text tokens in one sequence, one tower, one vector. "
+        f"Trained with jfe_jax for {step} steps.",
+        "",
+        f"An item is `<image>` × {model.vision.patches} if it has an image, `<bos>`, at most "
+        f"{config.tokens.max_text_tokens} tokens of text (an instruction before it, a space between), {ending}. "
+        f"Its embedding is {pooled}, scaled to unit norm.",
+        "",
+        (_USE_SENTENCE_TRANSFORMERS if layout == "sentence-transformers" else _USE).format(name=name),
+    ]
+    for tree in results:
+        lines += _results(tree)
+    lines += ["## Training", "", "```yaml", configs.to_yaml(config).rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def known_results(run: Path, step: int) -> list[dict[str, Any]]:
+    """The evaluations in or beside a run directory that are of this step of it."""
+    found = []
+    for file in sorted([*run.glob("*/results.json"), *run.parent.glob("*/results.json")]):
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        # The evaluation's path may have been relative to another directory.
+        if Path(tree.get("checkpoint", "")).parts[-2:] == run.absolute().parts[-2:] and tree.get("step") == step:
+            found.append(tree)
+    return found
+
+
+def _results(tree: dict[str, Any]) -> list[str]:
+    lines = [f"## Results on {tree['data']}, {tree['split']}", "", "| pool | queries | hit@1 | hit@5 | hit@10 |"]
+    lines.append("|---|---|---:|---:|---:|")
+    for pool, groups in tree["groups"].items():
+        for group, values in groups.items():
+            if {"hit@1", "hit@5", "hit@10"} <= values.get("metrics", {}).keys():
+                numbers = " | ".join(f"{100 * values['metrics'][f'hit@{k}']:.1f}" for k in (1, 5, 10))
+                lines.append(f"| {pool} | {group} | {numbers} |")
+    return [*lines, ""]
