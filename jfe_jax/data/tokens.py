@@ -57,8 +57,9 @@ class ItemEncoder:
         self._max_text = tokens.max_text_tokens
         self._head = np.full(vision.patches + 1, self.image_id, np.int32)
         self._head[-1] = self.bos_id
-        newline = self._tokenizer.encode("\n", add_special_tokens=False).ids if tokens.newline else []
-        self._tail = np.array([*newline, self.eos_id], np.int32)
+        self._newline = "\n" if tokens.newline else ""
+        self._close = self._tokenizer.encode(self._newline, add_special_tokens=False).ids
+        self._tail = np.array([*self._close, self.eos_id], np.int32)
         self.longest = len(self._head) + self._max_text + len(self._tail)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -80,19 +81,23 @@ class ItemEncoder:
     def tokens(self, text: str | None, instruction: str | None, has_image: bool) -> np.ndarray:
         """The tokens of `encode` alone, int32 [S]."""
         whole = f"{instruction} {text}" if instruction and text else instruction or text or ""
-        # The fast variant leaves out the offsets, which take as long as the ids.
-        ids = self._tokenizer.encode_batch_fast([whole], add_special_tokens=False)[0].ids if whole else []
+        # The fast variant leaves out the offsets, which take as long as the ids. The newline is encoded with the text,
+        # as PaliGemma's processor does: after a text that ends in one, the two may be one token.
+        ids = self._tokenizer.encode_batch_fast([whole + self._newline], add_special_tokens=False)[0].ids
+        closed = ids[len(ids) - len(self._close) :] == self._close
+        tail = self._tail if closed else self._tail[-1:]
+        ids = ids[: len(ids) - len(self._close)] if closed else ids
         # Text that spells the placeholder must not claim an image.
         if self.image_id in ids:
             ids = [one for one in ids if one != self.image_id]
         if len(ids) > self._max_text:
             self._count_cut()
-            ids = ids[: self._max_text]
+            ids, tail = ids[: self._max_text], self._tail
         head = self._head if has_image else self._head[-1:]
-        tokens = np.empty(len(head) + len(ids) + len(self._tail), np.int32)
+        tokens = np.empty(len(head) + len(ids) + len(tail), np.int32)
         tokens[: len(head)] = head
         tokens[len(head) : len(head) + len(ids)] = ids
-        tokens[len(head) + len(ids) :] = self._tail
+        tokens[len(head) + len(ids) :] = tail
         return tokens
 
     def _count_cut(self) -> None:

@@ -1,5 +1,7 @@
 """The fusion model against transformers' PaliGemma: states, embeddings, gradients."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,6 +67,19 @@ def test_states_and_embeddings_agree(pair, layout):
             assert relative(states[start:end], oracle.hidden(model, item).numpy()) <= 1e-5, name
             for how, vectors in ours.items():
                 assert relative(vectors[number], oracle.pooled(model, item, how).numpy()) <= 1e-5, (name, how)
+
+
+def test_bfloat16_stays_close(pair):
+    model, config, params = pair
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dtype="bfloat16"))
+    graphdef, batch = graph(config), packed_items("packed")
+    ours = np.asarray(jax.jit(lambda params, batch: nnx.merge(graphdef, params)(batch))(params, batch))[0]
+    assert ours.dtype == np.float32
+    for number, (name, item) in enumerate(ITEMS.items()):
+        with torch.no_grad():
+            theirs = oracle.pooled(model, item, "last").numpy()
+        assert relative(ours[number], theirs) <= 2e-2, name
+        assert ours[number] @ theirs >= 0.999, name
 
 
 def test_gradients_agree(pair):

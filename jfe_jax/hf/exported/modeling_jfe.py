@@ -126,10 +126,16 @@ class JointFusionEncoder(InputModule):
 
     def _ids(self, text: str | None, instruction: str, has_image: bool) -> list[int]:
         whole = f"{instruction} {text}" if instruction and text else instruction or text or ""
-        ids = self.tokenizer.encode(whole, add_special_tokens=False).ids if whole else []
-        ids = [one for one in ids if one != self.image_token][: self.max_seq_length]
-        newline = self.tokenizer.encode("\n", add_special_tokens=False).ids if self.settings["newline"] else []
-        return [*[self.image_token] * (self.patches * has_image), self.bos, *ids, *newline, self.eos]
+        newline = "\n" if self.settings["newline"] else ""
+        close = self.tokenizer.encode(newline, add_special_tokens=False).ids
+        ids = self.tokenizer.encode(whole + newline, add_special_tokens=False).ids
+        # After a text that ends in a newline the two may be one token.
+        closed = ids[len(ids) - len(close) :] == close
+        ids = ids[: len(ids) - len(close)] if closed else ids
+        ids = [one for one in ids if one != self.image_token]
+        if len(ids) > self.max_seq_length:
+            ids, closed = ids[: self.max_seq_length], True
+        return [*[self.image_token] * (self.patches * has_image), self.bos, *ids, *(close if closed else []), self.eos]
 
     def _pixels(self, image) -> torch.Tensor:
         if isinstance(image, torch.Tensor):
