@@ -76,7 +76,8 @@ def _results(tree: dict[str, Any]) -> list[str]:
     lines.append("|---|---|---:|---:|---:|")
     for pool, groups in tree["groups"].items():
         for group, values in groups.items():
-            if {"hit@1", "hit@5", "hit@10"} <= values.get("metrics", {}).keys():
+            # Beside the groups stands the headline, a number.
+            if isinstance(values, dict):
                 numbers = " | ".join(f"{100 * values['metrics'][f'hit@{k}']:.1f}" for k in (1, 5, 10))
                 lines.append(f"| {pool} | {group} | {numbers} |")
     return [*lines, ""]

@@ -1,6 +1,7 @@
 """jfe embed, search, eval and compare from the command line, on a run directory."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -69,6 +70,18 @@ def test_embed_writes_unit_rows_in_input_order(index, runs):
 
 def test_a_step_directory_is_the_same_model(runs):
     assert Retriever.load(runs[0] / "checkpoints" / "0").fingerprint == Retriever.load(runs[0]).fingerprint
+
+
+def test_an_exported_model_says_what_it_reached(runs, evaluations, tmp_path):
+    for run in runs:
+        shutil.copytree(evaluations / run.name, runs[0].parent / f"eval-{run.name}")
+    assert main(["convert", "to-hf", str(runs[0]), str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert card.count("## Results on") == 1, "of this run, not of the one beside it"
+    tree = json.loads((evaluations / runs[0].name / "results.json").read_text())
+    metrics = tree["groups"]["local"]["all units"]["metrics"]
+    numbers = " | ".join(f"{100 * metrics[f'hit@{k}']:.1f}" for k in (1, 5, 10))
+    assert f"| local | all units | {numbers} |" in card
 
 
 def test_the_converted_model_searches_the_same_index(runs, index, tmp_path, capsys):
