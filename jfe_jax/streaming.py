@@ -18,7 +18,7 @@ from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1._src.serialization import numpy_leaf_handler, registry
 
 # Of a stored chunk, and so of what is in memory at a time.
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 
 Index = tuple[slice, ...]
 

@@ -1,12 +1,11 @@
 """`jfe convert from-hf` beside a plain copy of the same files: rate and peak memory.
 
-Each conversion is a process of its own, as a user runs it, and its peak is what the kernel says: every page it had in
-memory, of files too.
+Each conversion is a process of its own, as a user runs it, and its peak is what Linux says (VmHWM): every page it had
+in memory, of files too.
 """
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -120,4 +119,6 @@ if __name__ == "__main__":
     from jfe_jax.hf.convert import from_hf
 
     from_hf(*sys.argv[1:])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
