@@ -46,6 +46,14 @@ def jfe(label: str, *words: object, core: int | None = None) -> None:
         raise SystemExit(f"[{label}] failed with exit status {process.returncode}: {' '.join(command)}")
 
 
+def free_cores() -> "queue.Queue[int]":
+    """The cores this program may use: a run takes one and puts it back."""
+    cores: queue.Queue[int] = queue.Queue()
+    for core in sorted(os.sched_getaffinity(0)):
+        cores.put(core)
+    return cores
+
+
 def prepare(seed: int) -> Path:
     """The M-BEIR directory of a fold and its shards; returns the directory."""
     raw = DATA / f"fold{seed}"
@@ -99,9 +107,7 @@ def main() -> None:
     root = args.out or Path("runs") / f"emoji-{args.preset}"
     start = time.monotonic()
 
-    cores: queue.Queue[int] = queue.Queue()
-    for core in sorted(os.sched_getaffinity(0)):
-        cores.put(core)
+    cores = free_cores()
     with ThreadPoolExecutor(cores.qsize()) as pool:
         # Seed by seed, so that an interrupted benchmark has whole seeds to compare.
         jobs: list[Future] = []

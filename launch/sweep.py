@@ -9,13 +9,12 @@ have no part in it. Finished runs are kept; the table is printed and written to 
 
 import itertools
 import json
-import os
 import queue
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from emoji import jfe, prepare, prepared
+from emoji import free_cores, jfe, prepare, prepared
 
 MODELS = ("jfe", "score", "feature")
 RATES = ("1.5e-3", "3e-3", "6e-3")
@@ -53,9 +52,7 @@ def validation_loss(trial: Trial, raw: Path, cores: "queue.Queue[int]") -> float
 
 def main() -> None:
     raw = prepare(0)
-    cores: queue.Queue[int] = queue.Queue()
-    for core in sorted(os.sched_getaffinity(0)):
-        cores.put(core)
+    cores = free_cores()
 
     def losses(trials: list[Trial]) -> dict[Trial, float]:
         with ThreadPoolExecutor(cores.qsize()) as pool:

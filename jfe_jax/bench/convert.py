@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
-from jfe_jax.config import MeshConfig, ModelConfig, TextConfig, VisionConfig
+from jfe_jax.config import ModelConfig, TextConfig, VisionConfig
 from jfe_jax.data.tokens import train_tokenizer
 from jfe_jax.hf import mapping
-from jfe_jax.hf.load import INDEX
+from jfe_jax.hf.load import parameter_shapes
+from jfe_jax.hf.save import write_weights
 from jfe_jax.hf.settings import config_json
 
 SHARD_BYTES = 1 << 30
@@ -70,40 +70,22 @@ def make_checkpoint(out: Path, gigabytes: float) -> tuple[int, int]:
     Returns:
       Bytes of all tensors and of the largest.
     """
-    from jfe_jax.blueprint import blueprint
-    from jfe_jax.sharding import make_mesh, path_name
 
     def shapes(depth: int) -> tuple[ModelConfig, dict[str, tuple[int, ...]]]:
         # A small vocabulary: the largest tensor, and with it the bound on memory, is a layer's.
         text = TextConfig(vocab_size=4096, depth=depth)
         model = ModelConfig(text=text, vision=VisionConfig(depth=2), image_token=4095)
-        import jax
-
-        leaves = jax.tree_util.tree_flatten_with_path(blueprint(model, make_mesh(MeshConfig(data=1))).abstract)[0]
-        return model, {path_name(path): leaf.shape for path, leaf in leaves}
+        return model, parameter_shapes(model)
 
     one, two = (sum(4 * int(np.prod(shape)) for shape in shapes(depth)[1].values()) for depth in (1, 2))
     model, wanted = shapes(max(1, 1 + round((gigabytes * 1e9 - one) / (two - one))))
     out.mkdir(parents=True)
     train_tokenizer(["a red house"], model.text.vocab_size, out)
     (out / "config.json").write_text(json.dumps(config_json(model, {"pad": 0, "eos": 1, "bos": 2})))
-    rng, shard, held, files, weight_map, sizes = np.random.default_rng(0), {}, 0, 0, {}, []
-
-    def flush() -> None:
-        nonlocal shard, held, files
-        name = f"model-{files:05d}.safetensors"
-        save_file(shard, out / name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard, held, files = {}, 0, files + 1
-
-    for name, piece in mapping.pieces(wanted).items():
-        shard[name] = rng.random(piece.entry.their_shape(piece.shape), np.float32)
-        sizes.append(shard[name].nbytes)
-        held += sizes[-1]
-        if held > SHARD_BYTES:
-            flush()
-    flush()
-    (out / INDEX).write_text(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}))
+    theirs = {name: piece.entry.their_shape(piece.shape) for name, piece in mapping.pieces(wanted).items()}
+    rng = np.random.default_rng(0)
+    write_weights(out, ((name, rng.random(shape, np.float32)) for name, shape in theirs.items()), SHARD_BYTES)
+    sizes = [4 * int(np.prod(shape)) for shape in theirs.values()]
     return sum(sizes), max(sizes)
 
 

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
 from jfe_jax.blueprint import blueprint
-from jfe_jax.config import Config, MeshConfig
+from jfe_jax.config import Config, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.settings import read_config
@@ -68,7 +68,7 @@ def open_hf(directory: str | Path) -> HfWeights:
     """
     directory = Path(directory)
     config = read_config(directory)
-    shapes = _shapes(config)
+    shapes = parameter_shapes(config.model)
     pieces = mapping.pieces(shapes)
     problems: list[str] = []
     stored: dict[str, _Stored] = {}
@@ -158,8 +158,9 @@ def weight_files(directory: Path) -> list[Path]:
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}")
 
 
-def _shapes(config: Config) -> dict[str, tuple[int, ...]]:
-    abstract = blueprint(config.model, make_mesh(MeshConfig(data=1))).abstract
+def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each of a model's parameters by dotted path; no array is made."""
+    abstract = blueprint(model, make_mesh(MeshConfig(data=1))).abstract
     leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
     return {path_name(path): leaf.shape for path, leaf in leaves}
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ def save_hf(
         if layout == "sentence-transformers":
             add_layout(part)
         try:
-            _write_weights(part, _tensors(loaded.params, dtypes, _names(Path(loaded.tokenizer_dir))), shard_bytes)
+            write_weights(part, _tensors(loaded.params, dtypes, _names(Path(loaded.tokenizer_dir))), shard_bytes)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{out}: cannot write the weights ({error}); nothing is left of it") from error
 
@@ -127,7 +127,8 @@ def _main(dtypes: Mapping[str, np.dtype] | None) -> str:
     return Counter(map(str, dtypes.values())).most_common(1)[0][0] if dtypes else "float32"
 
 
-def _write_weights(directory: Path, tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+def write_weights(directory: Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int) -> None:
+    """Writes one safetensors file, or several of at most `shard_bytes` and their index."""
     # One shard in memory at a time; how many there are is known at the end, and so are their names.
     shards: list[list[str]] = []
     batch: dict[str, np.ndarray] = {}
