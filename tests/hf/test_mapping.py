@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jfe_jax.hf.mapping import Entry, prefixes
+from jfe_jax.hf.entry import Entry
+from jfe_jax.hf.mapping import prefixes
 
 ENTRIES = {
     "query": (Entry("a.query_dnh", "x.weight", 1), (6, 4, 5)),
