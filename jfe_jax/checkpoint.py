@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
@@ -27,8 +26,8 @@ from jfe_jax import config as configs
 from jfe_jax.blueprint import Blueprint, blueprint
 from jfe_jax.config import Config, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
-from jfe_jax.sharding import make_mesh, path_name
-from jfe_jax.streaming import StreamedArray, streaming_context
+from jfe_jax.sharding import make_mesh
+from jfe_jax.streaming import StreamedArray, chunked, stored_arrays, streaming_context
 
 CHECKPOINTS, TOKENIZER, CONFIG = "checkpoints", "tokenizer", "config.yaml"
 # What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
@@ -160,17 +159,38 @@ def refuse_other_model(saved: ModelConfig, wanted: ModelConfig, place: str) -> N
         raise UserError(f"{place}: another model: {'; '.join(f'model.{key}' for key in differing)}")
 
 
-def stored_dtypes(path: str | Path, step: int) -> dict[str, np.dtype]:
-    """The type that each parameter of a checkpoint is stored in, by dotted path.
+class StoredModel(NamedTuple):
+    """A model that lies on the disk.
+
+    Attributes:
+      config: the run's resolved config.
+      arrays: its parameters by dotted path, in the types that they are stored in.
+      tokenizer_dir, step: as in LoadedModel.
+    """
+
+    config: Config
+    arrays: dict[str, StreamedArray]
+    tokenizer_dir: Path
+    step: int
+
+
+def open_model(path: str | Path) -> StoredModel:
+    """Opens a model without reading it.
 
     Args:
       path: as for `load_model`.
-      step: which of its checkpoints.
+
+    Raises:
+      UserError: no checkpoint there, or one that is damaged.
     """
-    place = dict(_candidates(Path(path)))[step]
-    with orbax_context():
-        tree = ocp.checkpointables_metadata(place).metadata["params"]
-    return {path_name(keys): np.dtype(leaf.dtype) for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    step, place = _candidates(Path(path))[0]
+    try:
+        arrays = stored_arrays(place / "params")
+        return StoredModel(read_config(place), arrays, place.parent.parent / TOKENIZER, step)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{place} is damaged ({one_line(error)}); name another of the run's checkpoints") from error
 
 
 def tokenizer_of(path: str | Path) -> Path:
@@ -221,7 +241,7 @@ def orbax_context() -> ocp.Context:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
     context = ocp.Context()
     context.checkpointables.registry = registry
-    return context
+    return chunked(context)
 
 
 def reason(error: Exception) -> str:

@@ -1,14 +1,18 @@
-"""Arrays that are written to a checkpoint piece by piece, so that a model larger than the memory can be converted.
+"""Arrays that are written to a checkpoint, and read from one, piece by piece: for models larger than the memory.
 
 Orbax takes whole arrays; it knows how to store one, in which chunks, but wants all its numbers at once. Here a leaf of
-the tree is a shape and a function that reads any part of it; its chunks are read and written one after the other.
+the tree is a shape and a function that reads any part of it; its chunks are read and written one after the other. The
+way back opens the stored arrays themselves.
 """
 
 import asyncio
+import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +21,12 @@ from orbax.checkpoint import type_handlers
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1._src.serialization import numpy_leaf_handler, registry
 
+from jfe_jax.errors import UserError
+
 # Of a stored chunk, and so of what is in memory at a time.
 CHUNK_BYTES = 32 << 20
+# A chunk of which only a part is wanted is kept for the next part's turn.
+CACHE_BYTES = 256 << 20
 
 Index = tuple[slice, ...]
 
@@ -30,13 +38,11 @@ class StreamedArray:
     Attributes:
       shape, dtype: of the whole.
       read: gives the part at an index of one slice for each axis, with start and stop.
-      stacked: its first axis is of layers, which lie apart where they come from: no part holds several.
     """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Index], np.ndarray]
-    stacked: bool = False
 
     @property
     def size(self) -> int:
@@ -46,20 +52,63 @@ class StreamedArray:
     def ndim(self) -> int:
         return len(self.shape)
 
+    def astype(self, dtype: np.dtype) -> "StreamedArray":
+        """The same numbers in another type."""
+        return dataclasses.replace(self, dtype=dtype, read=lambda index: self.read(index).astype(dtype, copy=False))
 
-def streaming_context(base: ocp.Context) -> ocp.Context:
-    """`base` for a checkpoint whose `params` are StreamedArrays."""
-    base.checkpointables.registry.add(_StreamedTreeHandler, checkpointable_name="params")
+
+def chunked(base: ocp.Context) -> ocp.Context:
+    """`base` for checkpoints that `stored_arrays` reads well: small chunks, of one layer each where layers are stacked.
+
+    Layers lie apart in other people's files: an export reads them one by one.
+    """
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
     def storage(keypath: Any, value: Any) -> Any:
-        del keypath
-        return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if value.stacked else ())
+        del value
+        stacked = any(getattr(key, "key", getattr(key, "name", None)) == "blocks" for key in keypath)
+        return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
     base.array_options.saving.scoped_storage_options_creator = storage
     # Trained weights shrink by a few percent at best, for several times the time.
     base.array_options.saving.use_compression = False
     return base
+
+
+def streaming_context(base: ocp.Context) -> ocp.Context:
+    """`base` for a checkpoint whose `params` are StreamedArrays."""
+    base.checkpointables.registry.add(_StreamedTreeHandler, checkpointable_name="params")
+    return chunked(base)
+
+
+def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
+    """The arrays of an Orbax tree, by dotted path; nothing is read until a part of one is asked for.
+
+    Args:
+      directory: of the checkpointable, as `checkpoints/100/params`.
+
+    Raises:
+      UserError: when a part is read that is damaged.
+    """
+    tree = json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
+    context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
+
+    def array(name: str) -> StreamedArray:
+        base = f"file://{directory.absolute()}/"
+        store = {"driver": "ocdbt", "base": base, "path": name} if tree["use_ocdbt"] else f"{base}{name}"
+        spec = {"driver": "zarr3" if tree["use_zarr3"] else "zarr", "kvstore": store}
+        opened = ts.open(spec, context=context, read=True, open=True).result()
+
+        def read(index: Index) -> np.ndarray:
+            try:
+                return opened[index].read().result()
+            except ValueError as error:
+                raise UserError(f"{directory}: cannot read {name} ({' '.join(str(error).split())[:300]})") from error
+
+        return StreamedArray(opened.shape, opened.dtype.numpy_dtype, read)
+
+    names = (".".join(key["key"] for key in leaf["key_metadata"]) for leaf in tree["tree_metadata"].values())
+    return {name: array(name) for name in names}
 
 
 class _Writer(type_handlers.NumpyHandler):

@@ -219,7 +219,7 @@ def test_a_model_opens_on_a_mesh(tmp_path, state, tokenizer):
 def test_a_training_checkpoint_opens_as_a_model(tmp_path, state, said):
     save(tmp_path, state, [2, 4], said)
     assert checkpoint.load_model(tmp_path).step == 4
-    cut(tmp_path / "checkpoints" / "4")
+    cut(tmp_path / "checkpoints" / "4" / "params")
     assert checkpoint.load_model(tmp_path).step == 2
 
 

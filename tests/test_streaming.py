@@ -16,6 +16,11 @@ from jfe_jax.streaming import StreamedArray
 CHUNK = 20_000
 
 
+def split(name):
+    """Layers are stacked in what is called "blocks"."""
+    return name.split(".")
+
+
 @pytest.fixture
 def written(tmp_path, monkeypatch):
     """Saves arrays as a model; gives its checkpoint's directory and the indices that were read of each."""
@@ -30,9 +35,9 @@ def written(tmp_path, monkeypatch):
                 asked[name].append(index)
                 return arrays[name][index]
 
-            return StreamedArray(arrays[name].shape, arrays[name].dtype, read, stacked=arrays[name].ndim == 3)
+            return StreamedArray(arrays[name].shape, arrays[name].dtype, read)
 
-        tree = {"deep": {name: streamed(name) for name in arrays}}
+        tree = {part: {rest: streamed(f"{part}.{rest}")} for part, rest in map(split, arrays)}
         checkpoint.save_model(tmp_path / "run", Config(), tree, tmp_path / "tokenizer")
         return tmp_path / "run" / "checkpoints" / "0", asked
 
@@ -42,23 +47,31 @@ def written(tmp_path, monkeypatch):
 def test_what_is_written_in_pieces_is_read_whole(written):
     rng = np.random.default_rng(0)
     arrays = {
-        "stacked": rng.normal(size=(6, 50, 70)).astype(np.float32),
-        "table": rng.normal(size=(1000, 13)).astype(np.float32).astype(ml_dtypes.bfloat16),
-        "vector": rng.normal(size=7).astype(np.float32),
+        "blocks.stacked": rng.normal(size=(6, 50, 70)).astype(np.float32),
+        "first.table": rng.normal(size=(1000, 13)).astype(np.float32).astype(ml_dtypes.bfloat16),
+        "second.vector": rng.normal(size=7).astype(np.float32),
     }
     place, asked = written(arrays)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {name: jax.ShapeDtypeStruct(one.shape, np.float32, sharding=device) for name, one in arrays.items()}
-    back = checkpoint.read_part(place, "params", {"deep": abstract})["deep"]
+    abstract = {
+        part: {rest: jax.ShapeDtypeStruct(arrays[f"{part}.{rest}"].shape, np.float32, sharding=device)}
+        for part, rest in map(split, arrays)
+    }
+    back = checkpoint.read_part(place, "params", abstract)
+    stored = streaming.stored_arrays(place / "params")
     for name, array in arrays.items():
-        np.testing.assert_array_equal(back[name], array.astype(np.float32), name)
+        part, rest = split(name)
+        np.testing.assert_array_equal(back[part][rest], array.astype(np.float32), name)
+        inner = tuple(slice(1, size - 1) for size in array.shape)
+        assert (stored[name].shape, stored[name].dtype) == (array.shape, array.dtype)
+        np.testing.assert_array_equal(stored[name].read(inner), array[inner], name)
         sizes = [math.prod(one.stop - one.start for one in index) for index in asked[name]]
         assert sum(sizes) == array.size, "every number once"
         assert max(sizes) * array.itemsize <= CHUNK
     # Whole layers where one fits: they lie together in the files of Hugging Face.
-    assert all(one.stop - one.start == 1 for one, *_ in asked["stacked"])
+    assert all(one.stop - one.start == 1 for one, *_ in asked["blocks.stacked"])
     # And no more parts than it takes: each is a write of its own.
-    assert len(asked["vector"]) == 1 and len(asked["table"]) == 2
+    assert len(asked["second.vector"]) == 1 and len(asked["first.table"]) == 2
 
 
 def test_a_source_that_fails_leaves_nothing(written, tmp_path):
@@ -71,7 +84,7 @@ def test_a_source_that_fails_leaves_nothing(written, tmp_path):
             return np.zeros([one.stop - one.start for one in index], np.float32)
 
     with pytest.raises(UserError, match="model-00002"):
-        written({"failing": Failing()})
+        written({"blocks.failing": Failing()})
     assert [path.name for path in tmp_path.iterdir()] == ["tokenizer"]
 
 

@@ -21,8 +21,8 @@ import numpy as np
 from jfe_jax.config import ModelConfig, TextConfig, VisionConfig
 from jfe_jax.data.tokens import train_tokenizer
 from jfe_jax.hf import mapping
+from jfe_jax.hf.files import Tensor, write_weights
 from jfe_jax.hf.load import parameter_shapes
-from jfe_jax.hf.save import write_weights
 from jfe_jax.hf.settings import config_json
 
 SHARD_BYTES = 1 << 30
@@ -84,8 +84,13 @@ def make_checkpoint(out: Path, gigabytes: float) -> tuple[int, int]:
     (out / "config.json").write_text(json.dumps(config_json(model, {"pad": 0, "eos": 1, "bos": 2})))
     theirs = {name: piece.entry.their_shape(piece.shape) for name, piece in mapping.pieces(wanted).items()}
     rng = np.random.default_rng(0)
-    write_weights(out, ((name, rng.random(shape, np.float32)) for name, shape in theirs.items()), SHARD_BYTES)
-    sizes = [4 * int(np.prod(shape)) for shape in theirs.values()]
+
+    def tensor(shape: tuple[int, ...]) -> Tensor:
+        return Tensor(shape, np.dtype(np.float32), lambda: rng.random(shape, np.float32))
+
+    tensors = {name: tensor(shape) for name, shape in theirs.items()}
+    write_weights(out, tensors, SHARD_BYTES)
+    sizes = [one.nbytes for one in tensors.values()]
     return sum(sizes), max(sizes)
 
 

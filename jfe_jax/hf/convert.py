@@ -1,4 +1,4 @@
-"""Hugging Face directory ↔ run directory. Inwards in pieces: memory does not grow with the model."""
+"""Hugging Face directory ↔ run directory, piece by piece: memory does not grow with the model."""
 
 import dataclasses
 import json
@@ -7,13 +7,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jfe_jax import checkpoint
-from jfe_jax.hf.load import DTYPES, open_hf
-from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, copy_tokenizer, save_hf
-from jfe_jax.models import count_parameters
-from jfe_jax.streaming import Index, StreamedArray
+from jfe_jax.hf.files import DTYPES
+from jfe_jax.hf.load import open_hf
+from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, Outgoing, copy_tokenizer, save_hf
+from jfe_jax.streaming import StreamedArray
 
 
 def from_hf(source: str | Path, target: str | Path, dtype: str | None = None) -> int:
@@ -68,10 +66,10 @@ def to_hf(
     Raises:
       UserError: as `load_model` and `save_hf`.
     """
-    loaded = checkpoint.load_model(source)
-    stored = checkpoint.stored_dtypes(source, loaded.step)
-    save_hf(loaded, target, shard_bytes, {path: _dtype(dtype, one) for path, one in stored.items()}, layout)
-    return count_parameters(loaded.params)
+    stored = checkpoint.open_model(source)
+    arrays = {path: _as(array, dtype) for path, array in stored.arrays.items()}
+    save_hf(Outgoing(stored.config, arrays, stored.tokenizer_dir, stored.step), target, shard_bytes, layout)
+    return sum(array.size for array in arrays.values())
 
 
 def parse_bytes(text: str) -> int:
@@ -86,14 +84,5 @@ def parse_bytes(text: str) -> int:
     return max(1, int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")))
 
 
-def _dtype(name: str | None, otherwise: np.dtype) -> np.dtype:
-    return next((one for one in DTYPES.values() if one.name == name), otherwise)
-
-
 def _as(array: StreamedArray, dtype: str | None) -> StreamedArray:
-    wanted = _dtype(dtype, array.dtype)
-
-    def read(index: Index) -> np.ndarray:
-        return array.read(index).astype(wanted, copy=False)
-
-    return dataclasses.replace(array, dtype=wanted, read=read)
+    return next((array.astype(one) for one in DTYPES.values() if one.name == dtype), array)

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-
-# Gives NumPy the type bfloat16, which files have.
-import ml_dtypes
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -21,12 +18,10 @@ from jfe_jax.blueprint import blueprint
 from jfe_jax.config import Config, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
+from jfe_jax.hf.files import DTYPES, INDEX, SINGLE
 from jfe_jax.hf.settings import read_config
 from jfe_jax.sharding import make_mesh, path_name
 from jfe_jax.streaming import Index, StreamedArray
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
 
 
 class HfWeights(NamedTuple):
@@ -187,4 +182,4 @@ def _array(shape: tuple[int, ...], layers: list[tuple[mapping.Piece, _Stored]]) 
         own, rest = layers[index[0]], index[1:]
         return np.stack([piece.entry.part(piece.shape, rest, stored.read) for piece, stored in own])
 
-    return StreamedArray(shape, layers[0][1].dtype, read, stacked=layers[0][0].layer is not None)
+    return StreamedArray(shape, layers[0][1].dtype, read)

@@ -1,7 +1,9 @@
 """Hugging Face directories in and out: every spelling, every defect, and the same bits back."""
 
+import dataclasses
 import json
 import math
+import resource
 import shutil
 
 import numpy as np
@@ -11,14 +13,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
-from jfe_jax import checkpoint
 from jfe_jax.cli.main import main
 from jfe_jax.config import Config, MeshConfig, ModelConfig, TextConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.convert import parse_bytes
-from jfe_jax.hf.load import INDEX, SINGLE, load_hf
-from jfe_jax.hf.save import save_hf
+from jfe_jax.hf.files import INDEX, SINGLE
+from jfe_jax.hf.load import load_hf, open_hf
+from jfe_jax.hf.save import Outgoing, save_hf
 from jfe_jax.hf.settings import read_config
 from jfe_jax.models import build_model
 from jfe_jax.sharding import make_mesh
@@ -43,9 +45,9 @@ def broken(source, tmp_path):
     return rewrite
 
 
-def loaded(source, **changes) -> checkpoint.LoadedModel:
-    config, params = load_hf(source)
-    return checkpoint.LoadedModel(config, None, params, source, 0)._replace(**changes)
+def opened(source, **changes) -> Outgoing:
+    weights = open_hf(source)
+    return Outgoing(weights.config, weights.arrays, source, 0)._replace(**changes)
 
 
 def assert_same_bits(one, other):
@@ -56,9 +58,9 @@ def assert_same_bits(one, other):
 
 
 def test_what_goes_out_comes_back_to_the_bit(source, tmp_path):
-    model = loaded(source)
+    model = opened(source)
     save_hf(model, tmp_path / "out")
-    assert_same_bits(load_hf(tmp_path / "out")[1], model.params)
+    assert_same_bits(load_hf(tmp_path / "out")[1], load_hf(source)[1])
     theirs, ours = load_file(source / SINGLE), load_file(tmp_path / "out" / SINGLE)
     assert theirs.keys() == ours.keys()
     for name, tensor in theirs.items():
@@ -66,7 +68,7 @@ def test_what_goes_out_comes_back_to_the_bit(source, tmp_path):
 
 
 def test_transformers_opens_it_and_embeds_the_same(source, tmp_path):
-    save_hf(loaded(source), tmp_path / "out")
+    save_hf(opened(source), tmp_path / "out")
     model, report = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report
     original = oracle.tiny(kv_heads=2)
@@ -79,7 +81,7 @@ def test_transformers_opens_it_and_embeds_the_same(source, tmp_path):
 def test_the_export_runs_in_both_directions_by_itself(text, tmp_path):
     """What a user of transformers writes: a padded batch, no mask of one's own, the last token's state."""
     original = oracle.tiny(text=text)
-    save_hf(loaded(oracle.save(original, tmp_path / "source")), tmp_path / "out")
+    save_hf(opened(oracle.save(original, tmp_path / "source")), tmp_path / "out")
     model = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     items = [item for item in oracle.items().values() if item.pixels is None]
     longest = max(len(item.tokens) for item in items)
@@ -95,7 +97,7 @@ def test_the_export_runs_in_both_directions_by_itself(text, tmp_path):
 
 
 def test_transformers_processor_prepares_images_as_we_do(source, tmp_path):
-    save_hf(loaded(source), tmp_path / "out")
+    save_hf(opened(source), tmp_path / "out")
     pixels = oracle.items()["image only"].pixels
     inputs = AutoProcessor.from_pretrained(tmp_path / "out")(
         images=pixels, text="<image>a red house", return_tensors="np"
@@ -107,7 +109,7 @@ def test_transformers_processor_prepares_images_as_we_do(source, tmp_path):
 
 
 def test_how_items_are_pooled_and_cut_goes_along(source, tmp_path):
-    model = loaded(source)
+    model = opened(source)
     tree = {"pooling": "mean", "max_text_tokens": 17, "newline": False}
     config = Config(
         model=ModelConfig(**{**vars(model.config.model), "pooling": "mean"}),
@@ -146,12 +148,11 @@ def test_a_tied_output_matrix_and_old_buffers_are_left_aside(source, broken):
 def test_shards_are_read_and_written(source, tmp_path):
     oracle.save(oracle.tiny(kv_heads=2), tmp_path / "theirs", max_shard_size="50KB")
     assert (tmp_path / "theirs" / INDEX).exists()
-    model = loaded(tmp_path / "theirs")
-    assert_same_bits(model.params, load_hf(source)[1])
-    save_hf(model, tmp_path / "ours", shard_bytes=50_000)
+    assert_same_bits(load_hf(tmp_path / "theirs")[1], load_hf(source)[1])
+    save_hf(opened(tmp_path / "theirs"), tmp_path / "ours", shard_bytes=50_000)
     files = sorted(path.name for path in (tmp_path / "ours").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
-    assert_same_bits(load_hf(tmp_path / "ours")[1], model.params)
+    assert_same_bits(load_hf(tmp_path / "ours")[1], load_hf(source)[1])
     assert not any(
         PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "ours", output_loading_info=True)[1].values()
     )
@@ -257,20 +258,40 @@ def test_a_directory_in_use_is_left_alone(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     with pytest.raises(UserError, match="exists already"):
-        save_hf(loaded(source), tmp_path / "out")
+        save_hf(opened(source), tmp_path / "out")
     assert (tmp_path / "out" / "precious").exists()
 
 
 def test_a_failed_export_leaves_nothing(source, tmp_path):
-    model = loaded(source)
-    flat = [(path, leaf) for path, leaf in nnx.to_flat_state(model.params) if path[0] != "projector"]
-    with pytest.raises(KeyError):
-        save_hf(model._replace(params=nnx.from_flat_state(flat)), tmp_path / "out")
+    model = opened(source)
+
+    def damaged(index):
+        raise UserError("cannot read it")
+
+    norm = "tower.norm.scale_d"
+    arrays = model.arrays | {norm: dataclasses.replace(model.arrays[norm], read=damaged)}
+    with pytest.raises(UserError, match="cannot read it"):
+        save_hf(model._replace(arrays=arrays), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("size", [10_000, 100_000], ids=["at the tokenizer", "at the weights"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path, capsys, size):
+    run = tmp_path / "run"
+    assert main(["convert", "from-hf", str(source), str(run)]) == 0
+    # Files that cannot grow: what a full disk is to a writer, without needing one.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        assert main(["convert", "to-hf", str(run), str(tmp_path / "out")]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{tmp_path / 'out'}: cannot write it (File too large); nothing is left of it" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_the_baseline_has_no_layout(source, tmp_path):
-    model = loaded(source)
+    model = opened(source)
     config = Config(model=ModelConfig(kind="two_tower"))
     with pytest.raises(UserError, match="only the fusion model has a Hugging Face layout"):
         save_hf(model._replace(config=config), tmp_path / "out")

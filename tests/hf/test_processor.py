@@ -7,11 +7,10 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
-from jfe_jax import checkpoint
 from jfe_jax.data.items import Item
 from jfe_jax.data.tokens import ItemEncoder
-from jfe_jax.hf.load import load_hf
-from jfe_jax.hf.save import save_hf
+from jfe_jax.hf.load import load_hf, open_hf
+from jfe_jax.hf.save import Outgoing, save_hf
 from tests.hf import oracle
 
 TEXTS = {
@@ -28,8 +27,8 @@ TEXTS = {
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processor")
     source = oracle.save(oracle.tiny(), folder / "source")
-    config, params = load_hf(source)
-    save_hf(checkpoint.LoadedModel(config, None, params, source, 0), folder / "out")
+    weights = open_hf(source)
+    save_hf(Outgoing(weights.config, weights.arrays, source, 0), folder / "out")
     config = load_hf(folder / "out")[0]
     # Its image preparation by Pillow, as SiglipImageProcessor's slow path: torchvision's differs in the last bits.
     processor = AutoProcessor.from_pretrained(folder / "out", backend="pil")

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
-from jfe_jax import Item, Retriever, checkpoint
-from jfe_jax.hf.load import load_hf
-from jfe_jax.hf.save import save_hf
+from jfe_jax import Item, Retriever
+from jfe_jax.hf.load import open_hf
+from jfe_jax.hf.save import Outgoing, save_hf
 from tests.hf import oracle
 
 
@@ -18,13 +18,13 @@ def exported(request, tmp_path_factory):
     pooling, text = request.param
     folder = tmp_path_factory.mktemp("st")
     source = oracle.save(oracle.tiny(text=text), folder / "source")
-    config, params = load_hf(source)
+    weights = open_hf(source)
     config = dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, pooling=pooling),
-        tokens=dataclasses.replace(config.tokens, max_text_tokens=12),
+        weights.config,
+        model=dataclasses.replace(weights.config.model, pooling=pooling),
+        tokens=dataclasses.replace(weights.config.tokens, max_text_tokens=12),
     )
-    model = checkpoint.LoadedModel(config, None, params, source, 0)
+    model = Outgoing(config, weights.arrays, source, 0)
     # A name of its own: what is loaded from the directory is cached by it.
     out = folder / f"export-{pooling}"
     save_hf(model, out, layout="sentence-transformers")
