@@ -20,7 +20,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check = verbs.add_parser("check", help=purpose, description=purpose)
     check.add_argument("dir", type=Path, help="M-BEIR directory")
     check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    check.add_argument("--images", action="store_true", help="decode every image too")
+    check.add_argument(
+        "--images",
+        nargs="?",
+        choices=("sample", "all"),
+        const="all",
+        default="none",
+        help="decode images too: every one, or with `sample` up to 200 of each file of rows",
+    )
     check.set_defaults(run=_check)
 
     purpose = "M-BEIR directory → TFDS ArrayRecord shards, which `jfe train` reads"

@@ -6,92 +6,19 @@ first line.
 """
 
 import collections
-import dataclasses
-import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jfe_jax.data.images import decode
+from jfe_jax.data.check_images import Images, Mode
+from jfe_jax.data.check_report import Kind, Report
 from jfe_jax.data.mbeir import Mbeir, Unit
 from jfe_jax.data.mbeir_rows import MODALITIES, iter_rows, parse_candidate, parse_query, read_qrels
 from jfe_jax.errors import UserError
 
-# The kinds of a defect, as `--json` names them.
-Kind = Literal[
-    "malformed",
-    "duplicate_id",
-    "unknown_modality",
-    "modality_contradicts",
-    "leaves_directory",
-    "missing_image",
-    "unreadable_image",
-    "dangling_candidate",
-    "missing_instructions",
-    "no_positive",
-    "unknown_query",
-]
 
-
-@dataclass(frozen=True)
-class Defect:
-    """One thing that is wrong. `line` is 0 if it is about the whole file."""
-
-    severity: Literal["error", "warning"]
-    kind: Kind
-    file: str
-    line: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.message}" if self.line else f"{self.file}: {self.message}"
-
-
-@dataclass
-class Report:
-    """What the check found.
-
-    Attributes:
-      counts: rows by (query or candidate, split or pool, dataset, task or -1, modality).
-      defects: in the order they were found.
-      dangling: (file, list) → how many ids there are in no pool.
-    """
-
-    path: str
-    counts: collections.Counter[tuple[str, str, str, int, str]] = field(default_factory=collections.Counter)
-    defects: list[Defect] = field(default_factory=list)
-    dangling: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
-
-    @property
-    def errors(self) -> int:
-        return sum(defect.severity == "error" for defect in self.defects)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report as JSON has it."""
-        names = ("rows", "where", "dataset", "task", "modality")
-        return {
-            "path": self.path,
-            "errors": self.errors,
-            "warnings": len(self.defects) - self.errors,
-            "counts": [dict(zip(names, key, strict=True)) | {"count": n} for key, n in sorted(self.counts.items())],
-            "dangling": [{"file": file, "list": name, "ids": n} for (file, name), n in sorted(self.dangling.items())],
-            "defects": [dataclasses.asdict(defect) for defect in self.defects],
-        }
-
-    def as_text(self) -> str:
-        """A table of the counts, then a line for each defect."""
-        lines = [f"{'rows':10} {'where':14} {'dataset':24} {'task':>4} {'modality':12} {'count':>9}"]
-        for (rows, where, dataset, task, modality), count in sorted(self.counts.items()):
-            shown = str(task) if task >= 0 else "-"
-            lines.append(f"{rows:10} {where:14} {dataset:24} {shown:>4} {modality:12} {count:9d}")
-        lines += [f"{defect.severity}: {defect}" for defect in self.defects]
-        lines.append(f"{self.path}: {self.errors} errors, {len(self.defects) - self.errors} warnings")
-        return "\n".join(lines)
-
-
-def check(path: Path, *, images: bool = False) -> Report:
-    """Reads the whole directory; `images` decodes every image too.
+def check(path: Path, *, images: Mode = "none") -> Report:
+    """Reads the whole directory; `images` says how many images are decoded too.
 
     Raises:
       UserError: `path` is no M-BEIR directory.
@@ -100,12 +27,13 @@ def check(path: Path, *, images: bool = False) -> Report:
 
 
 class _Check:
-    def __init__(self, mbeir: Mbeir, images: bool):
-        self._mbeir, self._images = mbeir, images
+    def __init__(self, mbeir: Mbeir, images: Mode):
+        self._mbeir = mbeir
         self._report = Report(str(mbeir.path))
+        self._add = self._report.add
+        self._images = Images(mbeir.path, images, self._report)
         # Candidate id's hash → 4 × the pool file's number + modality: one small entry for each of millions.
         self._candidates: dict[int, int] = {}
-        self._seen_images: set[int] = set()
         self._first: dict[tuple[str, str], int] = {}
 
     def run(self) -> Report:
@@ -123,6 +51,7 @@ class _Check:
                 qids = self._queries(split, unit, has_table)
                 self._qrels(split, unit, qids)
         self._totals()
+        self._images.finish()
         return self._report
 
     def _pool(self, number: int, file: Path) -> None:
@@ -141,7 +70,7 @@ class _Check:
                 message = f"candidate {candidate.did} has another modality than in another pool"
                 self._add("error", "modality_contradicts", file, line, message)
             self._candidates[key] = 4 * number + modality
-            self._image(file, line, candidate.image)
+            self._images.add(file, line, candidate.image)
 
     def _queries(self, split: str, unit: Unit, has_table: bool) -> set[int]:
         file = self._mbeir.query_file(split, unit)
@@ -159,7 +88,7 @@ class _Check:
             if key in qids and not repeats:
                 self._add("error", "duplicate_id", file, line, f"query {query.qid} was already in this file")
             qids.add(key)
-            self._image(file, line, query.image)
+            self._images.add(file, line, query.image)
             if not query.pos:
                 self._count(file, line, "no_positive")
             wanted = set()
@@ -211,18 +140,6 @@ class _Check:
                 kind = "leaves_directory"
             self._add("error", kind, file, line, message)
 
-    def _image(self, file: Path, line: int, image: Path | None) -> None:
-        if image is None:
-            return
-        if not os.path.isfile(image):
-            self._add("error", "missing_image", file, line, f"no image {image}")
-        elif self._images and hash(image) not in self._seen_images:
-            self._seen_images.add(hash(image))
-            try:
-                decode(image)
-            except UserError as error:
-                self._add("error", "unreadable_image", file, line, str(error))
-
     def _count(self, file: Path, line: int, what: str) -> None:
         self._first.setdefault((str(file), what), line)
         self._report.dangling[str(file), what] += 1
@@ -245,9 +162,6 @@ class _Check:
                 self._report.dangling[file, what] = count
                 message = f"{count} candidate ids of {what} are in no pool, from this line on"
                 self._add("warning", "dangling_candidate", file, line, message)
-
-    def _add(self, severity: Literal["error", "warning"], kind: Kind, file: Any, line: int, message: str) -> None:
-        self._report.defects.append(Defect(severity, kind, str(file), line, message))
 
 
 def _split_place(text: str) -> tuple[str, int, str]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
 
@@ -110,11 +112,19 @@ def iter_rows(file: Path, containing: str = "") -> Iterator[tuple[int, Any, str 
         if wanted not in line:
             continue
         try:
-            yield number, json.loads(line), None
+            yield number, _loads(line), None
         except UnicodeDecodeError as error:
             yield number, None, f"not UTF-8 ({error.reason} at byte {error.start})"
         except (ValueError, RecursionError) as error:
             yield number, None, f"not JSON ({error})"
+
+
+def _loads(line: bytes) -> Any:
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        # It refuses more than json does (lone surrogates, NaN), and json says better what is wrong.
+        return json.loads(line)
 
 
 def read_rows(file: Path, containing: str = "") -> Iterator[tuple[str, Any]]:

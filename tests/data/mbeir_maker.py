@@ -2,6 +2,8 @@
 
 import json
 import random
+import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,3 +190,17 @@ def _write_rows(file: Path, rows: list[dict], card: bool) -> None:
 def _write(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
+
+
+def archive_images(path: Path, parts: int = 0) -> None:
+    """Moves mbeir_images/ into mbeir_images.tar.gz, or into so many parts of it, as published."""
+    whole = path / "mbeir_images.tar.gz"
+    with tarfile.open(whole, "w:gz") as archive:
+        archive.add(path / "mbeir_images", "mbeir_images")
+    shutil.rmtree(path / "mbeir_images")
+    if parts:
+        content = whole.read_bytes()
+        size = -(-len(content) // parts)
+        for part in range(parts):
+            (path / f"{whole.name}.part-{part:02d}").write_bytes(content[part * size : (part + 1) * size])
+        whole.unlink()

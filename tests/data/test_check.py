@@ -1,13 +1,16 @@
 import json
 import random
+import shutil
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from jfe_jax.data import check_images, check_report
 from jfe_jax.data.check import check
 from jfe_jax.errors import UserError
-from tests.data.mbeir_maker import SPLITS, UNITS, edit_line, edit_row, make_mbeir
+from tests.data.mbeir_maker import SPLITS, UNITS, archive_images, edit_line, edit_row, make_mbeir
 
 QUERIES = "query/val/mbeir_shapes_task7_val.jsonl"
 POOL = "cand_pool/local/mbeir_shapes_task7_cand_pool.jsonl"
@@ -61,7 +64,7 @@ WARNINGS = [
 
 
 def test_a_good_directory_has_no_defects_and_every_row_is_counted(own):
-    report = check(own, images=True)
+    report = check(own, images="all")
     assert report.defects == []
     for split in SPLITS:
         for task, dataset in UNITS.items():
@@ -105,9 +108,64 @@ def test_a_broken_image_is_only_found_when_images_are_opened(own):
     image = own / row["img_path"]
     image.write_bytes(image.read_bytes()[:100])
     assert check(own).errors == 0
-    report = check(own, images=True)
+    report = check(own, images="all")
     (defect,) = report.defects
     assert defect.kind == "unreadable_image" and str(image) in defect.message
+
+
+def test_a_sample_opens_some_of_each_file_and_every_image_is_looked_for(own, monkeypatch):
+    monkeypatch.setattr(check_images, "SAMPLE", 3)
+    report = check(own, images="sample")
+    files = [file for file in own.rglob("*.jsonl") if '"mbeir_images' in file.read_text()]
+    # An image is in the sample of the file that names it first.
+    assert report.images_opened <= 3 * len(files) and report.images_opened < check(own, images="all").images_opened
+    assert report.images_opened == check(own, images="sample").images_opened and report.errors == 0
+
+
+def test_a_decompression_bomb_is_a_huge_image(own, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    report = check(own, images="all")
+    assert {defect.kind for defect in report.defects} == {"huge_image"}
+    assert report.errors == report.images_opened > 0
+
+
+@pytest.mark.parametrize("parts", [0, 3])
+def test_images_in_archives_are_found_and_opened_where_they_are(own, parts):
+    names = [json.loads(line)["img_path"] for line in (own / POOL).read_text().splitlines()[:2]]
+    (own / names[0]).unlink()
+    (own / names[1]).write_bytes(b"no image")
+    archive_images(own, parts)
+    report = check(own)
+    assert report.errors == 0 and "not looked for" in report.as_text()
+    report = check(own, images="all")
+    found = {(defect.kind, defect.message.split(" in ")[0]) for defect in report.defects}
+    assert found == {
+        ("missing_image", "the image that this row names is not"),
+        ("unreadable_image", names[1]),
+    }
+    assert all(defect.line for defect in report.defects)
+
+
+def test_an_archive_without_its_last_part_is_named(own):
+    archive_images(own, 3)
+    (own / "mbeir_images.tar.gz.part-02").unlink()
+    report = check(own, images="all")
+    broken = next(defect for defect in report.defects if defect.kind == "unreadable_image")
+    assert "part-01" in broken.file and "ends too soon; is a part missing" in broken.message
+    (own / "mbeir_images.tar.gz.part-02").write_bytes(b"")
+    (own / "mbeir_images.tar.gz.part-01").unlink()
+    with pytest.raises(UserError, match=r"part 01 of mbeir_images\.tar\.gz is missing"):
+        check(own)
+
+
+def test_many_defects_are_counted_and_the_first_listed(own, monkeypatch):
+    monkeypatch.setattr(check_report, "LISTED", 5)
+    shutil.rmtree(own / "mbeir_images")
+    report = check(own)
+    pool = [defect for defect in report.defects if defect.file == str(own / POOL)]
+    assert len(pool) == 5 and report.totals["error", "missing_image", str(own / POOL)] == 40
+    assert f"error: {own / POOL}: 35 more of missing_image" in report.as_text()
+    assert report.errors == sum(one["count"] for one in report.as_dict()["totals"])
 
 
 def test_a_directory_that_is_none_is_refused(tmp_path):

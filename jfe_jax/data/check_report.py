@@ -1,0 +1,107 @@
+"""What `jfe data check` found: counts and defects, as text and as JSON."""
+
+import collections
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+# The kinds of a defect, as `--json` names them.
+Kind = Literal[
+    "malformed",
+    "duplicate_id",
+    "unknown_modality",
+    "modality_contradicts",
+    "leaves_directory",
+    "missing_image",
+    "unreadable_image",
+    "huge_image",
+    "dangling_candidate",
+    "missing_instructions",
+    "no_positive",
+    "unknown_query",
+]
+Severity = Literal["error", "warning"]
+# Of each kind in each file so many are kept one by one; all are counted. A directory whose images are not there yet
+# has a defect in every row.
+LISTED = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """One thing that is wrong. `line` is 0 if it is about the whole file."""
+
+    severity: Severity
+    kind: Kind
+    file: str
+    line: int
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.message}" if self.line else f"{self.file}: {self.message}"
+
+
+@dataclass
+class Report:
+    """What the check found.
+
+    Attributes:
+      counts: rows by (query or candidate, split or pool, dataset, task or -1, modality).
+      defects: in the order they were found, at most LISTED of a kind in a file.
+      totals: (severity, kind, file) → how many defects there are, those not in `defects` included.
+      dangling: (file, list) → how many ids there are in no pool.
+      images: what was done about images, as a person reads it.
+      images_opened: how many were decoded.
+    """
+
+    path: str
+    counts: collections.Counter[tuple[str, str, str, int, str]] = field(default_factory=collections.Counter)
+    defects: list[Defect] = field(default_factory=list)
+    totals: collections.Counter[tuple[Severity, Kind, str]] = field(default_factory=collections.Counter)
+    dangling: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
+    images: str = ""
+    images_opened: int = 0
+
+    def add(self, severity: Severity, kind: Kind, file: Any, line: int, message: str) -> None:
+        key = severity, kind, str(file)
+        self.totals[key] += 1
+        if self.totals[key] <= LISTED:
+            self.defects.append(Defect(*key, line, message))
+
+    @property
+    def errors(self) -> int:
+        return sum(count for (severity, _, _), count in self.totals.items() if severity == "error")
+
+    @property
+    def warnings(self) -> int:
+        return self.totals.total() - self.errors
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as JSON has it."""
+        names = ("rows", "where", "dataset", "task", "modality")
+        return {
+            "path": self.path,
+            "errors": self.errors,
+            "warnings": self.warnings,
+            "images": self.images,
+            "images_opened": self.images_opened,
+            "counts": [dict(zip(names, key, strict=True)) | {"count": n} for key, n in sorted(self.counts.items())],
+            "dangling": [{"file": file, "list": name, "ids": n} for (file, name), n in sorted(self.dangling.items())],
+            "totals": [
+                {"severity": severity, "kind": kind, "file": file, "count": n}
+                for (severity, kind, file), n in sorted(self.totals.items())
+            ],
+            "defects": [dataclasses.asdict(defect) for defect in self.defects],
+        }
+
+    def as_text(self) -> str:
+        """A table of the counts, then a line for each defect."""
+        lines = [f"{'rows':10} {'where':14} {'dataset':24} {'task':>4} {'modality':12} {'count':>9}"]
+        for (rows, where, dataset, task, modality), count in sorted(self.counts.items()):
+            shown = str(task) if task >= 0 else "-"
+            lines.append(f"{rows:10} {where:14} {dataset:24} {shown:>4} {modality:12} {count:9d}")
+        lines += [f"{defect.severity}: {defect}" for defect in self.defects]
+        for (severity, kind, file), count in sorted(self.totals.items()):
+            if count > LISTED:
+                lines.append(f"{severity}: {file}: {count - LISTED} more of {kind}")
+        lines.append(f"{self.path}: {self.errors} errors, {self.warnings} warnings; {self.images}")
+        return "\n".join(lines)
