@@ -148,19 +148,33 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """InfoNCE over the global batch.
+    """The contrastive loss over the global batch.
 
     Attributes:
-      temperature: the softmax's temperature, or its first value if it is learnt.
-      directions: "both" adds candidate-to-query to query-to-candidate.
-      mask_false_negatives: an equal candidate elsewhere in the batch is no negative.
+      kind: "infonce", a softmax over the batch, or "sigmoid", a yes or no for each pair (SigLIP).
+      temperature: of the logits, or its first value if it is learnt.
+      min_temperature: a learnt temperature stops there.
+      bias, learn_bias: sigmoid only: what is added to the logits, or its first value.
+      directions: infonce only: "both" adds candidate-to-query to query-to-candidate.
+      negatives: "all" candidates of the batch, or only those of the positive's modality ("same_modality").
+      mask_false_negatives: an equal candidate elsewhere in the batch, or another that is right, is no negative.
+      matryoshka: {width: weight}: the embedding's first so many dimensions are trained to stand alone, with these
+        weights beside the whole embedding's 1.
+      tile_mib: memory for logits on each device: they are made in tiles, and made again for the backward pass. 0 makes
+        and keeps them all, which is faster and grows with the square of the batch.
     """
 
+    kind: Literal["infonce", "sigmoid"] = "infonce"
     temperature: float = 0.05
     learn_temperature: bool = True
     min_temperature: float = 0.01
+    bias: float = -10.0
+    learn_bias: bool = True
     directions: Literal["both", "query_to_candidate"] = "both"
+    negatives: Literal["all", "same_modality"] = "all"
     mask_false_negatives: bool = True
+    matryoshka: dict[int, float] = field(default_factory=dict)
+    tile_mib: float = 32.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -308,8 +322,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for key, value in high.items():
-        # A mixture is one value: adding a unit to the base's would not be what was written.
-        whole = key == "mixture" or not isinstance(value, dict) or not isinstance(merged.get(key), dict)
+        # A mixture, or a list of widths, is one value: adding to the base's would not be what was written.
+        whole = key in ("mixture", "matryoshka") or not isinstance(value, dict) or not isinstance(merged.get(key), dict)
         merged[key] = value if whole else _merge(merged[key], value)
     return merged
 
@@ -329,7 +343,7 @@ def _checked(kind: type, tree: Any, origin: str, prefix: str = "") -> dict[str, 
         if dataclasses.is_dataclass(hints[key]):
             checked[key] = _checked(hints[key], value, origin, f"{name}.")
         else:
-            checked[key] = _to_float(value, f"{origin}: {name}") if hints[key] is float else value
+            checked[key] = _as(hints[key], value, f"{origin}: {name}")
     return checked
 
 
@@ -338,6 +352,17 @@ def _names(kind: type, prefix: str = "") -> typing.Iterator[str]:
         yield f"{prefix}{key}"
         if dataclasses.is_dataclass(hint):
             yield from _names(typing.cast(type, hint), f"{prefix}{key}.")
+
+
+def _as(hint: Any, value: Any, name: str) -> Any:
+    if hint is float:
+        return _to_float(value, name)
+    if hint == dict[int, float] and isinstance(value, dict):
+        # JSON, in which checkpoints keep their config, knows text as keys only.
+        if not all(str(key).isdecimal() for key in value):
+            raise UserError(f"{name} is {value!r}; its keys have to be whole numbers")
+        return {int(key): _to_float(weight, f"{name}.{key}") for key, weight in value.items()}
+    return value
 
 
 def _to_float(value: Any, name: str) -> float:

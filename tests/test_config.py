@@ -1,6 +1,7 @@
 """Configs: files, bases, overrides, and what is said of mistakes."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,15 @@ def test_mistakes_are_one_line_that_names_them(tmp_path, text, says):
 def test_wrong_overrides_are_named(tmp_path, override, says):
     with pytest.raises(UserError, match=says):
         configs.load(write(tmp_path / "c.yaml", "seed: 1"), [override])
+
+
+def test_widths_come_back_from_json_and_the_file_replaces_the_bases(tmp_path):
+    write(tmp_path / "base.yaml", "loss: {matryoshka: {8: 1, 16: 0.5}}")
+    config = configs.load(write(tmp_path / "c.yaml", "base: base.yaml\nloss: {matryoshka: {64: 1}}"))
+    assert config.loss.matryoshka == {64: 1.0}
+    assert configs.from_dict(json.loads(json.dumps(asdict(config)))) == config
+    with pytest.raises(UserError, match=r"loss\.matryoshka is {'wide': 1}; its keys have to be whole numbers"):
+        configs.load(tmp_path / "c.yaml", ["loss.matryoshka={wide: 1}"])
 
 
 def test_a_missing_file_is_named(tmp_path):

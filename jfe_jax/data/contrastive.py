@@ -133,6 +133,7 @@ class _Filling:
         )
         G, N, K, P = shape.groups, shape.pairs, shape.negatives, shape.positives
         self._candidates = np.full((G, N * (1 + K)), -1, np.int32)
+        self._modalities = np.full((G, N * (1 + K)), -1, np.int32)
         self._positives = np.full((G, N, P), -1, np.int32)
 
     def add(self, pair: EncodedPair) -> bool:
@@ -148,8 +149,9 @@ class _Filling:
             # The places of the group's queries, positives and negatives in B (see ContrastiveBatch).
             places = (n, N + n, *range(2 * N + n * K, 2 * N + n * K + len(pair.items) - 2))
             if self._packer.add(g, list(zip(places, pair.items, strict=True))):
-                for place, number in zip(places[1:], pair.numbers, strict=True):
+                for place, number, modality in zip(places[1:], pair.numbers, pair.modalities, strict=True):
                     self._candidates[g, place - N] = number
+                    self._modalities[g, place - N] = modality
                 # The drawn one first: it is there whatever P is.
                 right = pair.positives[:P]
                 if pair.numbers[0] not in right:
@@ -170,4 +172,4 @@ class _Filling:
 
     def finish(self) -> ContrastiveBatch:
         packed = self._packer.finish(self._shape.pairs * (2 + self._shape.negatives))
-        return ContrastiveBatch(packed, self._candidates, self._positives)
+        return ContrastiveBatch(packed, self._candidates, self._modalities, self._positives)

@@ -50,11 +50,13 @@ class ContrastiveBatch(NamedTuple):
     Attributes:
       packed: PackedBatch with B = N·(2 + K).
       candidate_ids: int32 [G, N·(1 + K)]; number of each candidate, equal for equal candidates; -1 for a filler.
+      candidate_modality: int32 [G, N·(1 + K)]; of each candidate, an index into MODALITIES; -1 for a filler.
       positive_ids: int32 [G, N, P]; all candidates that are right for the query, padded with -1.
     """
 
     packed: PackedBatch
     candidate_ids: np.ndarray
+    candidate_modality: np.ndarray
     positive_ids: np.ndarray
 
 

@@ -30,7 +30,7 @@ class Caches:
 
     def __init__(self, image_bytes: int):
         self.pixels: ByteCache[np.ndarray] = ByteCache(image_bytes)
-        self.tokens: ByteCache[tuple[np.ndarray, int]] = ByteCache(image_bytes // 4)
+        self.tokens: ByteCache[tuple[np.ndarray, int, int]] = ByteCache(image_bytes // 4)
 
 
 class StoredQuery(NamedTuple):
@@ -97,33 +97,36 @@ class EncodePair(grain.transforms.MapWithIndex):
             instruction = prompts[int(prompt * len(prompts))]
         left = list(query.negatives)
         numbers = [query.positives[chosen], *(left.pop(int(other * len(left))) for other in others[: len(left)])]
-        items = (self._query(query, instruction), *map(self._candidate, numbers))
+        candidates, modalities = zip(*map(self._candidate, numbers), strict=True)
+        items = (self._query(query, instruction), *candidates)
         if self.image_shift:
             ways = iter(drawn[3 + self.negatives :])
             items = tuple(self._shifted(item, next(ways), next(ways)) for item in items)
-        return EncodedPair(query.qid, items, tuple(numbers), query.positives)
+        return EncodedPair(query.qid, items, tuple(numbers), modalities, query.positives)
 
     def _query(self, query: QueryRecord, instruction: str | None) -> EncodedItem:
         tokens = self.encoder.tokens(query.text, instruction, bool(query.image_id))
         return EncodedItem(tokens, self._pixels(query, f"image of query {query.qid}") if query.image_id else None)
 
-    def _candidate(self, number: int) -> EncodedItem:
-        # The record is read if its tokens or its pixels are not there, and once if neither is.
+    def _candidate(self, number: int) -> tuple[EncodedItem, int]:
+        # With its modality. The record is read if its tokens or its pixels are not there, and once if neither is.
         record = None
 
-        def tokens() -> tuple[np.ndarray, int]:
+        def tokens() -> tuple[np.ndarray, int, int]:
             nonlocal record
             record = self.prepared.candidate(number)
-            return self.encoder.tokens(record.text, None, bool(record.image_id)), record.image_id
+            ids = self.encoder.tokens(record.text, None, bool(record.image_id))
+            what = ",".join(["image"] * bool(record.image_id) + ["text"] * (bool(record.text) or not record.image_id))
+            return ids, record.image_id, MODALITIES.index(what)
 
-        ids, image_id = self.caches.tokens.get(number, tokens, lambda one: one[0].nbytes + _OVERHEAD)
+        ids, image_id, modality = self.caches.tokens.get(number, tokens, lambda one: one[0].nbytes + _OVERHEAD)
         if not image_id:
-            return EncodedItem(ids, None)
+            return EncodedItem(ids, None), modality
         pixels = self.caches.pixels.find(image_id)
         if pixels is None:
             record = record or self.prepared.candidate(number)
             pixels = self._pixels(record, f"image of candidate {record.did}")
-        return EncodedItem(ids, pixels)
+        return EncodedItem(ids, pixels), modality
 
     def _shifted(self, item: EncodedItem, down: float, right: float) -> EncodedItem:
         """Moves the item's image; `down` and `right` in [0, 1) stand for the whole range."""
@@ -141,11 +144,15 @@ class EncodePair(grain.transforms.MapWithIndex):
 
 
 class EncodedPair(NamedTuple):
-    """A pair as it enters a batch: `items` are the query, the positive and the negatives, `numbers` the candidates'."""
+    """A pair as it enters a batch: `items` are the query, the positive and the negatives.
+
+    `numbers` and `modalities` (indices into MODALITIES) are the candidates', `positives` all that is right.
+    """
 
     qid: str
     items: tuple[EncodedItem, ...]
     numbers: tuple[int, ...]
+    modalities: tuple[int, ...]
     positives: tuple[int, ...]
 
 

@@ -142,8 +142,8 @@ class RunCheckpoints:
 
 
 def _refuse_other_state(saved: Config, wanted: Config, place: str) -> None:
-    # What decides which parameters have moments.
-    for key in ("optimizer.freeze", "loss.learn_temperature"):
+    # What decides which parameters there are, and which have moments.
+    for key in ("optimizer.freeze", "loss.kind", "loss.learn_temperature", "loss.learn_bias"):
         section, name = key.split(".")
         one, other = getattr(getattr(saved, section), name), getattr(getattr(wanted, section), name)
         if one != other:

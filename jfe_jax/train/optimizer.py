@@ -8,6 +8,7 @@ import optax
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.sharding import path_name
+from jfe_jax.train import losses
 from jfe_jax.train.schedules import learning_rate
 
 # Weights that multiply nothing wide: decay would pull gains and offsets to zero without regularising anything.
@@ -32,7 +33,7 @@ def make_optimizer(config: Config, axes: Any) -> optax.GradientTransformation:
         settings.b1,
         settings.b2,
         weight_decay=settings.weight_decay,
-        mask={"model": decay_mask(axes), "loss": {"log_inverse_temperature": False}},
+        mask={"model": decay_mask(axes), "loss": jax.tree.map(lambda _: False, losses.learnt(config.loss))},
     )
     labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", trained_mask(config, axes))
     clipped = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw
@@ -48,7 +49,7 @@ def trained_mask(config: Config, axes: Any) -> dict[str, Any]:
     frozen = frozen_mask(axes, config.optimizer.freeze)
     return {
         "model": jax.tree.map(lambda stays: not stays, frozen),
-        "loss": {"log_inverse_temperature": config.loss.learn_temperature},
+        "loss": losses.learnt(config.loss),
     }
 
 

@@ -67,7 +67,15 @@ def loss_of(training: Training, tree: dict[str, Any], batch: ContrastiveBatch) -
     """Loss and metrics of the tree that is trained (`state.trainable`); to be traced under a mesh in context."""
     embeddings = nnx.merge(training.model.graphdef, tree["model"])(batch.packed)
     embeddings = sharding.constrain(embeddings, ("group", None, "embed"))
-    pairs = losses.split_embeddings(embeddings, batch.packed.valid, batch.candidate_ids, batch.positive_ids)
-    log_inverse = tree["loss"]["log_inverse_temperature"]
-    loss, metrics = losses.contrastive_loss(pairs, log_inverse, training.config.loss)
-    return loss, metrics | {"temperature": jnp.exp(-log_inverse)}
+    n = batch.positive_ids.shape[-2]
+    pairs = losses.Pairs(
+        embeddings[:, :n],
+        embeddings[:, n:],
+        batch.candidate_ids,
+        batch.candidate_modality,
+        batch.positive_ids,
+        batch.packed.valid[:, :n],
+        batch.packed.valid[:, n:],
+    )
+    loss, metrics = losses.contrastive_loss(pairs, tree["loss"], training.config.loss)
+    return loss, metrics | {"temperature": jnp.exp(-tree["loss"]["log_inverse_temperature"])}

@@ -11,7 +11,7 @@ from PIL import Image
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data.images import to_pixels
 from jfe_jax.data.loader import training_batches
-from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.mbeir import MODALITIES, Mbeir
 from jfe_jax.data.numbering import CandidateIndex
 from jfe_jax.data.prepare import prepare
 from jfe_jax.data.tokens import ItemEncoder
@@ -47,7 +47,7 @@ def take(iterator, count):
 
 
 def leaves(batch):
-    return [*batch.packed, batch.candidate_ids, batch.positive_ids]
+    return [*batch.packed, *batch[1:]]
 
 
 def assert_same(one, other):
@@ -92,7 +92,10 @@ def test_each_pair_is_a_query_of_the_data_with_one_of_its_positives(make_config,
         for group, pair in itertools.product(range(2), range(n)):
             pixels = image_of(packed, group, pair)
             key = segment(packed, group, pair).tobytes(), None if pixels is None else pixels.tobytes()
-            numbers = batch.candidate_ids[group, [pair, n + 2 * pair, n + 2 * pair + 1]]
+            places = [pair, n + 2 * pair, n + 2 * pair + 1]
+            numbers = batch.candidate_ids[group, places]
+            modalities = [MODALITIES[one] for one in batch.candidate_modality[group, places]]
+            assert modalities == [candidates[number].modality for number in numbers]
             queries = [query for query in known[key] if dids[numbers[0]] in query.pos]
             assert queries, "no such query has this positive"
             assert any({dids[one] for one in numbers[1:]} <= {*query.neg} for query in queries)

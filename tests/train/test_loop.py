@@ -200,6 +200,7 @@ def test_stage_two_of_another_model_is_refused(config, whole, tmp_path):
         ({"tokens": {"tokenizer": "/nowhere"}}, "/nowhere"),
         ({"data": {"path": "/nowhere"}}, "/nowhere"),
         ({"loss": {"min_temperature": 0.5}}, r"loss\.temperature is 0\.05"),
+        ({"loss": {"matryoshka": {32: 1.0}}}, r"loss\.matryoshka: {32: 1\.0} has widths"),
         ({"optimizer": {"warmup_steps": 20}}, r"optimizer\.warmup_steps is 20"),
         ({"optimizer": {"freeze": ("visoin",)}}, "no parameters under 'visoin'"),
         ({"init": "/nowhere"}, "/nowhere: no checkpoint there"),

@@ -1,6 +1,7 @@
 """Axes as in train/losses.py: G groups, N pairs of a group, K hard negatives, P right answers, E embedding."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,23 @@ from jfe_jax import sharding
 from jfe_jax.config import LossConfig, MeshConfig
 from jfe_jax.train import losses
 from jfe_jax.train.losses import Pairs, contrastive_loss
+from tests.train.plain_loss import plain
 
 G, N, E, P = 8, 4, 16, 3
-TEMPERATURE = 0.1
-LOG_INVERSE = np.float32(-np.log(TEMPERATURE))
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
+KINDS = {
+    "infonce": LossConfig(temperature=0.1),
+    "one direction": LossConfig(temperature=0.1, directions="query_to_candidate"),
+    "wanted modality": LossConfig(temperature=0.1, negatives="same_modality"),
+    "unmasked": LossConfig(temperature=0.1, mask_false_negatives=False),
+    "matryoshka": LossConfig(temperature=0.1, matryoshka={4: 0.5, 8: 2.0}),
+    "sigmoid": LossConfig(kind="sigmoid", temperature=0.1, bias=-3.0, matryoshka={8: 2.0}),
+    "sigmoid, wanted modality": LossConfig(
+        kind="sigmoid", temperature=0.1, bias=-3.0, negatives="same_modality", mask_false_negatives=False
+    ),
+}
+# Eight rows of logits, the fewest that a tile has.
+SMALL = 1e-6
 
 
 def pairs(seed: int = 0, k: int = 1, groups: int = G) -> Pairs:
@@ -44,6 +57,7 @@ def _grouped(queries, candidates, ids, positives, valid, groups) -> Pairs:
         queries.reshape(groups, -1, E),
         candidates_first(candidates),
         candidates_first(ids),
+        candidates_first(np.where(ids < 0, -1, ids % 3)),
         positives.reshape(groups, -1, P),
         valid.reshape(groups, -1),
         candidates_first(np.repeat(valid[:, None], k, axis=1)),
@@ -55,74 +69,93 @@ def _unit(random, *shape):
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
-def plain(pairs: Pairs, *, both: bool = True, mask: bool = True) -> tuple[float, float]:
-    """The same loss and accuracy, pair by pair in float64."""
-    groups, n, _ = pairs.queries.shape
-    queries, candidates = pairs.queries.astype(np.float64), pairs.candidates.astype(np.float64)
-    own_id = pairs.candidate_ids[:, :n]
-    forward, backward, correct = [], [], []
-    for g in range(groups):
-        for i in range(n):
-            if not pairs.query_valid[g, i]:
-                continue
-            right = {*pairs.positive_ids[g, i], own_id[g, i]} - {-1}
-            own = queries[g, i] @ candidates[g, i] / TEMPERATURE
-            rivals = [
-                queries[g, i] @ candidates[h, j] / TEMPERATURE
-                for h in range(groups)
-                for j in range(candidates.shape[1])
-                if (h, j) != (g, i)
-                and pairs.candidate_valid[h, j]
-                and not (mask and pairs.candidate_ids[h, j] in right)
-            ]
-            forward.append(np.log(np.sum(np.exp([own, *rivals]))) - own)
-            correct.append(own > max(rivals))
-            rivals = [
-                queries[h, j] @ candidates[g, i] / TEMPERATURE
-                for h in range(groups)
-                for j in range(n)
-                if (h, j) != (g, i)
-                and pairs.query_valid[h, j]
-                and not (mask and own_id[g, i] in {*pairs.positive_ids[h, j], own_id[h, j]})
-            ]
-            backward.append(np.log(np.sum(np.exp([own, *rivals]))) - own)
-    loss = (np.mean(forward) + np.mean(backward)) / 2 if both else np.mean(forward)
-    return float(loss), float(np.mean(correct))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _value_and_gradients(kind, tile_mib, queries, candidates, parameters, rest):
+    config = replace(KINDS[kind], tile_mib=tile_mib)
+
+    def loss(queries, candidates, parameters):
+        return contrastive_loss(Pairs(queries, candidates, *rest), parameters, config)
+
+    return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(queries, candidates, parameters)
 
 
-@jax.jit
-@functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
-def _value_and_gradients(queries, candidates, log_inverse, rest):
-    return contrastive_loss(Pairs(queries, candidates, *rest), log_inverse, LossConfig())
-
-
-def value_and_gradients(pairs: Pairs, sizes=None):
-    """((loss, metrics), gradients to queries, candidates and the log inverse temperature), on a mesh or without."""
+def value_and_gradients(pairs: Pairs, sizes=None, kind="infonce", tile_mib=SMALL):
+    """((loss, metrics), gradients to queries, candidates and the loss's parameters), on a mesh or without."""
+    parameters = losses.initial_parameters(KINDS[kind])
     if sizes is None:
-        return _value_and_gradients(pairs.queries, pairs.candidates, LOG_INVERSE, tuple(pairs[2:]))
+        return _value_and_gradients(kind, tile_mib, pairs.queries, pairs.candidates, parameters, tuple(pairs[2:]))
     mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     with jax.set_mesh(mesh):
         there = sharding.put_batch(pairs, mesh)
-        return _value_and_gradients(there.queries, there.candidates, LOG_INVERSE, tuple(there[2:]))
+        return _value_and_gradients(kind, tile_mib, there.queries, there.candidates, parameters, tuple(there[2:]))
 
 
-@pytest.mark.parametrize("k", [0, 1, 2])
-@pytest.mark.parametrize("both", [True, False])
-@pytest.mark.parametrize("mask", [True, False])
-def test_equals_the_plain_float64_loss(k, both, mask):
-    config = LossConfig(directions="both" if both else "query_to_candidate", mask_false_negatives=mask)
+@pytest.mark.parametrize("kind, k", [*((kind, 2) for kind in KINDS), ("infonce", 0)])
+def test_equals_the_plain_float64_loss(kind, k):
     given = pairs(k=k)
-    loss, metrics = contrastive_loss(given, LOG_INVERSE, config)
-    expected, accuracy = plain(given, both=both, mask=mask)
+    (loss, metrics), _ = value_and_gradients(given, kind=kind)
+    expected, accuracy = plain(given, KINDS[kind])
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(metrics["accuracy"], accuracy, rtol=1e-6)
     assert metrics["pairs"] == G * N - 3
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_every_mesh_gives_the_loss_and_gradients_of_one_device(sizes):
-    alone, spread = value_and_gradients(pairs()), value_and_gradients(pairs(), sizes)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), alone, spread)
+@pytest.mark.parametrize("sizes", [None, *MESHES])
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_gradients_are_those_of_the_plain_loss_on_every_mesh(kind, sizes):
+    given = pairs(k=2)
+    (loss, _), gradients = value_and_gradients(given, sizes, kind)
+    np.testing.assert_allclose(loss, plain(given, KINDS[kind])[0], rtol=1e-6)
+    for gradient, (way, expected) in zip(jax.tree.leaves(gradients), plain_slopes(kind), strict=True):
+        np.testing.assert_allclose(np.sum(np.asarray(gradient) * way), expected, rtol=1e-4)
+
+
+@functools.cache
+def plain_slopes(kind):
+    """A direction for each of queries, candidates and parameters in turn, and the plain loss's slope along it."""
+    given, config, random, step = pairs(k=2), KINDS[kind], np.random.default_rng(2), 1e-5
+    slopes = []
+    for name in ("queries", "candidates"):
+        x = getattr(given, name).astype(np.float64)
+        way = random.normal(size=x.shape)
+        up, down = (plain(given._replace(**{name: x + d * way}), config)[0] for d in (step, -step))
+        slopes.append((way, (up - down) / (2 * step)))
+    for name, value in sorted(losses.initial_parameters(config).items()):
+        up, down = (plain(given, config, {name: float(value) + d})[0] for d in (step, -step))
+        slopes.append((1.0, (up - down) / (2 * step)))
+    return slopes
+
+
+@pytest.mark.parametrize("kind", ["infonce", "matryoshka", "sigmoid, wanted modality"])
+def test_tiles_and_devices_change_nothing(kind):
+    kept = value_and_gradients(pairs(k=2), kind=kind, tile_mib=0)
+    for sizes in (None, (1, 2, 4)):
+        tiled = value_and_gradients(pairs(k=2), sizes, kind)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), kept, tiled)
+
+
+def test_memory_does_not_grow_with_the_square_of_the_batch():
+    config = LossConfig(tile_mib=1)
+
+    def temporary(total, config=config):
+        shapes = Pairs(
+            *(jax.ShapeDtypeStruct((1, total, 8), jnp.float32),) * 2,
+            *(jax.ShapeDtypeStruct((1, total), jnp.int32),) * 2,
+            jax.ShapeDtypeStruct((1, total, 1), jnp.int32),
+            *(jax.ShapeDtypeStruct((1, total), jnp.bool_),) * 2,
+        )
+        parameters = losses.initial_parameters(config)
+
+        def loss(queries, candidates, rest):
+            return contrastive_loss(Pairs(queries, candidates, *rest), parameters, config)[0]
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes[:2], shapes[2:]).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # From 4,096 to 16,384 pairs the logits grow from 64 MiB to 1 GiB.
+    small, large = temporary(4096), temporary(16384)
+    assert large < 4 * small and large < 64 << 20
+    assert temporary(4096, LossConfig(tile_mib=0)) > 64 << 20
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
@@ -157,19 +190,6 @@ def test_equal_candidates_on_other_devices_are_no_negatives(sizes):
     assert np.abs(np.asarray(after)[-1, -2] - np.asarray(to_candidates)[-1, -2]).max() > 1e-6
 
 
-@pytest.mark.parametrize("sizes", [None, (8, 1, 1), (2, 2, 2)])
-def test_temperature_gradient_is_summed_once(sizes):
-    given, step = pairs(), 1e-3
-
-    def loss(log_inverse):
-        scaled = given._replace(queries=(given.queries * np.exp(log_inverse) * TEMPERATURE).astype(np.float64))
-        return plain(scaled)[0]
-
-    numeric = (loss(LOG_INVERSE + step) - loss(LOG_INVERSE - step)) / (2 * step)
-    _, (_, _, analytic) = value_and_gradients(given, sizes)
-    np.testing.assert_allclose(analytic, numeric, rtol=1e-3)
-
-
 def test_order_of_the_batch_does_not_matter():
     random = np.random.default_rng(1)
     total = G * N
@@ -198,13 +218,24 @@ def test_fillers_count_for_nothing():
     assert not np.asarray(to_candidates)[~given.candidate_valid].any()
 
 
-def test_a_batch_of_fillers_has_no_loss():
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+def test_a_batch_of_fillers_has_no_loss_and_no_gradient(kind, sizes):
     given = pairs()
     empty = given._replace(
         query_valid=np.zeros_like(given.query_valid), candidate_valid=np.zeros_like(given.candidate_valid)
     )
-    loss, metrics = contrastive_loss(empty, LOG_INVERSE, LossConfig())
+    (loss, metrics), gradients = value_and_gradients(empty, sizes, kind)
     assert loss == 0 and metrics["pairs"] == 0
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(gradients))
+
+
+def test_a_query_without_negatives_has_no_loss():
+    given = pairs(k=0)
+    alone = given._replace(candidate_ids=np.full_like(given.candidate_ids, 7))
+    (loss, metrics), gradients = value_and_gradients(alone)
+    assert loss == 0 and metrics["accuracy"] == 1
+    assert not any(np.any(np.asarray(x)) for x in jax.tree.leaves(gradients))
 
 
 def test_equal_embeddings_are_no_hits():
@@ -216,7 +247,9 @@ def test_equal_embeddings_are_no_hits():
 
 
 def test_temperature_is_clamped():
-    config = LossConfig(temperature=0.05, min_temperature=0.02)
-    assert np.isclose(np.exp(-losses.initial_parameters(config)["log_inverse_temperature"]), 0.05)
-    held = losses.clamp({"log_inverse_temperature": jnp.float32(9.0)}, config)
+    config = LossConfig(kind="sigmoid", temperature=0.05, min_temperature=0.02)
+    first = losses.initial_parameters(config)
+    assert np.isclose(np.exp(-first["log_inverse_temperature"]), 0.05)
+    held = losses.clamp(first | {"log_inverse_temperature": jnp.float32(9.0)}, config)
     assert np.isclose(np.exp(-held["log_inverse_temperature"]), 0.02)
+    assert held["bias"] == -10

@@ -46,19 +46,24 @@ def batch(config: Config, groups: int, seed: int = 0) -> ContrastiveBatch:
         image_size=config.model.vision.image_size,
         layout=data.layout,
     )
-    ids = np.full((data.pairs, 1 + k), -1, np.int32)
+    ids, modality = (np.full((data.pairs, 1 + k), -1, np.int32) for _ in range(2))
     positives = np.full((data.pairs, 3), -1, np.int32)
     for pair in range(data.pairs):
         group, index = divmod(pair, each)
         query = _item(random, image=pair % 3 == 0)
         candidates = [_item(random, image=pair % 2 == 0) for _ in range(1 + k)]
         ids[pair] = random.integers(0, data.pairs, 1 + k)
+        modality[pair] = 2 if pair % 2 == 0 else 0
         positives[pair, :2] = ids[pair, 0], random.integers(0, data.pairs)
         at = [each + index, *(2 * each + index * k + i for i in range(k))]
         assert packer.add(group, [(index, query), *zip(at, candidates, strict=True)])
-    ids = ids.reshape(groups, each, 1 + k)
-    flat = np.concatenate([ids[..., 0], ids[..., 1:].reshape(groups, -1)], axis=1)
-    return ContrastiveBatch(packer.finish(each * (2 + k)), flat, positives.reshape(groups, each, 3))
+
+    def flat(x: np.ndarray) -> np.ndarray:
+        x = x.reshape(groups, each, 1 + k)
+        return np.concatenate([x[..., 0], x[..., 1:].reshape(groups, -1)], axis=1)
+
+    positives = positives.reshape(groups, each, 3)
+    return ContrastiveBatch(packer.finish(each * (2 + k)), flat(ids), flat(modality), positives)
 
 
 def _item(random: np.random.Generator, *, image: bool) -> EncodedItem:
