@@ -162,6 +162,8 @@ class LossConfig:
         weights beside the whole embedding's 1.
       tile_mib: memory for logits on each device: they are made in tiles, and made again for the backward pass. 0 makes
         and keeps them all, which is faster and grows with the square of the batch.
+      grad_cache_chunks: the batch is encoded in so many chunks, each a second time for its gradients (GradCache):
+        memory for activations is a chunk's, the loss that of the whole batch. 1 encodes it at once.
     """
 
     kind: Literal["infonce", "sigmoid"] = "infonce"
@@ -175,6 +177,7 @@ class LossConfig:
     mask_false_negatives: bool = True
     matryoshka: dict[int, float] = field(default_factory=dict)
     tile_mib: float = 32.0
+    grad_cache_chunks: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)

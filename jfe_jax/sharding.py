@@ -171,9 +171,9 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, P(*spec))
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of an array whose leading axis is G."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+def batch_sharding(mesh: Mesh, chunks: int = 1) -> NamedSharding:
+    """Of an array whose leading axis is G, or, with several chunks, whose leading axes are chunks and G."""
+    return NamedSharding(mesh, P(BATCH_AXES) if chunks == 1 else P(None, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -181,9 +181,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """A host batch (NumPy leaves, G of this process's groups leading) as global arrays on the mesh."""
-    sharding = batch_sharding(mesh)
+def put_batch(batch: Any, mesh: Mesh, chunks: int = 1) -> Any:
+    """A host batch (NumPy leaves, G of this process's groups leading) as global arrays on the mesh.
+
+    With several chunks, G is chunks times the mesh's groups, and becomes two axes, chunks in front: so every device
+    holds its part of every chunk.
+    """
+    sharding = batch_sharding(mesh, chunks)
+    if chunks > 1:
+        batch = jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), batch)
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)

@@ -22,6 +22,10 @@ def check(config: Config) -> None:
             f"loss.temperature is {loss.temperature}; it has to be above 0 and no less than loss.min_temperature, "
             f"{loss.min_temperature}",
         ),
+        (
+            loss.grad_cache_chunks < 1,
+            f"loss.grad_cache_chunks is {loss.grad_cache_chunks}; it has to be 1 (all at once) or more",
+        ),
         (loss.tile_mib < 0, f"loss.tile_mib is {loss.tile_mib}; it has to be 0 (all at once) or more"),
         (
             bool(loss.matryoshka) and not 0 < min(loss.matryoshka) <= max(loss.matryoshka) < width,

@@ -61,7 +61,7 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
     if done is not None and done >= steps:
         return Outcome(done, f"{run}: finished at step {done}; nothing to do")
     mesh = sharding.make_mesh(config.mesh)
-    groups = sharding.group_count(mesh)
+    groups = sharding.group_count(mesh) * config.loss.grad_cache_chunks
     batches = _batches(config, groups, config.data.split)
     training = states.prepare(config, mesh)
     checkpoints = RunCheckpoints(run, config.checkpoint.keep, say)
@@ -127,7 +127,7 @@ class _Run:
         self.progress = Progress(steps, start, self.say)
         self.pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
         self.waited, self.since, self.start, self.last_logged = 0.0, time.monotonic(), start, start
-        source = Prefetcher(batches, self.training.mesh)
+        source = Prefetcher(batches, self.training.mesh, self.config.loss.grad_cache_chunks)
         step = start
         try:
             with _told_to_end() as ended:
@@ -186,7 +186,8 @@ class _Run:
     def _validate(self, step: int, state: TrainState) -> None:
         self._settle(0)
         begun = time.monotonic()
-        source = Prefetcher(_batches(self.config, self.groups, self.config.data.val_split), self.training.mesh)
+        batches = _batches(self.config, self.groups, self.config.data.val_split)
+        source = Prefetcher(batches, self.training.mesh, self.config.loss.grad_cache_chunks)
         try:
             results = [self.eval_step(state, next(source)[0]) for _ in range(self.config.val_steps)]
         finally:

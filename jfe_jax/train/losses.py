@@ -124,10 +124,8 @@ def _local_sums(
     first = (jax.lax.axis_index(axes) if axes else 0) * g * c
     groups, places = jnp.divmod(jnp.arange(g * n), n)
     own = groups * c + places
-    ids, modality = pairs.candidate_ids.reshape(-1), pairs.candidate_modality.reshape(-1)
-    rows = tiles.Rows(
-        first + own, ids[own], pairs.positive_ids.reshape(g * n, -1), modality[own], pairs.query_valid.reshape(-1)
-    )
+    ids, modality = (x[:, :n].reshape(-1) for x in (pairs.candidate_ids, pairs.candidate_modality))
+    rows = tiles.Rows(first + own, ids, pairs.positive_ids.reshape(g * n, -1), modality, pairs.query_valid.reshape(-1))
     known = (pairs.candidate_ids, pairs.candidate_modality, pairs.candidate_valid)
     columns = tiles.Columns(*(gather(x).reshape(-1) for x in known))
     settings = tiles.Settings(

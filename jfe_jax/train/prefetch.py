@@ -18,9 +18,15 @@ class Prefetcher:
     however far ahead the reading is.
     """
 
-    def __init__(self, iterator: Any, mesh: Mesh, depth: int = 2):
-        """Args: iterator with `get_state` and `close`, as grain's; mesh; depth, batches that wait on the devices."""
-        self._iterator, self._mesh = iterator, mesh
+    def __init__(self, iterator: Any, mesh: Mesh, chunks: int = 1, depth: int = 2):
+        """Starts to read.
+
+        Args:
+          iterator: with `get_state` and `close`, as grain's.
+          mesh, chunks: see `sharding.put_batch`.
+          depth: batches that wait on the devices.
+        """
+        self._iterator, self._mesh, self._chunks = iterator, mesh, chunks
         self._queue: queue.Queue[Any] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._read, name="prefetch", daemon=True)
@@ -46,7 +52,7 @@ class Prefetcher:
     def _read(self) -> None:
         try:
             for batch in self._iterator:
-                if not self._put((put_batch(batch, self._mesh), self._iterator.get_state())):
+                if not self._put((put_batch(batch, self._mesh, self._chunks), self._iterator.get_state())):
                     return
             self._put(StopIteration())
         except Exception as error:

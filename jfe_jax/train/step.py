@@ -10,17 +10,18 @@ from flax import nnx
 
 from jfe_jax import sharding
 from jfe_jax.blueprint import shardings_of
-from jfe_jax.data.packing import ContrastiveBatch
-from jfe_jax.train import losses
+from jfe_jax.data.packing import ContrastiveBatch, PackedBatch
+from jfe_jax.train import gradcache, losses
+from jfe_jax.train.losses import Metrics
 from jfe_jax.train.optimizer import trained_mask
 from jfe_jax.train.schedules import learning_rate
 from jfe_jax.train.state import Training, TrainState, trainable
 
-Metrics = dict[str, jax.Array]
-
 
 def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatch], tuple[TrainState, Metrics]]:
     """Compiled step: (state, batch on the mesh) → (next state, metrics); the old state's memory is reused.
+
+    The batch is as `sharding.put_batch` lays it out for `loss.grad_cache_chunks`.
 
     Metrics are float32 scalars, those of `losses.contrastive_loss` (before the update) and "temperature",
     "learning_rate", "gradient_norm" (of what is trained, before clipping).
@@ -31,19 +32,20 @@ def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatc
     def step(state: TrainState, batch: ContrastiveBatch) -> tuple[TrainState, Metrics]:
         with jax.sharding.use_abstract_mesh(training.mesh.abstract_mesh):
             tree = trainable(state.params, state.loss)
-            grads, metrics = jax.grad(lambda tree: loss_of(training, tree, batch), has_aux=True)(tree)
-            updates, optimizer = training.optimizer.update(grads, state.optimizer, tree)
-            tree = optax.apply_updates(tree, updates)
-        # Without the frozen ones' gradients, which then need not be computed.
-        moving = jax.tree.map(lambda gradient, moves: gradient if moves else None, grads, trained)
-        metrics |= {"learning_rate": jnp.float32(rate(state.step)), "gradient_norm": optax.tree.norm(moving)}
+            grads, metrics = gradients(training, tree, batch, trained)
+            # The optimizer's tree is the whole one; what it is given for the frozen ones is not looked at.
+            whole = _filled(grads, jax.tree.map(lambda _: jnp.zeros(()), tree))
+            updates, optimizer = training.optimizer.update(whole, state.optimizer, tree)
+            updates, moving = _moving(updates, trained), _moving(tree, trained)
+            tree = _filled(optax.apply_updates(moving, updates), tree)
+        metrics |= {"learning_rate": jnp.float32(rate(state.step)), "gradient_norm": optax.tree.norm(grads)}
         loss = losses.clamp(tree["loss"], config.loss)
         return TrainState(state.step + 1, tree["model"], loss, optimizer), metrics
 
     state = shardings_of(training.abstract)
     return jax.jit(
         step,
-        in_shardings=(state, sharding.batch_sharding(training.mesh)),
+        in_shardings=(state, sharding.batch_sharding(training.mesh, config.loss.grad_cache_chunks)),
         out_shardings=(state, sharding.replicated(training.mesh)),
         donate_argnums=0,
     )
@@ -58,24 +60,86 @@ def make_eval_step(training: Training) -> Callable[[TrainState, ContrastiveBatch
 
     return jax.jit(
         step,
-        in_shardings=(shardings_of(training.abstract), sharding.batch_sharding(training.mesh)),
+        in_shardings=(
+            shardings_of(training.abstract),
+            sharding.batch_sharding(training.mesh, training.config.loss.grad_cache_chunks),
+        ),
         out_shardings=sharding.replicated(training.mesh),
     )
 
 
+def gradients(
+    training: Training, tree: dict[str, Any], batch: ContrastiveBatch, trained: dict[str, Any]
+) -> tuple[dict[str, Any], Metrics]:
+    """Gradients, None where `trained` says that a leaf stays, and metrics; to be traced under a mesh in context.
+
+    Nothing of the others' gradients is computed or kept.
+    """
+    moving = _moving(tree, trained)
+    if training.config.loss.grad_cache_chunks == 1:
+        return jax.grad(lambda moving: loss_of(training, _filled(moving, tree), batch), has_aux=True)(moving)
+    shardings = _moving(shardings_of(training.abstract.params), trained["model"])
+    to_model, to_loss, metrics = gradcache.gradients(
+        lambda moving, packed: encode(training, _filled(moving, tree["model"]), packed),
+        lambda loss, embeddings: contrast(training, _filled(loss, tree["loss"]), embeddings, batch),
+        moving["model"],
+        moving["loss"],
+        batch.packed,
+        # Each device carries its own share of the sum.
+        lambda total: jax.lax.with_sharding_constraint(total, shardings),
+    )
+    return trainable(to_model, to_loss), metrics
+
+
 def loss_of(training: Training, tree: dict[str, Any], batch: ContrastiveBatch) -> tuple[jax.Array, Metrics]:
     """Loss and metrics of the tree that is trained (`state.trainable`); to be traced under a mesh in context."""
-    embeddings = nnx.merge(training.model.graphdef, tree["model"])(batch.packed)
-    embeddings = sharding.constrain(embeddings, ("group", None, "embed"))
+    if training.config.loss.grad_cache_chunks == 1:
+        embeddings = encode(training, tree["model"], batch.packed)
+    else:
+        embeddings = jax.lax.map(lambda packed: encode(training, tree["model"], packed), batch.packed)
+    return contrast(training, tree["loss"], embeddings, batch)
+
+
+def encode(training: Training, params: dict[str, Any], packed: PackedBatch) -> jax.Array:
+    """Embeddings float32 [G, B, E] of a batch, or of a chunk of one."""
+    return sharding.constrain(nnx.merge(training.model.graphdef, params)(packed), ("group", None, "embed"))
+
+
+def contrast(
+    training: Training, parameters: dict[str, jax.Array], embeddings: jax.Array, batch: ContrastiveBatch
+) -> tuple[jax.Array, Metrics]:
+    """Loss and metrics from embeddings [G, B, E], or with the chunks in front, as the batch has them."""
+    chunked = training.config.loss.grad_cache_chunks > 1
     n = batch.positive_ids.shape[-2]
+    at = batch.positive_ids.ndim - 2
+
+    def part(x: jax.Array, start: int, stop: int) -> jax.Array:
+        # [(K,) G, …] → [G, (K ·) …]: some of each group's; a device's groups stay with it.
+        x = jax.lax.slice_in_dim(x, start, stop, axis=at)
+        return x.swapaxes(0, 1).reshape(x.shape[1], -1, *x.shape[3:]) if chunked else x
+
+    def candidates(x: jax.Array, start: int = 0) -> jax.Array:
+        # The positives of all chunks, then the negatives of all.
+        return jnp.concatenate([part(x, start, start + n), part(x, start + n, x.shape[at])], axis=1)
+
     pairs = losses.Pairs(
-        embeddings[:, :n],
-        embeddings[:, n:],
-        batch.candidate_ids,
-        batch.candidate_modality,
-        batch.positive_ids,
-        batch.packed.valid[:, :n],
-        batch.packed.valid[:, n:],
+        part(embeddings, 0, n),
+        candidates(embeddings, n),
+        candidates(batch.candidate_ids),
+        candidates(batch.candidate_modality),
+        part(batch.positive_ids, 0, n),
+        part(batch.packed.valid, 0, n),
+        candidates(batch.packed.valid, n),
     )
-    loss, metrics = losses.contrastive_loss(pairs, tree["loss"], training.config.loss)
-    return loss, metrics | {"temperature": jnp.exp(-tree["loss"]["log_inverse_temperature"])}
+    loss, metrics = losses.contrastive_loss(pairs, parameters, training.config.loss)
+    return loss, metrics | {"temperature": jnp.exp(-parameters["log_inverse_temperature"])}
+
+
+def _moving(tree: Any, trained: Any) -> Any:
+    """The leaves that move, None in place of the others."""
+    return jax.tree.map(lambda leaf, moves: leaf if moves else None, tree, trained)
+
+
+def _filled(part: Any, whole: Any) -> Any:
+    """`part` with the leaves of `whole` where it has None."""
+    return jax.tree.map(lambda own, other: other if own is None else own, part, whole, is_leaf=lambda x: x is None)
