@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jfe_jax import checkpoint
+from jfe_jax.config import Config
+from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.errors import UserError
 from jfe_jax.hf.files import DTYPES
 from jfe_jax.hf.load import open_hf
 from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, Outgoing, copy_tokenizer, save_hf
@@ -26,9 +29,10 @@ def from_hf(source: str | Path, target: str | Path, dtype: str | None = None) ->
       The number of parameters.
 
     Raises:
-      UserError: as `open_hf` and `save_model`.
+      UserError: as `open_hf` and `save_model`, or the tokenizer does not fit the model.
     """
     weights = open_hf(source)
+    _check_tokenizer(weights.config, Path(source))
     tree: dict[str, Any] = {}
     for path, array in weights.arrays.items():
         *parents, last = path.split(".")
@@ -82,6 +86,17 @@ def parse_bytes(text: str) -> int:
     if not found or float(found[1]) <= 0:
         raise ValueError(f"{text!r} is no size; write it as 5GB, 500MB or 2GiB")
     return max(1, int(float(found[1]) * (1024 if found[3] else 1000) ** " KMGT".index(found[2].upper() or " ")))
+
+
+def _check_tokenizer(config: Config, directory: Path) -> None:
+    # Before hours of training with it.
+    model = config.model
+    encoder = ItemEncoder(config.tokens, model.vision, model.image_token)
+    if encoder.vocab_size > model.text.vocab_size:
+        raise UserError(
+            f"{directory}: the tokenizer has ids up to {encoder.vocab_size - 1}, the model a vocabulary of "
+            f"{model.text.vocab_size}; they do not belong together"
+        )
 
 
 def _as(array: StreamedArray, dtype: str | None) -> StreamedArray:

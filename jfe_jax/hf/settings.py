@@ -80,8 +80,14 @@ def read_config(directory: Path) -> Config:
             "vision_config.num_channels": (vision.get("num_channels", 3), (3,)),
         },
     )
-    if "image_token_index" not in tree and "image_token_id" not in tree:
+    image_token = tree.get("image_token_index", tree.get("image_token_id"))
+    if image_token is None:
         raise UserError(f"{path}: no image_token_index; add the id of <image>")
+    if not 0 <= image_token < sizes["vocab_size"]:
+        raise UserError(
+            f"{path}: image_token_index {image_token} is beyond text_config.vocab_size, {sizes['vocab_size']}; "
+            "it has to be the id of <image> in tokenizer.json"
+        )
     encoder = _read_json(directory / ENCODER_FILE) if (directory / ENCODER_FILE).exists() else {}
     model = {
         "vision": {ours: vision.get(theirs, default) for ours, (theirs, default) in _VISION.items()},
@@ -91,7 +97,7 @@ def read_config(directory: Path) -> Config:
             "rope_theta": rope.get("rope_theta") or text.get("rope_theta") or 10000.0,
             "post_norms": family == "gemma2",
         },
-        "image_token": tree.get("image_token_index", tree.get("image_token_id")),
+        "image_token": image_token,
         "pooling": encoder.pop("pooling", "last"),
     }
     return from_dict({"model": model, "tokens": {"tokenizer": str(directory), **encoder}}, str(path))

@@ -22,11 +22,26 @@ GEMMA_2 = {
 }
 
 
-def tiny(kv_heads: int = 1, seed: int = 0, text: dict | None = None) -> PaliGemmaForConditionalGeneration:
+# What parity is measured on.
+MODELS = {
+    "Gemma 1, 1 kv head": {},
+    "Gemma 1, 2 kv heads": {"kv_heads": 2},
+    "Gemma 1, 224 px": {"side": 224},
+    "Gemma 2": {"kv_heads": 2, "text": GEMMA_2},
+    "Gemma 2, no cap and no window": {
+        "text": GEMMA_2 | {"attn_logit_softcapping": None, "layer_types": ["full_attention"] * 3},
+    },
+}
+
+
+def tiny(
+    kv_heads: int = 1, seed: int = 0, text: dict | None = None, side: int = SIDE
+) -> PaliGemmaForConditionalGeneration:
     """Heads are not width / number wide; every weight, norms and biases too, is random and of a size that counts.
 
     Args:
       text: settings of the text tower that differ from a Gemma 1's.
+      side: of an image, in pixels.
     """
     config = PaliGemmaConfig(
         vision_config={
@@ -36,7 +51,7 @@ def tiny(kv_heads: int = 1, seed: int = 0, text: dict | None = None) -> PaliGemm
             "num_hidden_layers": 2,
             "num_attention_heads": 3,
             "patch_size": 14,
-            "image_size": SIDE,
+            "image_size": side,
             "vision_use_head": False,
         },
         text_config={
@@ -76,14 +91,15 @@ def save(model: PaliGemmaForConditionalGeneration, directory: Path, **options) -
     return directory
 
 
-def items(seed: int = 0) -> dict[str, EncodedItem]:
+def items(seed: int = 0, side: int = SIDE) -> dict[str, EncodedItem]:
     """Text only, image only and both, of different lengths."""
     rng = np.random.default_rng(seed)
+    patches = (side // 14) ** 2
 
     def item(words: int, image: bool) -> EncodedItem:
         text = [2, *rng.integers(4, 390, words), 1]
-        tokens = [IMAGE_TOKEN] * PATCHES * image + text
-        pixels = rng.integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) if image else None
+        tokens = [IMAGE_TOKEN] * patches * image + text
+        pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8) if image else None
         return EncodedItem(np.array(tokens, np.int32), pixels)
 
     return {

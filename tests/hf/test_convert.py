@@ -11,6 +11,7 @@ import pytest
 import torch
 from flax import nnx
 from safetensors.numpy import load_file, save_file
+from tokenizers import Tokenizer
 from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
 from jfe_jax.cli.main import main
@@ -207,6 +208,7 @@ def test_a_damaged_file_is_named(broken):
         ({"text_config": {"rope_parameters": {"rope_type": "linear"}}}, "rope_type = 'linear'"),
         ({"vision_config": {"hidden_act": "gelu"}}, r"vision_config\.hidden_act = 'gelu'"),
         ({"image_token_index": None}, "image_token_index"),
+        ({"image_token_index": 400}, r"config\.json: image_token_index 400 is beyond text_config\.vocab_size, 400"),
     ],
 )
 def test_an_unknown_architecture_is_refused(broken, change, named):
@@ -217,6 +219,23 @@ def test_an_unknown_architecture_is_refused(broken, change, named):
     (directory / "config.json").write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
     with pytest.raises(UserError, match=named):
         load_hf(directory)
+
+
+@pytest.mark.parametrize(
+    ("image_token", "said"),
+    [(17, "<image> has id 399, but model.image_token is 17"), (399, "ids up to 449, the model a vocabulary of 400")],
+)
+def test_a_tokenizer_of_another_model_is_refused(broken, tmp_path, capsys, image_token, said):
+    directory = broken(dict)
+    tree = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(tree | {"image_token_index": image_token}))
+    if image_token == 399:
+        tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        tokenizer.add_tokens([f"<more{number}>" for number in range(50)])
+        tokenizer.save(str(directory / "tokenizer.json"))
+    assert main(["convert", "from-hf", str(directory), str(tmp_path / "run")]) == 1
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_published_config_leaves_most_out(broken):

@@ -5,10 +5,14 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, PaliGemmaProcessor, PreTrainedTokenizerFast
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from jfe_jax.bench.tokenizer import IMAGE_TOKEN, paligemma_tokenizer
+from jfe_jax.config import TokensConfig, VisionConfig
 from jfe_jax.data.items import Item
 from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.errors import UserError
 from jfe_jax.hf.load import load_hf, open_hf
 from jfe_jax.hf.save import Outgoing, save_hf
 from tests.hf import oracle
@@ -43,6 +47,66 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 def noise(height: int, width: int, *channels: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(height).integers(0, 256, (height, width, *channels), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """PaliGemma's own tokenizer, in its processor and in ours; a user's cache has it after the first time."""
+    try:
+        directory = paligemma_tokenizer(tmp_path_factory.mktemp("packages"), print)
+    except UserError as error:
+        pytest.skip(f"PaliGemma's tokenizer cannot be fetched: {error}")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    processor = PaliGemmaProcessor(SiglipImageProcessorPil(image_seq_length=PATCHES), tokenizer)
+    tokens = TokensConfig(tokenizer=str(directory), max_text_tokens=100)
+    return processor, ItemEncoder(tokens, VisionConfig(image_size=56), IMAGE_TOKEN)
+
+
+PATCHES = 16
+REAL_TEXTS = TEXTS | {
+    "newlines": "one\n\n\ntwo\n",
+    "tabs and spaces": "\t a   b\u00a0c",
+    # <bos> and the like are left out on purpose: to the processor a text that spells one is one, to us it is text.
+    "places": "<loc0001><loc1023> <seg001> cat",
+    "digits": "1234567890 3.14",
+    "combining": "é ñ 한국어 ตัวอย่าง नमस्ते",
+    "emoji of several": "👩🏽‍🚀🏳️‍🌈",
+    "bytes": "\x01\x7f\ufeff\U0010ffff",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("has_image", [True, False], ids=["with an image", "text alone"])
+def test_ids_with_the_real_tokenizer_are_the_processors(real, has_image):
+    processor, encoder = real
+    image = noise(20, 30, 3)
+    for name, text in REAL_TEXTS.items():
+        if not has_image and not text:
+            continue
+        # Without an image the processor has nothing to say: the tokenizer does what it would do behind the image.
+        (theirs,) = (
+            processor(images=image, text=f"<image>{text}", return_tensors="np")["input_ids"]
+            if has_image
+            else processor.tokenizer([f"<bos>{text}\n"], add_special_tokens=False, return_tensors="np")["input_ids"]
+        )
+        ours = encoder.encode(Item(text=text or None, image=np.asarray(image) if has_image else None)).tokens
+        kept = PATCHES * has_image + 1 + 100
+        if len(theirs) > kept + 1:
+            assert name == "long" and len(ours) == kept + 2
+            np.testing.assert_array_equal(ours[:kept], theirs[:kept])
+            assert ours[kept] == theirs[-1] and ours[-1] == encoder.eos_id
+        else:
+            np.testing.assert_array_equal(ours, [*theirs, encoder.eos_id], name)
+
+
+@pytest.mark.slow
+def test_a_cut_text_is_warned_of_once(real, caplog):
+    encoder = real[1]
+    before = encoder.cut_texts
+    for _ in range(5):
+        encoder.encode(Item(text=TEXTS["long"]))
+    assert encoder.cut_texts == before + 5
+    assert len([record for record in caplog.records if "texts cut to" in record.message]) == (before == 0)
 
 
 EXIF = Image.Exif()

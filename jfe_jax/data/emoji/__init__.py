@@ -20,14 +20,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jfe_jax.data.emoji.asks import World, text_of
-from jfe_jax.data.emoji.fetch import PACKAGES, cache_directory, fetch
 from jfe_jax.data.emoji.images import find_images, read_gallery, write_images
 from jfe_jax.data.emoji.labels import read_labels
 from jfe_jax.data.emoji.layout import Layout
+from jfe_jax.data.emoji.packages import PACKAGES
 from jfe_jax.data.emoji.splits import FOLDS, SPLITS, split
 from jfe_jax.data.emoji.tasks import SPECS, make
 from jfe_jax.data.emoji.words import PROMPTS, STYLES
 from jfe_jax.data.mbeir import format_string
+from jfe_jax.data.npm import cache_directory, fetch
 from jfe_jax.data.tokens import train_tokenizer
 from jfe_jax.errors import UserError
 
@@ -71,7 +72,7 @@ def write(
     settings = {"version": VERSION, "size": size, "seed": seed, "fold": fold, "vocab_size": vocab_size}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _kept(out, settings)
-    packages = fetch(cache_directory(), progress) if packages is None else packages
+    packages = fetch(cache_directory(), progress, PACKAGES) if packages is None else packages
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:

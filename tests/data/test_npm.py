@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jfe_jax.data.emoji.fetch import Package, cache_directory, fetch
+from jfe_jax.data.npm import Package, cache_directory, fetch
 from jfe_jax.errors import UserError
 
 

@@ -1,0 +1,44 @@
+"""`python -m tests.hf.parity_table`: how far ours is from transformers' classes, as the table of the README.
+
+Each figure is the largest over both layouts, packed and padded, and over what the column's items have in common.
+"""
+
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from tests.hf import oracle, parity
+
+MODALITIES = ("text", "image", "image and text")
+
+
+def modality(item: str) -> str:
+    """Of an item of the oracle, by its name."""
+    return "image and text" if "image and text" in item else "image" if "image" in item else "text"
+
+
+def row(name: str, directory: Path) -> list[str]:
+    """The cells of one configuration."""
+    two = parity.pair(name, directory)
+    found: dict[tuple[str, str], float] = defaultdict(float)
+    for layout in parity.LAYOUTS:
+        for item, measure, error in parity.errors(two, layout):
+            key = modality(item), "states" if "states" in measure else "embeddings"
+            found[key] = max(found[key], error)
+    cells = [f"{found[one, 'states']:.0e} / {found[one, 'embeddings']:.0e}" for one in MODALITIES]
+    gradient = max(error for _, error in parity.gradient_errors(two))
+    worst = list(parity.bfloat16_errors(two))
+    half = f"{max(error for _, error, _ in worst):.0e}, {min(cosine for *_, cosine in worst):.5f}"
+    return [name, *cells, f"{gradient:.0e}", half]
+
+
+def main() -> None:
+    print("| states / embeddings | text | image | image + text | gradients | bfloat16: error, cosine |")
+    print("|---|---|---|---|---|---|")
+    for name in oracle.MODELS:
+        with tempfile.TemporaryDirectory() as directory:
+            print(f"| {' | '.join(row(name, Path(directory)))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
