@@ -11,6 +11,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--rounds", type=int, default=3)
     convert.add_argument("--dir", type=Path, help="where to make it; needs three times the size")
     convert.set_defaults(run=_convert)
+    search = names.add_parser("search", help="exact search beside faiss.IndexFlatIP (pip install faiss-cpu)")
+    search.add_argument("--pools", default="1000000x256,200000x1024", help="rows x width, separated by commas")
+    search.add_argument("--batches", default="1,64,1024", help="queries asked together")
+    search.add_argument("-k", type=int, default=50)
+    search.add_argument("--rounds", type=int, default=5)
+    search.set_defaults(run=_search)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -23,3 +29,20 @@ def _convert(args: argparse.Namespace) -> None:
         f"convert {result.convert:6.1f} s  {result.files / result.convert:5.2f} GB/s, peak memory {result.peak:.2f} GiB"
         f" (1.3 × the largest tensor + 1 GiB is {1.3 * result.largest + 1:.2f})"
     )
+
+
+def _search(args: argparse.Namespace) -> None:
+    import os
+
+    from jfe_jax.bench import search
+
+    pools = [tuple(int(number) for number in pool.split("x")) for pool in args.pools.split(",")]
+    batches = [int(number) for number in args.batches.split(",")]
+    print(f"k = {args.k}, {len(os.sched_getaffinity(0))} threads; medians of {args.rounds} rounds, by turns")
+    print("      pool  width  queries    jfe, s  faiss, s  faiss / jfe  same results")
+    for row in search.run(pools, batches, args.k, args.rounds):
+        print(
+            f"{row.pool:10}  {row.width:5}  {row.queries:7}  {row.ours:8.3f}  {row.theirs:8.3f}  {row.ratio:11.2f}"
+            f"  {row.same:12.4%}",
+            flush=True,
+        )

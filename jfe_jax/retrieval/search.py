@@ -1,23 +1,30 @@
-"""Exact nearest neighbours by inner product, a block of scores at a time.
+"""Exact nearest neighbours by inner product, over all devices and processes, a block of scores at a time.
 
-Ties go to the candidate that stands first, so the answer does not depend on the blocks.
+Results are in order of the exact score (see scoring.py), and ties go to the candidate that stands first. So they depend
+neither on blocks nor on devices nor on which queries are asked together.
 
-Axes: Q queries, N candidates, E embedding, T targets of a query, C candidates of a block.
+Axes: Q queries, N candidates, C candidates of a block, E embedding, T targets of a query, K kept for a query.
 """
 
-import functools
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jfe_jax.config import MeshConfig
 from jfe_jax.errors import UserError
+from jfe_jax.retrieval import scan
+from jfe_jax.retrieval.queries import QueryBlock
+from jfe_jax.retrieval.rows import ArrayRows, Rows, largest_norm
+from jfe_jax.sharding import group_count, make_mesh
 
 QUERY_BLOCK = 1024
+# Rows of a block on one device.
 CANDIDATE_BLOCK = 8192
-# Targets are padded to a multiple of this, and lengths to round numbers: many pools and units share few compilations.
-_TARGET_STEP = 4
+# Candidates are kept on the devices between searches if each device has no more of them than this.
+RESIDENT_BYTES = 4 << 30
 
 
 class Found(NamedTuple):
@@ -36,16 +43,18 @@ class Found(NamedTuple):
 
 def search(
     queries: np.ndarray,
-    candidates: np.ndarray,
+    candidates: np.ndarray | Rows,
     k: int,
     targets: np.ndarray | None = None,
     *,
     query_block: int = QUERY_BLOCK,
     candidate_block: int = CANDIDATE_BLOCK,
+    mesh: Mesh | None = None,
 ) -> Found:
     """The k best candidates of each query, and the exact ranks of given targets.
 
-    Candidates are read a block at a time, so they may be a memory map larger than memory.
+    Candidates are read a block at a time, so they may be larger than memory. To ask the same ones again and again, make
+    a `Searcher`.
 
     Args:
       queries: float [Q, E].
@@ -54,49 +63,108 @@ def search(
       targets: int [Q, T]; positions in the candidates, padded with -1.
 
     Raises:
-      UserError: there are no candidates, or the widths differ.
+      UserError: there are no candidates, the widths differ, or something is not finite.
     """
-    if not len(candidates):
-        raise UserError("the pool of candidates is empty: there is nothing to search")
-    if queries.shape[1] != candidates.shape[1]:
-        raise UserError(
-            f"queries have width {queries.shape[1]}, candidates {candidates.shape[1]}: "
-            "they were embedded by different checkpoints"
+    searcher = Searcher(candidates, mesh=mesh, resident=False, candidate_block=candidate_block)
+    return searcher.search(queries, k, targets, query_block=query_block)
+
+
+class Searcher:
+    """Candidates that are searched more than once; of several processes, each searches its share of them.
+
+    Args:
+      candidates: float [N, E], or Rows. An array must not be changed afterwards.
+      mesh: of this process's devices; all of them if not given.
+      resident: keep the candidates on the devices; by default if they are small enough.
+      select: "host" or "device", see scan.py; by default what suits the devices.
+      recall: below 1, the devices may miss some of the best: see scan.DeviceTop.
+
+    Raises:
+      UserError: there are no candidates.
+    """
+
+    def __init__(
+        self,
+        candidates: np.ndarray | Rows,
+        *,
+        mesh: Mesh | None = None,
+        resident: bool | None = None,
+        candidate_block: int = CANDIDATE_BLOCK,
+        select: str | None = None,
+        recall: float = 1.0,
+    ):
+        self.rows: Rows = ArrayRows(candidates) if isinstance(candidates, np.ndarray) else candidates
+        total = self.rows.shape[0]
+        if not total:
+            raise UserError("the pool of candidates is empty: there is nothing to search")
+        self.mesh = mesh or make_mesh(MeshConfig(data=-1), jax.local_devices())
+        devices = group_count(self.mesh)
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        self._select = "device" if recall < 1 else select or ("host" if on_cpu else "device")
+        self.recall = recall
+        self.norm = self.rows.norm
+        share = [total * number // jax.process_count() for number in range(jax.process_count() + 1)]
+        self.first, self.last = share[jax.process_index()], share[jax.process_index() + 1]
+        self._size = devices * min(
+            -(-candidate_block // scan.GROUP) * scan.GROUP, _block_length(-(-max(1, self.last - self.first) // devices))
         )
-    k = min(k, len(candidates))
-    width = 0 if targets is None else targets.shape[1]
-    padded_targets = np.full((len(queries), -(-width // _TARGET_STEP) * _TARGET_STEP), -1, np.int32)
-    if targets is not None:
-        padded_targets[:, :width] = targets
-    query_block = min(query_block, _rounded(len(queries)))
-    candidate_block = min(candidate_block, _rounded(len(candidates)))
-    blocks = [
-        _Block(
-            _padded(queries[start : start + query_block], query_block, 0),
-            _padded(padded_targets[start : start + query_block], query_block, -1),
-            k,
-        )
-        for start in range(0, len(queries), query_block)
-    ]
-    total = len(candidates)
-    single = total <= candidate_block
-    for start, block in _blocks(candidates, candidate_block):
-        for part in blocks:
-            scores = _scores(part.queries, block)
-            part.best = _merge(part.best, scores, start, total, k)
-            if width:
-                part.wanted = _target_scores(part.wanted, scores, part.targets, start)
-            if width and single:
-                part.ahead = _count_ahead(part.ahead, scores, part.wanted, part.targets, start, total)
-    # What stands ahead of a target can be counted only once its score is known.
-    for start, block in _blocks(candidates, candidate_block) if width and not single else ():
-        for part in blocks:
-            scores = _scores(part.queries, block)
-            part.ahead = _count_ahead(part.ahead, scores, part.wanted, part.targets, start, total)
-    scores, rows = (_joined([part.best[i] for part in blocks], len(queries), k) for i in range(2))
-    ahead = _joined([part.ahead for part in blocks], len(queries), padded_targets.shape[1])
-    ranks = np.where(padded_targets < 0, 0, ahead + 1)[:, :width]
-    return Found(scores.astype(np.float32), rows.astype(np.int32), ranks.astype(np.int32))
+        if resident is None:
+            row_bytes = self.rows.shape[1] * self.rows.read(0, 1)[0].itemsize
+            resident = (self.last - self.first) * row_bytes <= RESIDENT_BYTES * devices
+        self._resident = None
+        self._resident = list(self.blocks()) if resident else None
+
+    def search(
+        self,
+        queries: np.ndarray,
+        k: int,
+        targets: np.ndarray | None = None,
+        *,
+        query_block: int = QUERY_BLOCK,
+        progress: Callable[[int], None] | None = None,
+    ) -> Found:
+        """As the function `search`; `progress` is called with the number of candidates done since its last call."""
+        if queries.shape[1] != self.rows.shape[1]:
+            raise UserError(
+                f"queries have width {queries.shape[1]}, candidates {self.rows.shape[1]}: "
+                "they were embedded by different checkpoints"
+            )
+        bad = np.flatnonzero(~np.isfinite(queries).all(1))
+        if len(bad):
+            raise UserError(f"query {bad[0]} is not finite ({len(bad)} of {len(queries)} are so)")
+        if self.norm is None:
+            self.norm = largest_norm(self.rows)
+        k = min(k, self.rows.shape[0])
+        targets = np.full((len(queries), 0), -1) if targets is None else targets
+        parts = [
+            QueryBlock(self, queries[at : at + query_block], targets[at : at + query_block], k)
+            for at in range(0, len(queries), query_block)
+        ]
+        waiting = None
+        for block in self.blocks() if parts else ():
+            for part in parts:
+                asked = part.ask(block)
+                # The devices compute these scores while the host looks at the last.
+                if waiting is not None:
+                    waiting()
+                waiting = asked
+            if progress:
+                progress(block.count)
+        if waiting is not None:
+            waiting()
+        results = [part.finish() for part in parts]
+        empty = np.zeros((0, k), np.float32), np.zeros((0, k), np.int32), np.zeros((0, targets.shape[1]), np.int32)
+        return Found(*(np.concatenate(columns) for columns in zip(*(results or [empty]), strict=True)))
+
+    def blocks(self) -> Iterable[scan.Block]:
+        """This process's share of the candidates."""
+        return self._resident or scan.blocks(self.rows, self._size, self.mesh, self.first, self.last)
+
+    def new_top(self, queries: int, keep: int) -> scan.HostTop | scan.DeviceTop:
+        """What selects the best of so many queries."""
+        if self._select == "host":
+            return scan.HostTop(queries, keep)
+        return scan.DeviceTop(queries, keep, self.mesh, self.recall)
 
 
 def require_finite(embeddings: np.ndarray, names: list[str], what: str) -> None:
@@ -109,71 +177,10 @@ def require_finite(embeddings: np.ndarray, names: list[str], what: str) -> None:
         )
 
 
-class _Block:
-    """A block of queries and what is known of it so far."""
-
-    def __init__(self, queries: np.ndarray, targets: np.ndarray, k: int):
-        self.queries = queries
-        self.targets = targets
-        self.best = np.full((len(queries), k), -np.inf, np.float32), np.zeros((len(queries), k), np.int32)
-        self.wanted = np.zeros(targets.shape, np.float32)
-        self.ahead = np.zeros(targets.shape, np.int32)
+def recall(found: np.ndarray, exact: np.ndarray) -> float:
+    """The share of the rows [Q, k] that an exact search found which another one found too."""
+    return float(np.mean([len(np.intersect1d(*pair)) / exact.shape[1] for pair in zip(found, exact, strict=True)]))
 
 
-# Scores are always computed by this one function on these block shapes: a target's score must equal, to the last bit,
-# the one that it is compared with.
-@jax.jit
-def _scores(queries: jax.Array, block: jax.Array) -> jax.Array:
-    return jnp.einsum("qe,ce->qc", queries, block, precision=jax.lax.Precision.HIGHEST)
-
-
-@functools.partial(jax.jit, static_argnames="k")
-def _merge(best: tuple[jax.Array, jax.Array], scores: jax.Array, start: int, total: int, k: int):
-    rows = start + jnp.arange(scores.shape[1], dtype=jnp.int32)
-    scores = jnp.where(rows < total, scores, -jnp.inf)
-    # top_k prefers the lower position among equals, and earlier blocks stand first.
-    top, position = jax.lax.top_k(scores, min(k, scores.shape[1]))
-    joined = jnp.concatenate([best[0], top], axis=1)
-    joined_rows = jnp.concatenate([best[1], start + position.astype(jnp.int32)], axis=1)
-    top, position = jax.lax.top_k(joined, k)
-    return top, jnp.take_along_axis(joined_rows, position, axis=1)
-
-
-@jax.jit
-def _target_scores(wanted: jax.Array, scores: jax.Array, targets: jax.Array, start: int) -> jax.Array:
-    column = targets - start
-    here = (column >= 0) & (column < scores.shape[1])
-    return jnp.where(here, jnp.take_along_axis(scores, jnp.where(here, column, 0), axis=1), wanted)
-
-
-@jax.jit
-def _count_ahead(ahead, scores, wanted, targets, start: int, total: int):
-    rows = start + jnp.arange(scores.shape[1], dtype=jnp.int32)
-
-    def of_target(_, column):
-        score, target = column
-        before = (scores > score[:, None]) | ((scores == score[:, None]) & (rows < target[:, None]))
-        return None, (before & (rows < total)).sum(1, dtype=jnp.int32)
-
-    _, counts = jax.lax.scan(of_target, None, (wanted.T, targets.T))
-    return ahead + counts.T
-
-
-def _blocks(candidates: np.ndarray, size: int):
-    for start in range(0, len(candidates), size):
-        yield start, jnp.asarray(_padded(candidates[start : start + size], size, 0))
-
-
-def _padded(rows: np.ndarray, size: int, filler: int) -> np.ndarray:
-    dtype = np.int32 if np.issubdtype(rows.dtype, np.integer) else np.float32
-    padded = np.full((size, rows.shape[1]), filler, dtype)
-    padded[: len(rows)] = rows
-    return padded
-
-
-def _joined(parts: list[jax.Array | np.ndarray], length: int, width: int) -> np.ndarray:
-    return np.concatenate([np.asarray(part) for part in parts] or [np.zeros((0, width))])[:length]
-
-
-def _rounded(length: int) -> int:
+def _block_length(length: int) -> int:
     return -(-length // 1024) * 1024 if length > 1024 else max(128, 1 << max(length - 1, 0).bit_length())

@@ -1,0 +1,166 @@
+"""A block of queries on its way through a search: asked of each block of candidates, then made certain.
+
+Blocks of scores say which candidates may be among the best (scan.py); the exact score orders them (scoring.py). Where
+more candidates than are kept lie within rounding of the k-th, they are all looked at.
+
+Axes: Q queries, N candidates, C candidates of a block, E embedding, T targets of a query, K kept for a query.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from jfe_jax.errors import UserError
+from jfe_jax.retrieval import scan
+from jfe_jax.retrieval.rows import Rows
+from jfe_jax.retrieval.scoring import best_first, exact_scores, tolerance
+from jfe_jax.sharding import replicated
+
+if TYPE_CHECKING:
+    from jfe_jax.retrieval.search import Searcher
+
+# As many more than k are kept, so that scores which differ by rounding alone cannot push one of the k out.
+_SPARE = 14
+# Targets are padded to a multiple of this: many pools and units share few compilations.
+_TARGET_STEP = 4
+# Doubtful queries that are looked at together.
+_AT_ONCE = 1024
+
+
+class QueryBlock:
+    """A block of queries [Q, E] and what is known of it so far."""
+
+    def __init__(self, searcher: Searcher, queries: np.ndarray, targets: np.ndarray, k: int):
+        self._searcher, self._queries, self._targets, self._k = searcher, queries, targets, k
+        self._tolerance = tolerance(queries, searcher.norm)
+        self._padded = self._on_devices(_padded(queries.astype(np.float32), _query_length(len(queries))))
+        self._keep = min(k + _SPARE, searcher.rows.shape[0])
+        self._top = searcher.new_top(len(self._padded), self._keep)
+        self._counts = None
+        if targets.shape[1]:
+            self._wanted = exact_scores(queries, searcher.rows, np.maximum(targets, 0))
+            low, high = (self._wanted + sign * self._tolerance[:, None] for sign in (-1, 1))
+            width = -(-targets.shape[1] // _TARGET_STEP) * _TARGET_STEP
+            # Nothing is above what pads.
+            bounds = [np.where(targets < 0, np.inf, bound).astype(np.float32).T for bound in (low, high)]
+            self._bounds = [
+                self._on_devices(np.pad(one, ((0, width - len(one)), (0, len(self._padded) - len(queries)))))
+                for one in bounds
+            ]
+
+    def ask(self, block: scan.Block) -> Callable[[], None]:
+        """Has the devices compute the scores; what it gives takes them."""
+        scores, maxima, finite = scan.scores_of(self._padded, block, self._searcher.mesh)
+        if self._targets.shape[1]:
+            counts = scan.count_between(scores, block.count, *self._bounds)
+            self._counts = counts if self._counts is None else jax.tree.map(jax.numpy.add, self._counts, counts)
+
+        def take() -> None:
+            if not finite:
+                _refuse_not_finite(self._searcher.rows, block)
+            self._top.add(scores, maxima, block.start, block.count)
+
+        return take
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Scores and rows [Q, k] and ranks [Q, T], of all processes."""
+        self._top.settle()
+        scores, rows = self._certain(*(part[: len(self._queries)] for part in (self._top.scores, self._top.rows)))
+        ahead = self._ahead()
+        if jax.process_count() > 1:
+            from jax.experimental.multihost_utils import process_allgather
+
+            scores, rows, ahead = process_allgather((scores, rows, ahead))
+            scores, rows = best_first(np.concatenate(scores, 1), np.concatenate(rows, 1), self._k)
+            ahead = ahead.sum(0)
+        return scores, rows, np.where(self._targets < 0, 0, ahead + 1).astype(np.int32)
+
+    def _certain(self, kept: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the blocks kept [Q, K], in order of the exact scores [Q, k], with what rounding may have left out."""
+        searcher, there = self._searcher, np.isfinite(kept)
+        scores = exact_scores(self._queries, searcher.rows, np.where(there, rows, searcher.first))
+        # A process with fewer than k candidates gives what comes last.
+        scores, rows = np.where(there, scores, -np.inf), np.where(there, rows, np.iinfo(np.int32).max)
+        scores, rows = best_first(scores, rows, self._k)
+        if searcher.recall < 1 or searcher.last - searcher.first <= self._keep:
+            return scores, rows
+        left_out = kept.min(1) + self._tolerance
+        doubtful = np.flatnonzero(left_out >= scores[:, -1])
+        if len(doubtful):
+            bounds = scores[doubtful, -1] - self._tolerance[doubtful], np.full(len(doubtful), np.inf)
+            for number, (more, at) in self._near(doubtful, *bounds):
+                query = doubtful[number]
+                fresh = ~np.isin(at, rows[query])
+                joined = np.concatenate([scores[query], more[fresh]]), np.concatenate([rows[query], at[fresh]])
+                scores[query], rows[query] = (part[0] for part in best_first(*(one[None] for one in joined), self._k))
+        return scores, rows
+
+    def _ahead(self) -> np.ndarray:
+        """int64 [Q, T]: candidates of this process that stand before each target."""
+        if not self._targets.shape[1]:
+            return np.zeros(self._targets.shape, np.int64)
+        searcher, targets = self._searcher, self._targets
+        above, within = (
+            np.asarray(part, np.int64).T[: len(targets), : targets.shape[1]]
+            for part in self._counts or np.zeros((2, *self._bounds[0].shape), np.int32)
+        )
+        here = (targets >= searcher.first) & (targets < searcher.last)
+        query, column = np.nonzero((targets >= 0) & (within - above > here))
+        wanted, row = self._wanted[query, column], targets[query, column]
+        bounds = (wanted + sign * self._tolerance[query] for sign in (-1, 1))
+        for number, (scores, rows) in self._near(query, *bounds):
+            before = (scores > wanted[number]) | ((scores == wanted[number]) & (rows < row[number]))
+            above[query[number], column[number]] += before.sum()
+        return above
+
+    def _near(
+        self, query: np.ndarray, low: np.ndarray, high: np.ndarray
+    ) -> Iterator[tuple[int, tuple[np.ndarray, np.ndarray]]]:
+        """All candidates that the blocks score from `low` to `high`, for each of the queries numbered `query`.
+
+        Yields:
+          Position in `query` and (exact scores, rows), in parts.
+        """
+        low, high = low.astype(np.float32), high.astype(np.float32)
+        searcher = self._searcher
+        for block in searcher.blocks() if len(query) else ():
+            for at in range(0, len(query), _AT_ONCE):
+                part = slice(at, at + _AT_ONCE)
+                asked = self._queries[query[part]].astype(np.float32)
+                padded = self._on_devices(_padded(asked, _query_length(len(asked))))
+                for start, scores in scan.shards(scan.scores_of(padded, block, searcher.mesh)[0]):
+                    scores = scores[: max(0, block.count - start), : len(asked)]
+                    column, row = np.nonzero(((scores >= low[part]) & (scores <= high[part])).T)
+                    for number in np.unique(column):
+                        rows = (block.start + start + row[column == number])[None]
+                        one = query[at + number]
+                        exact = exact_scores(self._queries[one : one + 1], searcher.rows, rows)
+                        yield at + number, (exact[0], rows[0])
+
+    def _on_devices(self, array: np.ndarray) -> jax.Array:
+        return jax.device_put(array, replicated(self._searcher.mesh))
+
+
+def _refuse_not_finite(rows: Rows, block: scan.Block) -> None:
+    stored, scales = rows.read(block.start, block.start + block.count)
+    good = np.isfinite(stored).all(1) & (True if scales is None else np.isfinite(scales))
+    where = f"row {block.start + int(np.argmin(good))}" if not good.all() else f"a score after row {block.start}"
+    raise UserError(
+        f"the pool of candidates: {where} is not finite: it was written by a training that diverged, or is damaged; "
+        "embed it again"
+    )
+
+
+def _padded(rows: np.ndarray, size: int) -> np.ndarray:
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)))
+
+
+def _query_length(length: int) -> int:
+    """Few shapes, so few compilations; a single query stays one."""
+    if length > 256:
+        return -(-length // 256) * 256
+    return 1 if length == 1 else max(8, 1 << (length - 1).bit_length())

@@ -1,0 +1,104 @@
+"""Where the candidates of a search are: in memory, or in a file that is read a block at a time.
+
+Axes: N rows, E embedding.
+"""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jfe_jax.errors import UserError
+
+
+class Rows(Protocol):
+    """N embeddings of width E.
+
+    Attributes:
+      shape: (N, E).
+      norm: no row is longer than this; None if that is not known.
+    """
+
+    shape: tuple[int, int]
+    norm: float | None
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Rows as they are stored, float or int8 [n, E], and what each is to be multiplied by, float32 [n] or None."""
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        """Rows by number, int [n] → float64 [n, E]."""
+
+
+class ArrayRows:
+    """The rows of a float array, or of a memory map of one."""
+
+    def __init__(self, array: np.ndarray, norm: float | None = None):
+        self.array, self.shape, self.norm = array, array.shape, norm
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, None]:
+        return np.asarray(self.array[start:stop]), None
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self.array[rows].astype(np.float64)
+
+
+class FileRows:
+    """The rows of a `.npy` file in C order; read, not mapped, so that only what is asked for takes memory.
+
+    Args:
+      path: float32, float16 or int8 [N, E].
+      scales: float32 [N], what the rows of an int8 file are to be multiplied by.
+
+    Raises:
+      UserError: it is no such file, or is cut short.
+    """
+
+    def __init__(self, path: Path, scales: np.ndarray | None = None, norm: float | None = None):
+        self.path, self.scales, self.norm = path, scales, norm
+        try:
+            mapped = np.load(path, mmap_mode="r")
+            self._file = os.open(path, os.O_RDONLY)
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path}: no embeddings, or cut short ({error})") from error
+        self.shape, self.dtype, self._offset = mapped.shape, mapped.dtype, mapped.offset
+        if not mapped.flags.c_contiguous or mapped.ndim != 2 or self.dtype not in (np.float32, np.float16, np.int8):
+            raise UserError(f"{path}: float32, float16 or int8 rows are wanted, not {self.dtype} {list(self.shape)}")
+        self._row_bytes = self.shape[1] * self.dtype.itemsize
+
+    def __del__(self):
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        stop = min(stop, self.shape[0])
+        rows = np.empty((stop - start, self.shape[1]), self.dtype)
+        left, at = memoryview(rows.reshape(-1).view(np.uint8)), self._offset + start * self._row_bytes
+        while left:
+            # One call reads at most 2 GiB.
+            done = os.preadv(self._file, [left], at)
+            if not done:
+                raise UserError(f"{self.path}: cut short while it was read")
+            left, at = left[done:], at + done
+        return rows, None if self.scales is None else self.scales[start:stop]
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        taken = np.empty((len(rows), self.shape[1]), np.float64)
+        for place, row in enumerate(rows):
+            stored = self.read(row, row + 1)[0][0]
+            # The product in float32 is what the row stands for, wherever it is read.
+            taken[place] = stored if self.scales is None else stored.astype(np.float32) * self.scales[row]
+        return taken
+
+
+def largest_norm(rows: Rows, block: int = 65536) -> float:
+    """The length of the longest row; reads them all."""
+    largest = 0.0
+    for start in range(0, rows.shape[0], block):
+        stored, scales = rows.read(start, start + block)
+        part = stored.astype(np.float32, copy=False)
+        squares = np.einsum("ne,ne->n", part, part)
+        if scales is not None:
+            squares = squares * scales**2
+        largest = max(largest, float(np.sqrt(squares.max(initial=0))))
+    return largest
