@@ -17,10 +17,23 @@ import yaml
 
 from jfe_jax.errors import UserError
 
+# YAML has lists; anything else is left for dacite to refuse.
+_TUPLES = dict.fromkeys(
+    (tuple[str, ...], tuple[float, ...]), lambda value: tuple(value) if isinstance(value, list | tuple) else value
+)
+Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """SigLIP's vision transformer."""
+    """SigLIP's vision transformer, or CLIP's.
+
+    Attributes:
+      activation: of the MLPs; "quick_gelu" is x · sigmoid(1.702 x).
+      resize: how an image becomes `image_size` square: "stretch" does not keep its aspect ratio; "crop" resizes its
+        shorter side and takes the centre.
+      mean, std: of red, green and blue, each from 0 to 1, that pixels are normalised with.
+    """
 
     image_size: int = 224
     patch_size: int = 14
@@ -29,6 +42,10 @@ class VisionConfig:
     mlp_dim: int = 4304
     num_heads: int = 16
     norm_eps: float = 1e-6
+    activation: Activation = "gelu_tanh"
+    resize: Literal["stretch", "crop"] = "stretch"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
     @property
     def patches(self) -> int:
@@ -37,9 +54,10 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Gemma's blocks, run in both directions.
+    """Gemma's blocks, run in both directions; or the text tower of a dual encoder.
 
-    The defaults are Gemma 1's; the last four fields are what Gemma 2 adds.
+    The defaults are Gemma 1's; `post_norms` to `sliding_window` are what Gemma 2 adds, the rest is of dual encoders,
+    whose heads are always width / num_heads wide and have no rotary positions.
 
     Attributes:
       post_norms: normalise what attention and MLP give, too, before it is added.
@@ -47,6 +65,8 @@ class TextConfig:
       attn_logit_softcap: attention logits go through cap · tanh(logit / cap); 0 for no cap.
       sliding_window: in layers 0, 2, 4, … a token attends to those at most so many tokens away, before or after it; 0
         for no window. (transformers' definition for a Gemma 2 that attends in both directions.)
+      positions: learned positions, the longest text in tokens.
+      activation: of the MLPs.
     """
 
     vocab_size: int = 257216
@@ -62,6 +82,8 @@ class TextConfig:
     query_pre_attn_scalar: int = 0
     attn_logit_softcap: float = 0.0
     sliding_window: int = 0
+    positions: int = 0
+    activation: Activation = "gelu_tanh"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +91,27 @@ class ModelConfig:
     """Which tower, how large.
 
     Attributes:
-      kind: "fusion" is JFE, one tower over image and text tokens; "two_tower" is the late-fusion baseline.
-      pooling: "last" takes the hidden state of the closing <eos>, "mean" the mean over the item's tokens.
+      kind: "fusion" is JFE, one tower over image and text tokens; "two_tower" is the late-fusion baseline; "dual" is
+        SigLIP's or CLIP's pair of towers, whose embeddings are summed.
+      family: dual only: whose towers.
+      pooling: "last" takes the hidden state of the closing <eos>, "mean" the mean over the item's tokens, "largest"
+        that of the first token with the largest id (dual only: CLIP files with an eos_token_id of 2).
       image_token: id of the placeholder that an image patch takes the place of.
       fusion: two_tower only. "score" sums the two towers' embeddings; "feature" runs `fusion_depth` transformer layers
         over both towers' output tokens.
       template_tokens: two_tower only: tokens of an item besides its patches when it has no text (<bos>, newline,
         <eos>); what has no more goes through the image tower alone.
-      embed_dim: two_tower only: width of the embedding. The fusion model's embedding has the tower's width.
+      embed_dim: width of the embedding of "two_tower" (0: the text tower's) and "dual" (0: the vision tower's). The
+        fusion model's embedding has the tower's width.
       dtype: of the computation; parameters are float32.
       remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "dots" all but matrix products.
     """
 
-    kind: Literal["fusion", "two_tower"] = "fusion"
+    kind: Literal["fusion", "two_tower", "dual"] = "fusion"
+    family: Literal["siglip", "clip"] = "siglip"
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
-    pooling: Literal["last", "mean"] = "last"
+    pooling: Literal["last", "mean", "largest"] = "last"
     image_token: int = 257152
     fusion: Literal["score", "feature"] = "score"
     fusion_depth: int = 2
@@ -100,11 +127,14 @@ class TokensConfig:
 
     Attributes:
       tokenizer: directory of a Hugging Face tokenizer.
+      template: "paligemma" is <image>…<bos> text newline <eos>; "clip" is <bos> text <eos>; "siglip" is text <eos>,
+        padded to `max_text_tokens` + 1. In the last two an image takes no tokens; an image alone is one placeholder.
       max_text_tokens: instruction and text together are cut to this many tokens.
-      newline: close the text with "\\n", as PaliGemma's processor does.
+      newline: close the text with "\\n", as PaliGemma's processor does ("paligemma" only).
     """
 
     tokenizer: str = ""
+    template: Literal["paligemma", "clip", "siglip"] = "paligemma"
     max_text_tokens: int = 240
     newline: bool = True
 
@@ -246,12 +276,30 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        _check_template(self.model, self.tokens)
         template = 2 + self.tokens.newline
         if self.model.kind == "two_tower" and self.model.template_tokens != template:
             raise UserError(
                 f"model.template_tokens is {self.model.template_tokens}, but with tokens.newline "
                 f"{str(self.tokens.newline).lower()} an item without text has {template}; set it to {template}"
             )
+
+
+def _check_template(model: ModelConfig, tokens: TokensConfig) -> None:
+    wanted = model.family if model.kind == "dual" else "paligemma"
+    if tokens.template != wanted:
+        raise UserError(f"tokens.template is {tokens.template!r}, but this model's items are laid out as {wanted!r}")
+    room = model.text.positions - {"siglip": 1, "clip": 2}.get(tokens.template, 0)
+    if tokens.template == "siglip" and tokens.max_text_tokens != room:
+        raise UserError(
+            f"tokens.max_text_tokens is {tokens.max_text_tokens}; SigLIP pads to its {model.text.positions} positions "
+            f"(model.text.positions), one of them for <eos>: set it to {room}"
+        )
+    if tokens.template == "clip" and tokens.max_text_tokens > room:
+        raise UserError(
+            f"tokens.max_text_tokens is {tokens.max_text_tokens}, but model.text.positions, {model.text.positions}, "
+            f"have room for {room} besides <bos> and <eos>"
+        )
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
@@ -285,7 +333,7 @@ def from_dict(tree: dict[str, Any], origin: str = "config", kind: type = Config)
     """A plain tree as a `kind` (Config or one of its sections); `origin` names the source in errors."""
     tree = _checked(kind, tree, origin)
     try:
-        return dacite.from_dict(kind, tree, dacite.Config(type_hooks={tuple[str, ...]: tuple}, strict=True))
+        return dacite.from_dict(kind, tree, dacite.Config(type_hooks=_TUPLES, strict=True))
     except dacite.WrongTypeError as error:
         wanted = error.field_type
         choices = typing.get_args(wanted) if typing.get_origin(wanted) is Literal else ()
@@ -360,6 +408,8 @@ def _names(kind: type, prefix: str = "") -> typing.Iterator[str]:
 def _as(hint: Any, value: Any, name: str) -> Any:
     if hint is float:
         return _to_float(value, name)
+    if hint == tuple[float, ...] and isinstance(value, list | tuple):
+        return [_to_float(one, name) for one in value]
     if hint == dict[int, float] and isinstance(value, dict):
         # JSON, in which checkpoints keep their config, knows text as keys only.
         if not all(str(key).isdecimal() for key in value):

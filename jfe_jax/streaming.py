@@ -122,7 +122,7 @@ class _Writer(type_handlers.NumpyHandler):
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
         # Leaves are written concurrently; one chunk of them all is in memory, and one on its way to the disk.
         self._turn = self._turn or asyncio.Semaphore(2)
-        for index in _chunks(value.shape, store.chunk_layout.write_chunk.shape):
+        for index in _chunks(value.shape, store.chunk_layout.write_chunk.shape or ()):
             async with self._turn:
                 await store[index].write(value.read(index))
 

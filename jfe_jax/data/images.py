@@ -1,4 +1,4 @@
-"""Image file → pixels, the way SiglipImageProcessor does it with Pillow.
+"""Image file → pixels, the way SiglipImageProcessor and CLIPImageProcessor do it with Pillow.
 
 Axes: H W pixels.
 """
@@ -6,6 +6,7 @@ Axes: H W pixels.
 import io
 import warnings
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -49,15 +50,23 @@ def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image
         raise UserError(f"{name}: cannot be read as an image ({reason})") from error
 
 
-def to_pixels(image: bytes | Path | np.ndarray, size: int, name: str = "image") -> np.ndarray:
-    """Decodes and resizes (bicubic, aspect ratio not kept, as PaliGemma does) → uint8 [size, size, 3], read-only.
+def to_pixels(
+    image: bytes | Path | np.ndarray, size: int, name: str = "image", resize: Literal["stretch", "crop"] = "stretch"
+) -> np.ndarray:
+    """Decodes and resizes (bicubic) → uint8 [size, size, 3], read-only.
+
+    Args:
+      image, name: as for `decode`.
+      resize: "stretch" does not keep the aspect ratio, as SigLIP and PaliGemma; "crop" makes the shorter side `size`
+        and takes the centre, as CLIP.
 
     Raises:
       UserError: as `decode`.
     """
     rgb = decode(image, name)
     if rgb.size != (size, size):
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC)
+        box = _centre(*rgb.size, size) if resize == "crop" else None
+        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box)
     pixels = np.array(rgb)
     # Caches hand out the same array many times.
     pixels.flags.writeable = False
@@ -68,6 +77,20 @@ def shift(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
     """Moves uint8 [H, W, 3] by so many pixels (negative: up, left); the edge that opens repeats what was outermost."""
     rows, columns = (np.arange(size) for size in pixels.shape[:2])
     return pixels[(rows - down).clip(0, len(rows) - 1)][:, (columns - right).clip(0, len(columns) - 1)]
+
+
+def _centre(width: int, height: int, size: int) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom, in pixels of the image, of what is cut out of it once its shorter side is `size`.
+
+    Rounded where CLIPImageProcessor rounds. Only this part is resized: the rest of a panorama may be large.
+    """
+    sides = []
+    for side in (width, height):
+        resized = size * side // min(width, height)
+        first = (resized - size) // 2
+        sides.append((first * side / resized, (first + size) * side / resized))
+    (left, right), (top, bottom) = sides
+    return left, top, right, bottom
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

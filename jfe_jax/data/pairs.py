@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from jfe_jax.data.cache import ByteCache
-from jfe_jax.data.images import shift, to_pixels
+from jfe_jax.data.images import shift
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.mbeir import MODALITIES
 from jfe_jax.data.prepared import CandidateRecord, Prepared, QueryRecord, RawRecords, parse_query
@@ -138,7 +138,7 @@ class EncodePair(grain.transforms.MapWithIndex):
     def _pixels(self, record: QueryRecord | CandidateRecord, name: str) -> np.ndarray:
         return self.caches.pixels.get(
             record.image_id,
-            lambda: to_pixels(record.image, self.encoder.image_size, name),
+            lambda: self.encoder.pixels(record.image, name),
             lambda pixels: pixels.nbytes + _OVERHEAD,
         )
 

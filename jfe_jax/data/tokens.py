@@ -1,7 +1,9 @@
 """Item → token ids and pixels.
 
-An item with P image patches is `<image>`·P, `<bos>`, text ids, newline, `<eos>`: PaliGemma's order, closed by the token
-that is pooled. Any Hugging Face tokenizer directory works, Gemma's included.
+Three layouts (`tokens.template`), each closed by the token that is pooled. PaliGemma's: an item with P image patches is
+`<image>`·P, `<bos>`, text ids, newline, `<eos>`. CLIP's: `<bos>`, text ids, `<eos>`. SigLIP's: text ids, `<eos>`,
+padding to a fixed length, whose last token is pooled whatever it is. In the last two the image is apart from the text,
+and an item without text is a single placeholder. Any Hugging Face tokenizer directory works, Gemma's included.
 
 Axes: S tokens, P patches, H W pixels.
 """
@@ -26,13 +28,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _LOG = logging.getLogger(__name__)
 IMAGE = "<image>"
 _SPECIAL = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
+# The special tokens that a template is made of.
+SPECIAL_OF = {"paligemma": ("pad", "bos", "eos", "image"), "clip": ("bos", "eos"), "siglip": ("pad", "eos")}
 
 
 class ItemEncoder:
     """Encodes items for one tokenizer and one image size.
 
     Attributes:
-      pad_id, bos_id, eos_id, image_id: the special tokens.
+      pad_id, bos_id, eos_id, image_id: the special tokens; None for one that the template has not.
       vocab_size: one more than the largest id.
       image_size: H and W.
       longest: no item has more tokens than this.
@@ -43,24 +47,25 @@ class ItemEncoder:
     """
 
     def __init__(self, tokens: TokensConfig, vision: VisionConfig, image_token: int):
-        self._tokenizer, special = _load(Path(tokens.tokenizer))
+        self._tokenizer, special = _load(Path(tokens.tokenizer), SPECIAL_OF[tokens.template])
         self.pad_id, self.bos_id, self.eos_id, self.image_id = (
-            special[name] for name in ("pad", "bos", "eos", "image")
+            special.get(name) for name in ("pad", "bos", "eos", "image")
         )
-        if self.image_id != image_token:
+        if self.image_id is not None and self.image_id != image_token:
             raise UserError(
                 f"{tokens.tokenizer}: {IMAGE} has id {self.image_id}, but model.image_token is {image_token}; set it so"
             )
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.image_size = vision.image_size
+        self.image_size, self._resize = vision.image_size, vision.resize
         self.cut_texts = 0
-        self._max_text = tokens.max_text_tokens
-        self._head = np.full(vision.patches + 1, self.image_id, np.int32)
-        self._head[-1] = self.bos_id
-        self._newline = "\n" if tokens.newline else ""
+        self._max_text, self._template = tokens.max_text_tokens, tokens.template
+        self._head = np.array([] if self.bos_id is None else [self.bos_id], np.int32)
+        placeholders = np.full(0 if self.image_id is None else vision.patches, self.image_id or 0, np.int32)
+        self._image_head = np.concatenate([placeholders, self._head])
+        self._newline = "\n" if tokens.newline and tokens.template == "paligemma" else ""
         self._close = self._tokenizer.encode(self._newline, add_special_tokens=False).ids
         self._tail = np.array([*self._close, self.eos_id], np.int32)
-        self.longest = len(self._head) + self._max_text + len(self._tail)
+        self.longest = len(self._image_head) + self._max_text + len(self._tail)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -75,12 +80,18 @@ class ItemEncoder:
         """
         if item.image is None and not item.text and not item.instruction:
             raise UserError("an item needs a text or an image")
-        pixels = None if item.image is None else to_pixels(item.image, self.image_size, name)
+        pixels = None if item.image is None else self.pixels(item.image, name)
         return EncodedItem(self.tokens(item.text, item.instruction, pixels is not None), pixels)
+
+    def pixels(self, image: bytes | Path | np.ndarray, name: str) -> np.ndarray:
+        """The pixels of `encode` alone, uint8 [H, W, 3]."""
+        return to_pixels(image, self.image_size, name, self._resize)
 
     def tokens(self, text: str | None, instruction: str | None, has_image: bool) -> np.ndarray:
         """The tokens of `encode` alone, int32 [S]."""
         whole = f"{instruction} {text}" if instruction and text else instruction or text or ""
+        if has_image and not whole and self._template != "paligemma":
+            return self._tail[-1:]
         # The fast variant leaves out the offsets, which take as long as the ids. The newline is encoded with the text,
         # as PaliGemma's processor does: after a text that ends in one, the two may be one token.
         ids = self._tokenizer.encode_batch_fast([whole + self._newline], add_special_tokens=False)[0].ids
@@ -88,16 +99,17 @@ class ItemEncoder:
         tail = self._tail if closed else self._tail[-1:]
         ids = ids[: len(ids) - len(self._close)] if closed else ids
         # Text that spells the placeholder must not claim an image.
-        if self.image_id in ids:
+        if self.image_id is not None and self.image_id in ids:
             ids = [one for one in ids if one != self.image_id]
         if len(ids) > self._max_text:
             self._count_cut()
             ids, tail = ids[: self._max_text], self._tail
-        head = self._head if has_image else self._head[-1:]
-        tokens = np.empty(len(head) + len(ids) + len(tail), np.int32)
+        head = self._image_head if has_image else self._head
+        length = self.longest if self._template == "siglip" else len(head) + len(ids) + len(tail)
+        tokens = np.full(length, self.pad_id or 0, np.int32)
         tokens[: len(head)] = head
         tokens[len(head) : len(head) + len(ids)] = ids
-        tokens[len(head) + len(ids) :] = tail
+        tokens[len(head) + len(ids) : len(head) + len(ids) + len(tail)] = tail
         return tokens
 
     def _count_cut(self) -> None:
@@ -145,9 +157,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
-def _load(directory: Path) -> tuple[Tokenizer, dict[str, int]]:
+def _load(directory: Path, wanted: tuple[str, ...]) -> tuple[Tokenizer, dict[str, int]]:
+    """The tokenizer and the ids of the `wanted` special tokens."""
     file = directory / "tokenizer.json"
     if not file.is_file():
+        if (directory / "spiece.model").is_file():
+            raise UserError(
+                f"tokens.tokenizer: {directory} has spiece.model only; add the model's tokenizer.json to it"
+            )
         raise UserError(f"tokens.tokenizer: {file} does not exist; name a Hugging Face tokenizer directory")
     try:
         tokenizer = Tokenizer.from_file(str(file))
@@ -157,14 +174,14 @@ def _load(directory: Path) -> tuple[Tokenizer, dict[str, int]]:
     tokenizer.no_truncation()
     # A text that spells a special token is text.
     tokenizer.encode_special_tokens = True
-    named = {name: token for name, token in _SPECIAL.items() if name != "unk"}
+    named = {name: token for name, token in (_SPECIAL | {"image": IMAGE}).items() if name in wanted}
     for settings in ("special_tokens_map.json", "tokenizer_config.json"):
         tree = _read_json(directory / settings)
-        for name in named:
+        for name in named.keys() - {"image"}:
             token = tree.get(f"{name}_token")
             named[name] = (token.get("content") if isinstance(token, dict) else token) or named[name]
     ids = {}
-    for name, token in (named | {"image": IMAGE}).items():
+    for name, token in named.items():
         ids[name] = tokenizer.token_to_id(token)
         if ids[name] is None:
             raise UserError(f"{directory}: the tokenizer has no {token} token")

@@ -4,10 +4,11 @@
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from jfe_jax.errors import UserError
+from jfe_jax.hf import dual_names
 from jfe_jax.hf.entry import Entry, block, linear
 
 VISION, TEXT, PROJECTOR = "vision_tower.", "language_model.model.", "multi_modal_projector."
@@ -54,6 +55,7 @@ _SPELLINGS = (
     (re.compile(r"^(base_model\.)?model\.(?=language_model|vision_tower|multi_modal_projector)"), ""),
     (re.compile(r"^vision_tower\.vision_model\."), VISION),
     (re.compile(r"^language_model\.(?!model\.|lm_head)"), TEXT),
+    dual_names.SPELLING,
 )
 # No weights of their own: the output matrix is the embedding table, an encoder needs neither; buffers of old files.
 _IGNORED = re.compile(r"(^|\.)lm_head\.weight$|\.position_ids$|\.rotary_emb\.inv_freq$")
@@ -67,11 +69,12 @@ def canonical(name: str) -> str | None:
 
 
 def prefixes(names: Iterable[str]) -> dict[str, str]:
-    """How these names spell the table's VISION, TEXT and PROJECTOR; one that is spelt in several ways is left out."""
+    """How these names spell the table's VISION, TEXT, PROJECTOR (of a dual encoder, `dual_names.ROOTS`); one that is
+    spelt in several ways is left out."""
     found: dict[str, set[str]] = {}
     for name in names:
         known = canonical(name) or ""
-        for root in (VISION, TEXT, PROJECTOR):
+        for root in (VISION, TEXT, PROJECTOR, *dual_names.ROOTS):
             rest = known.removeprefix(root)
             if known.startswith(root):
                 found.setdefault(root, set()).add(name.removesuffix(rest))
@@ -101,13 +104,21 @@ def pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
     Raises:
       UserError: a parameter that the table does not know: the model has no Hugging Face layout.
     """
-    table = (*_COMMON, *(_GEMMA_2 if _GEMMA_2[0].ours in shapes else _GEMMA_1))
+    table = _table(shapes)
     unknown = sorted(shapes.keys() - {entry.ours for entry in table})
     if unknown:
-        raise UserError(f"no Hugging Face name for {', '.join(unknown)}; only the fusion model has a layout there")
+        raise UserError(f"no Hugging Face name for {', '.join(unknown)}; two towers of one's own have no layout there")
     found = {}
     for entry in table:
         shape = shapes[entry.ours]
         for layer in range(shape[0]) if entry.stacked else (None,):
             found[entry.theirs.format(layer=layer)] = Piece(entry, layer, shape[1:] if entry.stacked else shape)
     return found
+
+
+def _table(shapes: Collection[str]) -> tuple[Entry, ...]:
+    for dual in (dual_names.SIGLIP, dual_names.CLIP):
+        # Each has a last line that the other models have not.
+        if dual[-1].ours in shapes:
+            return dual
+    return (*_COMMON, *(_GEMMA_2 if _GEMMA_2[0].ours in shapes else _GEMMA_1))

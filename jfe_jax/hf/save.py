@@ -1,9 +1,9 @@
-"""Writes a model as a Hugging Face directory that transformers opens as PaliGemmaForConditionalGeneration."""
+"""Writes a model as a Hugging Face directory that transformers opens: PaliGemma, or a dual encoder's own class."""
 
 import json
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from jfe_jax.checkpoint import written_whole
 from jfe_jax.config import Config
+from jfe_jax.data.tokens import SPECIAL_OF
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.card import known_results, model_card
@@ -31,6 +32,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "spiece.model",
     NAMES_FILE,
 )
 
@@ -58,7 +60,7 @@ def save_hf(model: Outgoing, out: str | Path, shard_bytes: int = SHARD_BYTES, la
     the files that the model came from, or else as transformers writes them; one is in memory at a time.
 
     Args:
-      model: a fusion model.
+      model: a fusion model or a dual encoder.
       out: must not exist, or be an empty directory.
       shard_bytes: weights are split into files of at most this size (a larger tensor has one of its own).
       layout: "sentence-transformers" adds what that library needs to open the directory.
@@ -67,11 +69,13 @@ def save_hf(model: Outgoing, out: str | Path, shard_bytes: int = SHARD_BYTES, la
       UserError: the model has no Hugging Face layout, `out` is in use, the tokenizer is missing, or the disk is full.
     """
     config, tokenizer = model.config, Path(model.tokenizer_dir)
-    if config.model.kind != "fusion":
-        raise UserError(f"model.kind is {config.model.kind!r}: only the fusion model has a Hugging Face layout for now")
+    if config.model.kind == "two_tower":
+        raise UserError("model.kind is 'two_tower', which no class of transformers is; 'fusion' and 'dual' have one")
+    if config.model.kind == "dual" and layout == "sentence-transformers":
+        raise UserError("the sentence-transformers layout is of the fusion model; a dual encoder has transformers' own")
     tensors = _tensors(model.arrays, _names(tokenizer))
     main = Counter(str(tensor.dtype) for tensor in tensors.values()).most_common(1)[0][0]
-    special = special_ids(tokenizer)
+    special = special_ids(tokenizer, SPECIAL_OF[config.tokens.template])
     try:
         with written_whole(out) as part:
             _write_json(part / "config.json", config_json(config.model, special) | {"dtype": main})
@@ -97,8 +101,8 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copyfile(path, target / path.name)
 
 
-def special_ids(directory: Path) -> dict[str, int]:
-    """Ids of "bos", "eos" and "pad", which transformers wants in config.json."""
+def special_ids(directory: Path, needed: Collection[str] = ("bos", "eos", "pad")) -> dict[str, int]:
+    """Ids of "bos", "eos" and "pad", which transformers wants in config.json; those not `needed` may be left out."""
     settings, vocabulary = (_read_json(directory / name) for name in ("tokenizer_config.json", "tokenizer.json"))
     added = {token["content"]: token["id"] for token in vocabulary.get("added_tokens", [])}
     known = vocabulary.get("model", {}).get("vocab", {})
@@ -107,9 +111,10 @@ def special_ids(directory: Path) -> dict[str, int]:
         token = settings.get(f"{name}_token")
         token = token["content"] if isinstance(token, dict) else token
         number = added.get(token, known.get(token) if isinstance(known, dict) else None)
-        if number is None:
+        if number is None and name in needed:
             raise UserError(f"{directory}: the tokenizer names no {name}_token of its vocabulary")
-        ids[name] = number
+        if number is not None:
+            ids[name] = number
     return ids
 
 

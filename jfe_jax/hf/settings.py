@@ -1,11 +1,12 @@
 """Hugging Face's config.json ↔ our configuration."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from jfe_jax.config import Config, ModelConfig, TextConfig, TokensConfig, VisionConfig, from_dict
 from jfe_jax.errors import UserError
+from jfe_jax.hf.dual_settings import dual_config_json, dual_encoder_json, dual_processor_json, read_dual
+from jfe_jax.hf.trees import read_json, refuse, section
 
 # What config.json cannot say: how an item is laid out and pooled.
 ENCODER_FILE = "jfe.json"
@@ -51,10 +52,15 @@ def read_config(directory: Path) -> Config:
       UserError: no config.json, another architecture, or a setting that the encoder does not implement.
     """
     path = directory / "config.json"
-    tree = _read_json(path)
+    tree = read_json(path)
+    encoder = read_json(directory / ENCODER_FILE) if (directory / ENCODER_FILE).exists() else {}
+    if tree.get("model_type") in ("siglip", "clip"):
+        return read_dual(tree, directory, encoder)
     if tree.get("model_type") != "paligemma":
-        raise UserError(f"{path}: model_type {tree.get('model_type')!r}; only 'paligemma' is read")
-    vision, text = _section(tree, "vision_config", path), _section(tree, "text_config", path)
+        raise UserError(
+            f"{path}: model_type {tree.get('model_type')!r}; only 'paligemma', 'siglip' and 'clip' are read"
+        )
+    vision, text = section(tree, "vision_config", path), section(tree, "text_config", path)
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     family = text.get("model_type", "gemma")
     table = _TEXT.get(family, _GEMMA_1)
@@ -63,7 +69,7 @@ def read_config(directory: Path) -> Config:
     # Gemma 2 without windows: nothing that a layer's number decides.
     if layer_types == ["full_attention"] * sizes["depth"] and "sliding_window" in sizes:
         sizes["sliding_window"], layer_types = 0, None
-    _refuse(
+    refuse(
         path,
         {
             "text_config.model_type": (family, tuple(_TEXT)),
@@ -88,7 +94,6 @@ def read_config(directory: Path) -> Config:
             f"{path}: image_token_index {image_token} is beyond text_config.vocab_size, {sizes['vocab_size']}; "
             "it has to be the id of <image> in tokenizer.json"
         )
-    encoder = _read_json(directory / ENCODER_FILE) if (directory / ENCODER_FILE).exists() else {}
     model = {
         "vision": {ours: vision.get(theirs, default) for ours, (theirs, default) in _VISION.items()},
         # null is how a file says that there is no cap or no window.
@@ -104,12 +109,14 @@ def read_config(directory: Path) -> Config:
 
 
 def config_json(model: ModelConfig, special: dict[str, int]) -> dict[str, Any]:
-    """config.json of a `PaliGemmaForConditionalGeneration` of this geometry.
+    """config.json of a `PaliGemmaForConditionalGeneration` (of a dual encoder: its own class) of this geometry.
 
     Args:
-      model: a fusion model's configuration.
+      model: the configuration of a fusion model or a dual encoder.
       special: ids of "bos", "eos" and "pad".
     """
+    if model.kind == "dual":
+        return dual_config_json(model, special)
     ids = {f"{name}_token_id": number for name, number in special.items()}
     family = "gemma2" if model.text.post_norms else "gemma"
     text = {theirs: getattr(model.text, ours) for ours, (theirs, _) in _TEXT[family].items()}
@@ -162,11 +169,15 @@ def config_json(model: ModelConfig, special: dict[str, int]) -> dict[str, Any]:
 
 def encoder_json(model: ModelConfig, tokens: TokensConfig) -> dict[str, Any]:
     """What `read_config` takes from ENCODER_FILE."""
+    if model.kind == "dual":
+        return dual_encoder_json(tokens)
     return {"pooling": model.pooling, "max_text_tokens": tokens.max_text_tokens, "newline": tokens.newline}
 
 
 def processor_json(model: ModelConfig) -> dict[str, Any]:
     """preprocessor_config.json: the image preparation that `jfe_jax.data.images` does."""
+    if model.kind == "dual":
+        return dual_processor_json(model)
     side = model.vision.image_size
     return {
         "image_processor_type": "SiglipImageProcessor",
@@ -185,37 +196,11 @@ def processor_json(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read it ({error.strerror}); give a directory of a Hugging Face model"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: an object is wanted, not a {type(tree).__name__}")
-    return tree
-
-
-def _section(tree: dict[str, Any], name: str, path: Path) -> dict[str, Any]:
-    section = tree.get(name, {})
-    if not isinstance(section, dict):
-        raise UserError(f"{path}: {name} is an object, not {section!r}")
-    return section
-
-
 def _layer_types(depth: int) -> list[str]:
     """Gemma 2's: a window in layers 0, 2, 4, …"""
     return ["full_attention" if layer % 2 else "sliding_attention" for layer in range(depth)]
 
 
-def _refuse(path: Path, settings: dict[str, tuple[Any, tuple[Any, ...]]]) -> None:
-    bad = [f"{key} = {value!r}" for key, (value, allowed) in settings.items() if value not in allowed]
-    if bad:
-        raise UserError(f"{path}: not implemented here: {'; '.join(bad)}")
-
-
-assert set(_VISION) == set(VisionConfig.__dataclass_fields__)
-assert {*_GEMMA_2, "rope_theta", "post_norms"} == set(TextConfig.__dataclass_fields__)
+# Of the fields that are not in the tables, PaliGemma leaves the defaults.
+assert {*_VISION, "activation", "resize", "mean", "std"} == set(VisionConfig.__dataclass_fields__)
+assert {*_GEMMA_2, "rope_theta", "post_norms", "positions", "activation"} == set(TextConfig.__dataclass_fields__)

@@ -1,12 +1,15 @@
-"""Models: packed items → unit vectors. Both kinds take a PackedBatch and give float32 [G, B, E].
+"""Models: packed items → unit vectors. All kinds take a PackedBatch and give float32 [G, B, E].
 
 `graphdef, params = nnx.split(build_model(cfg, rngs))` once; then `nnx.merge(graphdef, params)(packed)` inside jit.
 """
+
+from collections.abc import Iterator
 
 from flax import nnx
 
 from jfe_jax.config import ModelConfig
 from jfe_jax.errors import UserError
+from jfe_jax.models.dual import DualEncoder
 from jfe_jax.models.fusion import FusionEncoder
 from jfe_jax.models.layers import count_parameters, logical_axes
 from jfe_jax.models.two_tower import TwoTowerEncoder
@@ -21,18 +24,20 @@ def build_model(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
       UserError: the sizes in `cfg` do not fit together.
     """
     _check(cfg)
-    return FusionEncoder(cfg, rngs) if cfg.kind == "fusion" else TwoTowerEncoder(cfg, rngs)
+    return {"fusion": FusionEncoder, "two_tower": TwoTowerEncoder, "dual": DualEncoder}[cfg.kind](cfg, rngs)
 
 
 def embedding_width(cfg: ModelConfig) -> int:
     """E, the width of the model's embeddings."""
-    return cfg.embed_dim or cfg.text.width if cfg.kind == "two_tower" else cfg.text.width
+    own = {"two_tower": cfg.embed_dim, "dual": cfg.embed_dim or cfg.vision.width}
+    return own.get(cfg.kind) or cfg.text.width
 
 
 def _check(cfg: ModelConfig) -> None:
     for holds, problem in (
         (
-            cfg.vision.image_size % cfg.vision.patch_size == 0,
+            # Pixels beyond the last whole patch are left out, as in siglip-so400m-patch14-384.
+            cfg.kind == "dual" or cfg.vision.image_size % cfg.vision.patch_size == 0,
             f"model.vision.image_size {cfg.vision.image_size} is no multiple of patch_size {cfg.vision.patch_size}",
         ),
         (
@@ -43,11 +48,38 @@ def _check(cfg: ModelConfig) -> None:
             cfg.text.num_heads % cfg.text.num_kv_heads == 0,
             f"model.text.num_heads {cfg.text.num_heads} is no multiple of num_kv_heads {cfg.text.num_kv_heads}",
         ),
-        (cfg.text.head_dim % 2 == 0, f"model.text.head_dim {cfg.text.head_dim} is odd; rotary positions need halves"),
         (
-            cfg.kind == "two_tower" or cfg.embed_dim in (0, cfg.text.width),
+            cfg.kind == "dual" or cfg.text.head_dim % 2 == 0,
+            f"model.text.head_dim {cfg.text.head_dim} is odd; rotary positions need halves",
+        ),
+        (
+            len(cfg.vision.mean) == len(cfg.vision.std) == 3 and all(cfg.vision.std),
+            "model.vision.mean and std are three numbers each, std's not 0",
+        ),
+        (
+            cfg.kind != "fusion" or cfg.embed_dim in (0, cfg.text.width),
             f"model.embed_dim {cfg.embed_dim}: the fusion model's embedding has the tower's width {cfg.text.width}",
         ),
+        (
+            cfg.kind == "dual" or cfg.pooling != "largest",
+            "model.pooling 'largest': only a dual encoder's text is pooled so",
+        ),
+        *(_dual_conditions(cfg) if cfg.kind == "dual" else ()),
     ):
         if not holds:
             raise UserError(problem)
+
+
+def _dual_conditions(cfg: ModelConfig) -> Iterator[tuple[bool, str]]:
+    text = cfg.text
+    yield text.positions > 0, "model.text.positions is 0; a dual encoder's text tower has learned positions"
+    yield (
+        (text.num_kv_heads, text.head_dim * text.num_heads) == (text.num_heads, text.width),
+        f"model.text: a dual encoder's text tower has num_kv_heads = num_heads ({text.num_heads}) and head_dim = "
+        f"width / num_heads ({text.width / text.num_heads:g})",
+    )
+    yield cfg.pooling != "mean", "model.pooling 'mean': a dual encoder's text is pooled at one token"
+    yield (
+        cfg.family == "clip" or cfg.embed_dim in (0, cfg.vision.width),
+        f"model.embed_dim {cfg.embed_dim}: SigLIP's embedding has the vision tower's width {cfg.vision.width}",
+    )

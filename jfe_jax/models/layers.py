@@ -3,7 +3,8 @@
 A parameter's name ends in its axis letters, so `query_dnh` is [D, N, H]; `logical_axes` reads them back for sharding.
 
 Axes: L layers, D width, N heads, K kv heads, J = N/K query heads of a kv head, H head dim, F mlp width, V vocabulary,
-P patches, S tokens (T as keys), E embedding, C any input width. "…" are leading axes, G first.
+P patches, S tokens (T as keys), E embedding, C any input width, I one of several projections side by side. "…" are
+leading axes, G first.
 """
 
 from collections.abc import Callable
@@ -23,8 +24,10 @@ LOGICAL = {
     "f": "mlp",
     "v": "vocab",
     "p": "patch",
+    "s": "position",
     "c": None,
     "e": None,
+    "i": None,
     "x": None,
     "y": None,
 }

@@ -15,7 +15,8 @@ def pool(hidden: jax.Array, packed: PackedBatch, how: str, mask: jax.Array | Non
     Args:
       hidden: [G, R, S, D].
       packed: where the items are.
-      how: "last" takes the token at `packed.pool`, "mean" the mean over `packed.pool_span`.
+      how: "last" takes the token at `packed.pool`, "mean" the mean over `packed.pool_span`, "largest" the first token
+        with the largest id of the span.
       mask: bool [G, R, S]; "mean" leaves out what is False. None keeps all.
 
     Returns:
@@ -23,10 +24,17 @@ def pool(hidden: jax.Array, packed: PackedBatch, how: str, mask: jax.Array | Non
     """
     g, r, s, d = hidden.shape
     flat = hidden.reshape(g, r * s, d)
-    if how == "last":
-        rows = jnp.take_along_axis(flat, packed.pool[..., None], axis=1, mode="clip")
+    if how != "mean":
+        where = packed.pool if how == "last" else _largest(packed)
+        rows = jnp.take_along_axis(flat, where[..., None], axis=1, mode="clip")
         return rows.astype(jnp.float32)
     return mean_over(in_span(jnp.arange(r * s), packed.pool_span), flat, mask)
+
+
+def _largest(packed: PackedBatch) -> jax.Array:
+    """Where each item's first token with its largest id is, in the flattened R·S: int32 [G, B]."""
+    tokens = packed.tokens.reshape(packed.tokens.shape[0], 1, -1)
+    return jnp.argmax(jnp.where(in_span(jnp.arange(tokens.shape[-1]), packed.pool_span), tokens, -1), axis=-1)
 
 
 def in_span(index: jax.Array, span: jax.Array) -> jax.Array:

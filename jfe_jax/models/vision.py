@@ -1,5 +1,7 @@
 """SigLIP's vision transformer: uint8 images → one feature per patch. No pooling head, as in PaliGemma.
 
+Its blocks are those of the dual encoders' towers too, of images and of texts.
+
 Axes: G groups, M image slots, P patches, D width, N heads, H head dim, F mlp width; y, x pixels of a patch, c colours.
 """
 
@@ -7,13 +9,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jfe_jax.config import VisionConfig
+from jfe_jax.config import TextConfig, VisionConfig
 from jfe_jax.models.layers import attend, project, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
 
 # Layouts of what a block computes inside.
 HEADS = ("group", None, None, "heads", None)
 MLP = ("group", None, None, "mlp")
+
+
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
 
 
 class LayerNorm(nnx.Module):
@@ -34,7 +43,7 @@ class LayerNorm(nnx.Module):
 class VisionAttention(nnx.Module):
     """Every patch attends to every patch of its image; all projections have biases."""
 
-    def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs):
         d, n = cfg.width, cfg.num_heads
         h = d // n
         self.query_dnh, self.key_dnh, self.value_dnh = (weight(rngs, d, n, h, fan_in=d) for _ in range(3))
@@ -42,20 +51,21 @@ class VisionAttention(nnx.Module):
         self.out_nhd = weight(rngs, n, h, d, fan_in=d)
         self.out_bias_d = zeros(d)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[G, M, P, D] → [G, M, P, D]."""
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """[G, M, P, D] → [G, M, P, D]; `bias` as in `attend`."""
         query = project(x, self.query_dnh[...]) + self.query_bias_nh[...].astype(x.dtype)
         key = project(x, self.key_dnh[...]) + self.key_bias_nh[...].astype(x.dtype)
         value = project(x, self.value_dnh[...]) + self.value_bias_nh[...].astype(x.dtype)
         query, key, value = (constrain(heads, HEADS) for heads in (query, key, value))
-        out = constrain(attend(query, key, value, bias=None), HEADS)
+        out = constrain(attend(query, key, value, bias), HEADS)
         return project(out, self.out_nhd[...], inner=2) + self.out_bias_d[...].astype(x.dtype)
 
 
 class VisionBlock(nnx.Module):
-    """Pre-norm transformer block with a tanh-GELU MLP."""
+    """Pre-norm transformer block."""
 
-    def __init__(self, cfg: VisionConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs):
+        self.activation = cfg.activation
         d, f = cfg.width, cfg.mlp_dim
         self.attention_norm = LayerNorm(d, cfg.norm_eps)
         self.attention = VisionAttention(cfg, rngs)
@@ -65,11 +75,11 @@ class VisionBlock(nnx.Module):
         self.down_fd = weight(rngs, f, d, fan_in=f)
         self.down_bias_d = zeros(d)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[G, M, P, D] → [G, M, P, D]."""
-        x = x + self.attention(self.attention_norm(x))
+    def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+        """[G, M, P, D] → [G, M, P, D]; `bias` as in `attend`."""
+        x = x + self.attention(self.attention_norm(x), bias)
         hidden = project(self.mlp_norm(x), self.up_df[...]) + self.up_bias_f[...].astype(x.dtype)
-        hidden = constrain(jax.nn.gelu(hidden, approximate=True), MLP)
+        hidden = constrain(ACTIVATIONS[self.activation](hidden), MLP)
         return x + project(hidden, self.down_fd[...]) + self.down_bias_d[...].astype(x.dtype)
 
 
@@ -86,18 +96,21 @@ class VisionTower(nnx.Module):
         self.norm = LayerNorm(d, cfg.norm_eps)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        patches = _patches(pixels, self.cfg.patch_size)
-        # In float32: the processor's (x / 255 - 0.5) / 0.5, which SigLIP was trained with.
-        patches = ((patches.astype(jnp.float32) / 255 - 0.5) / 0.5).astype(self.dtype)
-        x = project(patches, self.patch_yxcd[...], inner=3)
+        x = project(normalised_patches(pixels, self.cfg).astype(self.dtype), self.patch_yxcd[...], inner=3)
         x = x + self.patch_bias_d[...].astype(self.dtype) + self.position_pd[...].astype(self.dtype)
         x = run_stack(self.blocks, x, depth=self.cfg.depth, remat=self.remat)
         return self.norm(x)
 
 
+def normalised_patches(pixels: jax.Array, cfg: VisionConfig) -> jax.Array:
+    """uint8 [G, M, H, W, 3] → float32 [G, M, P, side, side, 3], as the image processor's (x / 255 - mean) / std."""
+    mean, std = (jnp.asarray(of_colours, jnp.float32) for of_colours in (cfg.mean, cfg.std))
+    return (_patches(pixels, cfg.patch_size).astype(jnp.float32) / 255 - mean) / std
+
+
 def _patches(pixels: jax.Array, side: int) -> jax.Array:
     """[G, M, H, W, 3] → [G, M, P, side, side, 3]; moved while still uint8, a quarter of the bytes."""
     g, m, height, width, colours = pixels.shape
-    grid = pixels.reshape(g, m, height // side, side, width // side, side, colours)
-    patches = height // side * (width // side)
-    return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(g, m, patches, side, side, colours)
+    rows, columns = height // side, width // side
+    grid = pixels[:, :, : rows * side, : columns * side].reshape(g, m, rows, side, columns, side, colours)
+    return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(g, m, rows * columns, side, side, colours)

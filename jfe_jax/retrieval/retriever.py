@@ -17,7 +17,6 @@ from flax import nnx
 from jfe_jax import config as config_lib
 from jfe_jax.config import Config
 from jfe_jax.data import packing
-from jfe_jax.data.images import to_pixels
 from jfe_jax.data.items import EncodedItem, Item
 from jfe_jax.data.packing import PackedBatch
 from jfe_jax.data.tokens import ItemEncoder
@@ -48,12 +47,15 @@ class Retriever:
         row_tokens = max(config.data.row_tokens, self._encoder.longest)
         self._rows = max(1, BATCH_TOKENS // row_tokens)
         shortest_with_image = config.model.vision.patches + 2
+        # Where an image takes no tokens, as many as would fit if it did.
+        dual = config.model.kind == "dual"
+        slots = BATCH_TOKENS // shortest_with_image if dual else self._rows * (row_tokens // shortest_with_image)
         self._shape = {
             "groups": 1,
             "items_per_group": self._rows * row_tokens // 8,
             "rows": self._rows,
             "row_tokens": row_tokens,
-            "image_slots": self._rows * (row_tokens // shortest_with_image),
+            "image_slots": max(1, slots),
             "image_size": config.model.vision.image_size,
         }
 
@@ -169,12 +171,11 @@ class Retriever:
             yield EncodedItem(self._encoder.tokens(item.text, item.instruction, pixels is not None), pixels)
 
     def _pixels_of(self, image: bytes | Path | np.ndarray, name: str) -> np.ndarray:
-        size = self.config.model.vision.image_size
         if not isinstance(image, Path):
-            return to_pixels(image, size, name)
+            return self._encoder.pixels(image, name)
         pixels = self._pixels.get(image)
         if pixels is None:
-            pixels = self._pixels[image] = to_pixels(image, size, name)
+            pixels = self._pixels[image] = self._encoder.pixels(image, name)
             if len(self._pixels) * pixels.nbytes > PIXEL_CACHE_MIB * 2**20:
                 self._pixels.popitem(last=False)
         else:
@@ -188,7 +189,7 @@ class Retriever:
         used = int((packed.image_start[0] < rows * row_tokens).sum())
         step = -(-slots // _SLOT_STEPS)
         if alone and not packed.segments[0, 1:].any():
-            rows, step = 1, row_tokens // (self.config.model.vision.patches + 2)
+            rows, step = 1, max(1, row_tokens // (self.config.model.vision.patches + 2))
         kept = max(1, min(slots, -(-used // step) * step))
         return packed._replace(
             tokens=packed.tokens[:, :rows],
