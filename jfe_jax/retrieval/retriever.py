@@ -13,34 +13,54 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from jfe_jax import config as config_lib
-from jfe_jax.config import Config
+from jfe_jax.config import Config, MeshConfig
 from jfe_jax.data import packing
 from jfe_jax.data.items import EncodedItem, Item
 from jfe_jax.data.packing import PackedBatch
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
+from jfe_jax.sharding import batch_sharding, group_count, make_mesh, replicated
 
 BATCH_TOKENS = 4096
 PIXEL_CACHE_MIB = 256
 # A batch computes a quarter, a half, three quarters or all of its image slots, whichever is enough.
 _SLOT_STEPS = 4
-_FINGERPRINT_SAMPLES = 4096
 
 
 class Retriever:
-    """Embeds items with a trained model.
+    """Embeds items with a trained model, on all devices of this process: each has its groups of every batch.
 
     Attributes:
+      mesh: the devices.
       config: the model's resolved configuration.
       path, step: where it was loaded from, and the training step it was saved at.
       fingerprint: 16 hex digits that change with the weights, the architecture or the tokenizer.
     """
 
-    def __init__(self, config: Config, graphdef: nnx.GraphDef, params: nnx.State, *, path: Path, step: int = 0):
+    def __init__(
+        self,
+        config: Config,
+        graphdef: nnx.GraphDef,
+        params: nnx.State,
+        *,
+        path: Path,
+        step: int = 0,
+        mesh: Mesh | None = None,
+    ):
         self.config, self.path, self.step = config, Path(path), step
-        self._graphdef, self._params = graphdef, params
+        self._graphdef = graphdef
+        self.mesh = mesh or make_mesh(MeshConfig(data=-1), jax.local_devices())
+        devices = set(self.mesh.devices.flat)
+        leaves = jax.tree.leaves(params)
+        if any(not isinstance(leaf, jax.Array) or leaf.sharding.device_set != devices for leaf in leaves):
+            params = jax.device_put(params, replicated(self.mesh))
+        self._params, self._alone = params, None
+        if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
+            # The same weights as the first device has them: what fits into one group runs there.
+            self._alone = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, params)
         self._encoder = ItemEncoder(config.tokens, config.model.vision, config.model.image_token)
         self._pixels: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
         self._forward = jax.jit(lambda params, packed: nnx.merge(graphdef, params)(packed))
@@ -51,7 +71,7 @@ class Retriever:
         dual = config.model.kind == "dual"
         slots = BATCH_TOKENS // shortest_with_image if dual else self._rows * (row_tokens // shortest_with_image)
         self._shape = {
-            "groups": 1,
+            "groups": group_count(self.mesh),
             "items_per_group": self._rows * row_tokens // 8,
             "rows": self._rows,
             "row_tokens": row_tokens,
@@ -60,31 +80,37 @@ class Retriever:
         }
 
     @classmethod
-    def load(cls, path: str | Path) -> "Retriever":
+    def load(cls, path: str | Path, mesh: Mesh | None = None) -> "Retriever":
         """Opens a run directory, one of its step directories, or a Hugging Face directory.
+
+        Args:
+          mesh: of this process's devices, as `sharding.make_mesh(MeshConfig(fsdp=-1), jax.local_devices())` for a model
+            that no device holds alone; if not given, each of them has all of the model.
 
         Raises:
           UserError: there is no model at `path`, or it does not fit its configuration.
         """
         path = Path(path)
+        mesh = mesh or make_mesh(MeshConfig(data=-1), jax.local_devices())
         if (path / "config.json").is_file() and not (path / "config.yaml").is_file():
+            from jfe_jax.blueprint import blueprint, shardings_of
             from jfe_jax.hf.load import load_hf
-            from jfe_jax.models import build_model
 
             config, params = load_hf(path)
-            graphdef = nnx.graphdef(nnx.eval_shape(lambda: build_model(config.model, nnx.Rngs(0))))
-            # On the device once, not at every call.
-            return cls(config, graphdef, jax.tree.map(jax.numpy.asarray, params), path=path)
+            plan = blueprint(config.model, mesh)
+            # On the devices once, not at every call.
+            params = nnx.State(jax.device_put(nnx.to_pure_dict(params), shardings_of(plan.abstract)))
+            return cls(config, plan.graphdef, params, path=path, mesh=mesh)
         from jfe_jax import checkpoint
 
-        loaded = checkpoint.load_model(path)
+        loaded = checkpoint.load_model(path, mesh)
         tokens = dataclasses.replace(loaded.config.tokens, tokenizer=str(loaded.tokenizer_dir))
         own = dataclasses.replace(loaded.config, tokens=tokens)
-        return cls(own, loaded.graphdef, loaded.params, path=path, step=loaded.step)
+        return cls(own, loaded.graphdef, loaded.params, path=path, step=loaded.step, mesh=mesh)
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hash of the architecture, the tokenizer and a fixed sample of every weight."""
+        """Hash of the architecture, the tokenizer and every weight."""
         # How it is computed does not change what it is.
         model = dataclasses.replace(self.config.model, remat="none", dtype="float32")
         digest = hashlib.sha256(config_lib.to_yaml(model).encode())
@@ -92,10 +118,8 @@ class Retriever:
         settings = dataclasses.replace(self.config.tokens, tokenizer="")
         digest.update(config_lib.to_yaml(settings).encode())
         for name, leaf in jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(self._params)):
-            flat = leaf.reshape(-1)
-            stride = max(1, flat.size // _FINGERPRINT_SAMPLES)
             digest.update(f"{jax.tree_util.keystr(name)} {leaf.shape}".encode())
-            digest.update(np.asarray(flat[::stride], np.float32).tobytes())
+            digest.update(np.ascontiguousarray(leaf, np.float32))
         return digest.hexdigest()[:16]
 
     @property
@@ -126,14 +150,14 @@ class Retriever:
           UserError: an item is empty or its image cannot be read.
         """
         # Items of one modality side by side: a batch of texts then computes no image slots.
-        order = sorted(range(len(items)), key=lambda number: items[number].modality)
+        order = np.array(sorted(range(len(items)), key=lambda number: items[number].modality), np.int64)
         embeddings = None
         waiting: collections.deque = collections.deque()
 
         def take_first():
             nonlocal embeddings
             rows, places, numbers = waiting.popleft()
-            rows = np.asarray(rows, np.float32)[0]
+            rows = np.asarray(rows, np.float32)
             if embeddings is None:
                 embeddings = np.zeros((len(items), rows.shape[-1]), np.float32)
             embeddings[numbers] = rows[places]
@@ -141,10 +165,9 @@ class Retriever:
                 progress(len(numbers))
 
         for packed, numbers in packing.batches(self._encoded(items, order, names), **self._shape):
-            places = np.flatnonzero(numbers[0] >= 0)
-            chosen = np.array(order, np.int64)[numbers[0][places]]
-            packed = self._trimmed(packed, alone=len(places) == len(items))
-            waiting.append((self._forward(self._params, packed), places, chosen))
+            places = np.nonzero(numbers >= 0)
+            chosen = order[numbers[places]]
+            waiting.append((self._embed(packed, alone=len(chosen) == len(items)), places, chosen))
             # The next batch is read and packed while the device computes this one.
             if len(waiting) > 1:
                 take_first()
@@ -182,13 +205,22 @@ class Retriever:
             self._pixels.move_to_end(image)
         return pixels
 
-    def _trimmed(self, packed: PackedBatch, alone: bool) -> PackedBatch:
+    def _embed(self, packed: PackedBatch, alone: bool) -> jax.Array:
+        """[G, B, E] of a batch that holds all items there are (`alone`), or some of them."""
+        if self._alone is not None and not packed.valid[1:].any():
+            # Groups are filled one after the other: the last batch seldom needs them all.
+            first = jax.tree.map(lambda part: part[:1], packed)
+            return self._forward(self._alone, self._trimmed(first, alone))
+        with jax.set_mesh(self.mesh):
+            return self._forward(self._params, jax.device_put(self._trimmed(packed), batch_sharding(self.mesh)))
+
+    def _trimmed(self, packed: PackedBatch, alone: bool = False) -> PackedBatch:
         """Fewer image slots, and fewer rows for a call that needs only one; few shapes in all, so few compilations."""
         rows, row_tokens = packed.tokens.shape[1:]
         slots = packed.pixels.shape[1]
-        used = int((packed.image_start[0] < rows * row_tokens).sum())
+        used = int((packed.image_start < rows * row_tokens).sum(1).max())
         step = -(-slots // _SLOT_STEPS)
-        if alone and not packed.segments[0, 1:].any():
+        if alone and not packed.segments[:, 1:].any():
             rows, step = 1, max(1, row_tokens // (self.config.model.vision.patches + 2))
         kept = max(1, min(slots, -(-used // step) * step))
         return packed._replace(

@@ -3,13 +3,19 @@
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
+from jfe_jax.blueprint import blueprint, shardings_of
+from jfe_jax.config import MeshConfig
 from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval import retriever as retriever_lib
+from jfe_jax.retrieval.retriever import Retriever
+from jfe_jax.sharding import make_mesh
 from tests.retrieval.tiny import picture, tiny_retriever
 
 
@@ -51,6 +57,24 @@ def test_many_batches_with_a_ragged_end_compile_few_shapes(tmp_path, monkeypatch
     small.encode(mixed(200))
     # At most: texts, a quarter, a half, three quarters and all of the image slots.
     assert small._forward._cache_size() <= 5
+
+
+@pytest.mark.parametrize("sizes", [(8, 1), (2, 4)], ids=["whole on each", "split over four"])
+def test_all_devices_give_what_one_gives(tmp_path, monkeypatch, sizes):
+    monkeypatch.setattr(retriever_lib, "BATCH_TOKENS", 128)
+    items = mixed(70)
+    alone = tiny_retriever(tmp_path)
+    one = Retriever(alone.config, alone._graphdef, alone._params, path=tmp_path, mesh=make_mesh(MeshConfig(data=1)))
+    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1]))
+    shardings = shardings_of(blueprint(alone.config.model, mesh).abstract)
+    params = nnx.State(jax.device_put(nnx.to_pure_dict(alone._params), shardings))
+    many = Retriever(alone.config, alone._graphdef, params, path=tmp_path, mesh=mesh)
+    used = []
+    embed = many._embed
+    monkeypatch.setattr(many, "_embed", lambda packed, alone: used.append(packed.valid.any(1)) or embed(packed, alone))
+    np.testing.assert_allclose(many.encode(items), one.encode(items), atol=1e-5)
+    assert used[0].all() and len(used[0]) == 8 and not used[-1].all(), "the last batch is ragged"
+    assert many.fingerprint == one.fingerprint
 
 
 def test_nothing_to_embed(retriever):
