@@ -36,6 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--out", type=Path, required=True, help="where the shards go")
     prepare.add_argument("--units", nargs="+", metavar="UNIT", help="only these, e.g. mscoco_task0 (default: all)")
     prepare.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all but test*)")
+    prepare.add_argument(
+        "--short-side", type=int, default=0, metavar="N", help="make larger images so small (default: as is)"
+    )
+    prepare.add_argument(
+        "--max-bad-share",
+        type=float,
+        default=0.001,
+        metavar="X",
+        help="share of a part's images that may be missing or unreadable (default %(default)s)",
+    )
     prepare.set_defaults(run=_prepare)
 
 
@@ -53,10 +63,21 @@ def _prepare(args: argparse.Namespace) -> None:
     from jfe_jax.data.mbeir import Mbeir
     from jfe_jax.data.prepare import prepare
 
-    for part in prepare(Mbeir(args.dir), args.out, splits=args.splits, units=args.units, progress=progress.bar):
+    parts = prepare(
+        Mbeir(args.dir),
+        args.out,
+        splits=args.splits,
+        units=args.units,
+        short_side=args.short_side,
+        max_bad=args.max_bad_share,
+        progress=progress.bar,
+    )
+    for part in parts:
         line = f"{part.name}: {part.outcome}, {part.records} records"
         if part.dropped_queries:
             line += f"; {part.dropped_queries} queries dropped, none of their positives is in a pool"
         if part.dangling:
             line += f"; {part.dangling} candidate ids are in no pool"
+        if part.missing:
+            line += f"; {part.missing} images are missing or unreadable, listed in missing.txt"
         print(line, flush=True)

@@ -72,7 +72,7 @@ def training_batches(
     for name in weights:
         metadata = prepared.metadata(name)
         most_positives = max(most_positives, metadata["max_positives"][split])
-        queries = UnitQueries(prepared.queries(name, split), metadata["instructions"])
+        queries = UnitQueries(prepared.queries(name, split), metadata["instructions"], (name, *metadata["pools"]))
         if cfg.data.shuffle:
             # Of the seed and the unit alone: another unit in the mixture leaves this one's order as it is.
             seed = np.random.SeedSequence([cfg.seed, zlib.crc32(name.encode())]).generate_state(1)[0]

@@ -4,6 +4,7 @@ Texts come out as the benchmark formats them (`format_string`), so that whoever 
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,23 +109,24 @@ def iter_rows(file: Path, containing: str = "") -> Iterator[tuple[int, Any, str 
       UserError: the file cannot be read.
     """
     wanted = containing.encode()
-    for number, line in _raw_lines(file):
-        if wanted not in line:
-            continue
-        try:
-            yield number, _loads(line), None
-        except UnicodeDecodeError as error:
-            yield number, None, f"not UTF-8 ({error.reason} at byte {error.start})"
-        except (ValueError, RecursionError) as error:
-            yield number, None, f"not JSON ({error})"
+    for number, line in raw_lines(file):
+        if wanted in line:
+            yield number, *decode_row(line)
 
 
-def _loads(line: bytes) -> Any:
+def decode_row(line: bytes) -> tuple[Any, str | None]:
+    """A line of JSON → its value, or what is wrong with it."""
     try:
-        return orjson.loads(line)
+        return orjson.loads(line), None
     except orjson.JSONDecodeError:
-        # It refuses more than json does (lone surrogates, NaN), and json says better what is wrong.
-        return json.loads(line)
+        pass
+    # orjson refuses more than json does (lone surrogates, NaN), and json says better what is wrong.
+    try:
+        return json.loads(line), None
+    except UnicodeDecodeError as error:
+        return None, f"not UTF-8 ({error.reason} at byte {error.start})"
+    except (ValueError, RecursionError) as error:
+        return None, f"not JSON ({error})"
 
 
 def read_rows(file: Path, containing: str = "") -> Iterator[tuple[str, Any]]:
@@ -145,7 +147,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     Raises:
       UserError: it cannot be read or is not UTF-8.
     """
-    for number, line in _raw_lines(file):
+    for number, line in raw_lines(file):
         try:
             yield number, line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -156,11 +158,16 @@ def read_qrels(file: Path) -> Iterator[tuple[str, str, str, int | None]]:
     """The lines of a qrels file: place, query id, candidate id, relevance (None if the line is malformed)."""
     for number, line in read_lines(file):
         parts = line.split()
-        good = len(parts) in (4, 5) and parts[3].lstrip("-").isdecimal()
+        good = len(parts) in (4, 5) and re.fullmatch(r"-?\d{1,9}", parts[3])
         yield f"{file}:{number}", *((parts[0], parts[2], int(parts[3])) if good else ("", "", None))
 
 
-def _raw_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+def raw_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file that are not blank, numbered from 1.
+
+    Raises:
+      UserError: it cannot be read.
+    """
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
@@ -177,7 +184,7 @@ def dataset_id(identifier: str) -> int:
       ValueError: there is none.
     """
     number, colon, _ = identifier.partition(":")
-    if not colon or not number.isdecimal():
+    if not colon or not number.isdecimal() or len(number) > 9:
         raise ValueError(f"{identifier!r} is not dataset:number")
     return int(number)
 

@@ -15,8 +15,10 @@ from jfe_jax.data.cache import ByteCache
 from jfe_jax.data.images import shift
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.mbeir import MODALITIES
-from jfe_jax.data.prepared import CandidateRecord, Prepared, QueryRecord, RawRecords, parse_query
+from jfe_jax.data.numbering import PER_DATASET
+from jfe_jax.data.prepared import Prepared, QueryRecord, RawRecords, parse_query
 from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.errors import UserError
 
 # What an entry of a cache costs besides its array.
 _OVERHEAD = 400
@@ -30,14 +32,15 @@ class Caches:
 
     def __init__(self, image_bytes: int):
         self.pixels: ByteCache[np.ndarray] = ByteCache(image_bytes)
-        self.tokens: ByteCache[tuple[np.ndarray, int, int]] = ByteCache(image_bytes // 4)
+        self.tokens: ByteCache[tuple[np.ndarray, int]] = ByteCache(image_bytes // 4)
 
 
 class StoredQuery(NamedTuple):
-    """A query with its unit's prompts by (query's, positive's modality)."""
+    """A query with its unit's prompts by (query's, positive's modality), and the parts its image may be in."""
 
     record: QueryRecord
     prompts: dict[tuple[int, int], list[str]]
+    image_parts: tuple[str, ...]
 
 
 class UnitQueries(grain.MapDataset):
@@ -48,11 +51,12 @@ class UnitQueries(grain.MapDataset):
     Args:
       records: the serialized queries.
       instructions: rows of query's modality, positive's modality, prompts.
+      image_parts: where the images are.
     """
 
-    def __init__(self, records: RawRecords, instructions: Iterable[list[str]]):
+    def __init__(self, records: RawRecords, instructions: Iterable[list[str]], image_parts: Iterable[str]):
         super().__init__()
-        self._records = records
+        self._records, self._image_parts = records, tuple(image_parts)
         # Grain asks for it several times at every read.
         self._count = len(records)
         self._prompts = {
@@ -64,7 +68,8 @@ class UnitQueries(grain.MapDataset):
         return self._count
 
     def __getitem__(self, index: int) -> StoredQuery:
-        return StoredQuery(parse_query(self._records[index % self._count]), self._prompts)
+        query = parse_query(self._records[index % self._count])
+        return StoredQuery(query, self._prompts, self._image_parts)
 
 
 @dataclass(frozen=True)
@@ -95,38 +100,40 @@ class EncodePair(grain.transforms.MapWithIndex):
         instruction = None
         if prompts and with_instruction < self.instruction_probability:
             instruction = prompts[int(prompt * len(prompts))]
+        known = dict(zip(query.positives, query.positive_modalities, strict=True))
+        known |= zip(query.negatives, query.negative_modalities, strict=True)
         left = list(query.negatives)
         numbers = [query.positives[chosen], *(left.pop(int(other * len(left))) for other in others[: len(left)])]
-        candidates, modalities = zip(*map(self._candidate, numbers), strict=True)
-        items = (self._query(query, instruction), *candidates)
+        items = (self._query(element, instruction), *map(self._candidate, numbers))
         if self.image_shift:
             ways = iter(drawn[3 + self.negatives :])
             items = tuple(self._shifted(item, next(ways), next(ways)) for item in items)
-        return EncodedPair(query.qid, items, tuple(numbers), modalities, query.positives)
+        return EncodedPair(query.qid, items, tuple(numbers), tuple(known[one] for one in numbers), query.positives)
 
-    def _query(self, query: QueryRecord, instruction: str | None) -> EncodedItem:
+    def _query(self, element: StoredQuery, instruction: str | None) -> EncodedItem:
+        query = element.record
         tokens = self.encoder.tokens(query.text, instruction, bool(query.image_id))
-        return EncodedItem(tokens, self._pixels(query, f"image of query {query.qid}") if query.image_id else None)
+        if not query.image_id:
+            return EncodedItem(tokens, None)
+        return EncodedItem(tokens, self._pixels(query.image_id, element.image_parts, f"image of query {query.qid}"))
 
-    def _candidate(self, number: int) -> tuple[EncodedItem, int]:
-        # With its modality. The record is read if its tokens or its pixels are not there, and once if neither is.
+    def _candidate(self, number: int) -> EncodedItem:
+        # The record is read if its tokens or its pixels are not there, and once if neither is.
         record = None
 
-        def tokens() -> tuple[np.ndarray, int, int]:
+        def tokens() -> tuple[np.ndarray, int]:
             nonlocal record
             record = self.prepared.candidate(number)
-            ids = self.encoder.tokens(record.text, None, bool(record.image_id))
-            what = ",".join(["image"] * bool(record.image_id) + ["text"] * (bool(record.text) or not record.image_id))
-            return ids, record.image_id, MODALITIES.index(what)
+            return self.encoder.tokens(record.text, None, bool(record.image_id)), record.image_id
 
-        ids, image_id, modality = self.caches.tokens.get(number, tokens, lambda one: one[0].nbytes + _OVERHEAD)
+        ids, image_id = self.caches.tokens.get(number, tokens, lambda one: one[0].nbytes + _OVERHEAD)
         if not image_id:
-            return EncodedItem(ids, None), modality
+            return EncodedItem(ids, None)
         pixels = self.caches.pixels.find(image_id)
         if pixels is None:
             record = record or self.prepared.candidate(number)
-            pixels = self._pixels(record, f"image of candidate {record.did}")
-        return EncodedItem(ids, pixels), modality
+            pixels = self._pixels(image_id, (f"dataset{number // PER_DATASET}",), f"image of candidate {record.did}")
+        return EncodedItem(ids, pixels)
 
     def _shifted(self, item: EncodedItem, down: float, right: float) -> EncodedItem:
         """Moves the item's image; `down` and `right` in [0, 1) stand for the whole range."""
@@ -135,12 +142,15 @@ class EncodePair(grain.transforms.MapWithIndex):
         moves = (int(way * (2 * self.image_shift + 1)) - self.image_shift for way in (down, right))
         return item._replace(pixels=shift(item.pixels, *moves))
 
-    def _pixels(self, record: QueryRecord | CandidateRecord, name: str) -> np.ndarray:
-        return self.caches.pixels.get(
-            record.image_id,
-            lambda: self.encoder.pixels(record.image, name),
-            lambda pixels: pixels.nbytes + _OVERHEAD,
-        )
+    def _pixels(self, image_id: int, parts: tuple[str, ...], name: str) -> np.ndarray:
+        def make() -> np.ndarray:
+            try:
+                content = self.prepared.image(image_id, parts)
+            except UserError as error:
+                raise UserError(f"{name}: {error}") from error
+            return self.encoder.pixels(content, name)
+
+        return self.caches.pixels.get(image_id, make, lambda pixels: pixels.nbytes + _OVERHEAD)
 
 
 class EncodedPair(NamedTuple):

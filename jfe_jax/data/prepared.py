@@ -5,13 +5,15 @@ TFDS's own decoding takes ten times as long as the rest of reading a record, so 
 
 import difflib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jfe_jax.data.builder import CANDIDATES, QUERIES, VERSION
+from jfe_jax.data.builder import CANDIDATES, IMAGES, QUERIES, VERSION
 from jfe_jax.data.numbering import PER_DATASET
 from jfe_jax.errors import UserError
 
@@ -21,12 +23,12 @@ class QueryRecord(NamedTuple):
 
     qid: str
     text: str
-    image: bytes
     image_id: int
     modality: int
     positives: tuple[int, ...]
     positive_modalities: tuple[int, ...]
     negatives: tuple[int, ...]
+    negative_modalities: tuple[int, ...]
 
 
 class CandidateRecord(NamedTuple):
@@ -34,7 +36,6 @@ class CandidateRecord(NamedTuple):
 
     did: str
     text: str
-    image: bytes
     image_id: int
 
 
@@ -51,9 +52,10 @@ class Prepared:
             raise UserError(f"data.path: {path or 'not set'}: no prepared data there; make it with `jfe data prepare`")
         self._info: dict[str, Any] = {}
         self._pools: dict[int, Any] = {}
+        self._images: dict[str, _ImageStore] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_info": {}, "_pools": {}}
+        return {"path": self.path, "_info": {}, "_pools": {}, "_images": {}}
 
     def units(self, split: str) -> list[str]:
         """Names of the units that have that split."""
@@ -69,11 +71,14 @@ class Prepared:
         """What builder.py wrote beside the unit's records.
 
         Raises:
-          UserError: the candidates it points to are missing, or are not those it was made with.
+          UserError: the candidates it points to are missing, or are not those it was made with; their images are.
         """
         metadata = self._part(f"{QUERIES}/{unit}").info.metadata
         for dataset, fingerprint in metadata["pools"].items():
-            if self._part(f"{CANDIDATES}/{dataset}").info.metadata["fingerprint"] != fingerprint:
+            candidates = self._part(f"{CANDIDATES}/{dataset}").info.metadata
+            if candidates["images"]:
+                self._part(f"{IMAGES}/{dataset}")
+            if candidates["fingerprint"] != fingerprint:
                 raise UserError(
                     f"{self.path / QUERIES / unit}: made with other candidates than {CANDIDATES}/{dataset} holds; "
                     "run `jfe data prepare` again"
@@ -94,9 +99,23 @@ class Prepared:
         return CandidateRecord(
             feature["did"].bytes_list.value[0].decode(),
             feature["text"].bytes_list.value[0].decode(),
-            feature["image"].bytes_list.value[0],
             feature["image_id"].int64_list.value[0],
         )
+
+    def image(self, image_id: int, parts: Sequence[str]) -> bytes:
+        """The encoded image, out of the first of the parts of images that has it.
+
+        Raises:
+          UserError: none has.
+        """
+        for part in parts:
+            store = self._images.get(part)
+            if store is None:
+                store = self._images[part] = _ImageStore(self.path / IMAGES / part / VERSION)
+            content = store.find(image_id)
+            if content is not None:
+                return content
+        raise UserError(f"not among the images of {' and '.join(parts)} in {self.path / IMAGES}")
 
     def _part(self, name: str) -> Any:
         if name not in self._info:
@@ -105,6 +124,23 @@ class Prepared:
                 raise UserError(f"{place}: missing; run `jfe data prepare` again")
             self._info[name] = tfds.builder_from_directory(place)
         return self._info[name]
+
+
+class _ImageStore:
+    """One part of images: bytes by id. The index is a memory map; a part without images has none."""
+
+    def __init__(self, place: Path):
+        there = (place / "ids.npy").is_file()
+        self._ids = np.load(place / "ids.npy", mmap_mode="r") if there else np.zeros(0, np.int64)
+        self._rows = np.load(place / "rows.npy", mmap_mode="r") if there else self._ids
+        self._records = RawRecords(place, "images")
+
+    def find(self, image_id: int) -> bytes | None:
+        at = int(np.searchsorted(self._ids, image_id))
+        if at == len(self._ids) or self._ids[at] != image_id:
+            return None
+        example = tf_example_pb2.Example.FromString(self._records[int(self._rows[at])])
+        return example.features.feature["image"].bytes_list.value[0]
 
 
 class RawRecords:
@@ -137,10 +173,10 @@ def parse_query(record: bytes) -> QueryRecord:
     return QueryRecord(
         feature["qid"].bytes_list.value[0].decode(),
         feature["text"].bytes_list.value[0].decode(),
-        feature["image"].bytes_list.value[0],
         feature["image_id"].int64_list.value[0],
         feature["modality"].int64_list.value[0],
         tuple(feature["positives"].int64_list.value),
         tuple(feature["positive_modalities"].int64_list.value),
         tuple(feature["negatives"].int64_list.value),
+        tuple(feature["negative_modalities"].int64_list.value),
     )

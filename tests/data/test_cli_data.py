@@ -39,9 +39,10 @@ def test_prepare_says_what_became_of_each_part(own, tmp_path, capsys):
         "mbeir_queries/facts_task1: written, 4 records",
         "mbeir_queries/facts_task6: written, 4 records",
         "mbeir_candidates/dataset2: written, 80 records",
+        "mbeir_images/dataset2: written, 40 records",
     ]
     assert main(command) == 0
-    assert [line.split(": ")[1].split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["kept"] * 3
+    assert [line.split(": ")[1].split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["kept"] * 4
 
 
 def test_prepare_names_what_is_wrong_in_one_line(own, tmp_path, capsys):

@@ -12,7 +12,7 @@ from jfe_jax.config import Config, from_dict
 from jfe_jax.data.images import to_pixels
 from jfe_jax.data.loader import training_batches
 from jfe_jax.data.mbeir import MODALITIES, Mbeir
-from jfe_jax.data.numbering import CandidateIndex
+from jfe_jax.data.numbering import CandidateIndices
 from jfe_jax.data.prepare import prepare
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
@@ -70,10 +70,10 @@ def test_each_pair_is_a_query_of_the_data_with_one_of_its_positives(make_config,
     cfg = make_config(hard_negatives=2, rows=24, image_slots=64)
     encoder = ItemEncoder(cfg.tokens, cfg.model.vision, cfg.model.image_token)
     mbeir = Mbeir(mbeir_dir)
-    candidates = {}
+    candidates, indices = {}, CandidateIndices(mbeir)
     for dataset in (0, 2):
-        index = CandidateIndex(mbeir, dataset)
-        candidates |= {index.numbers[one.did]: one for one in index.candidates()}
+        index = indices.of(dataset)
+        candidates |= {int(index.find([one.did])[0][0]): one for one in index.candidates()}
     dids = {number: one.did for number, one in candidates.items()}
     known = {}
     for unit in mbeir.units("train"):

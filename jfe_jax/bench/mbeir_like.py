@@ -1,0 +1,217 @@
+"""A directory in M-BEIR's published format and proportions, of any size: what the data benchmarks read.
+
+Rows of queries and candidates by unit are UniIR's table of M-BEIR (arXiv 2311.17136, table 1), in thousands. Texts are
+drawn words; their mean lengths follow the sources' own texts (a caption 10 to 25 words, a passage of Wikipedia 100).
+"""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import orjson
+from PIL import Image
+
+
+class UnitShape(NamedTuple):
+    """A unit as published: thousands of training queries and of its local pool's candidates, mean words of texts."""
+
+    dataset: str
+    number: int
+    task: int
+    queries: int
+    candidates: int
+    query_words: int
+    candidate_words: int
+
+
+UNITS = (
+    UnitShape("visualnews", 0, 0, 99, 542, 19, 0),
+    UnitShape("visualnews", 0, 3, 100, 537, 0, 19),
+    UnitShape("fashion200k", 1, 0, 15, 201, 5, 0),
+    UnitShape("fashion200k", 1, 3, 15, 61, 0, 5),
+    UnitShape("webqa", 2, 1, 16, 544, 17, 45),
+    UnitShape("webqa", 2, 2, 17, 403, 17, 13),
+    UnitShape("edis", 3, 2, 26, 1047, 25, 16),
+    UnitShape("nights", 4, 4, 16, 40, 0, 0),
+    UnitShape("oven", 5, 6, 150, 676, 8, 100),
+    UnitShape("oven", 5, 8, 157, 335, 8, 100),
+    UnitShape("infoseek", 6, 6, 141, 611, 9, 100),
+    UnitShape("infoseek", 6, 8, 143, 481, 9, 100),
+    UnitShape("fashioniq", 7, 7, 16, 74, 11, 0),
+    UnitShape("cirr", 8, 7, 26, 21, 12, 0),
+    UnitShape("mscoco", 9, 0, 100, 5, 10, 0),
+    UnitShape("mscoco", 9, 3, 113, 25, 0, 10),
+)
+MODALITIES = {
+    0: ("text", "image"),
+    1: ("text", "text"),
+    2: ("text", "image,text"),
+    3: ("image", "text"),
+    4: ("image", "image"),
+    6: ("image,text", "text"),
+    7: ("image,text", "image"),
+    8: ("image,text", "image,text"),
+}
+PROMPTS = (
+    "Find an image or a text that answers the question.",
+    "Retrieve what is asked for in the query.",
+    "Which of the entries matches the given description best?",
+    "Identify the entry that fits.",
+)
+# File systems allow a file some ten thousand names.
+_NAMES_PER_FILE = 20_000
+
+
+def write(path: Path, rows: int, *, images: Literal["none", "files", "tar", "parts"] = "files", seed: int = 0) -> int:
+    """Writes about `rows` rows of training queries and local candidates in all; returns how many.
+
+    Args:
+      images: "files" makes a file for each path (names of a few JPEG of short side 256); "tar" one mbeir_images.tar.gz,
+        "parts" the same cut in four as published; "none" leaves the images out.
+    """
+    rng = np.random.default_rng(seed)
+    scale = rows / sum(1000 * (unit.queries + unit.candidates) for unit in UNITS)
+    words = _vocabulary(rng)
+    counts = [[max(1, round(1000 * scale * n)) for n in (unit.queries, unit.candidates)] for unit in UNITS]
+    first = dict.fromkeys((unit.dataset for unit in UNITS), 0)
+    asked = dict(first)
+    names: list[str] = []
+    for unit, (queries, candidates) in zip(UNITS, counts, strict=True):
+        pool = f"cand_pool/local/mbeir_{unit.dataset}_task{unit.task}_cand_pool.jsonl"
+        _write_lines(path / pool, _candidates(unit, first[unit.dataset], candidates, words, rng, names))
+        stem = f"mbeir_{unit.dataset}_task{unit.task}_train"
+        pairs = rng.integers(first[unit.dataset], first[unit.dataset] + candidates, queries)
+        rows_ = _queries(unit, asked[unit.dataset], pairs, words, rng, names)
+        _write_lines(path / f"query/train/{stem}.jsonl", rows_)
+        qrels = (
+            b"%d:%d 0 %d:%d 1 %d" % (unit.number, asked[unit.dataset] + i, unit.number, did, unit.task)
+            for i, did in enumerate(pairs)
+        )
+        _write_lines(path / f"qrels/train/{stem}_qrels.txt", qrels)
+        first[unit.dataset] += candidates
+        asked[unit.dataset] += queries
+    _write_lines(path / "instructions/query_instructions.tsv", _instructions())
+    if images != "none":
+        pictures = [_jpeg(rng) for _ in range(64)]
+        _write_files(path, names, pictures) if images == "files" else _write_archive(path, names, pictures, images)
+    return sum(map(sum, counts))
+
+
+def texts(count: int, mean_words: int, rng: np.random.Generator, words: np.ndarray) -> list[str]:
+    """Drawn texts of log-normal length."""
+    lengths = np.maximum(2, rng.lognormal(np.log(mean_words) - 0.06, 0.35, count).round().astype(int))
+    # Few words make most of a text, as in a language.
+    drawn = words[(len(words) * rng.random(lengths.sum()) ** 3).astype(int)].tolist()
+    ends = np.cumsum(lengths)
+    return [" ".join(drawn[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
+
+
+def _vocabulary(rng: np.random.Generator) -> np.ndarray:
+    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
+    return np.array(["".join(letters[rng.integers(0, len(letters), n)]) for n in rng.integers(2, 10, 20_000)])
+
+
+def _texts(mean: int, count: int, words: np.ndarray, rng: np.random.Generator) -> Iterator[str | None]:
+    if not mean:
+        yield from (None for _ in range(count))
+    for start in range(0, count if mean else 0, 10_000):
+        yield from texts(min(10_000, count - start), mean, rng, words)
+
+
+def _candidates(
+    unit: UnitShape, first: int, count: int, words: np.ndarray, rng: np.random.Generator, names: list[str]
+) -> Iterator[bytes]:
+    kind = MODALITIES[unit.task][1]
+    for i, text in enumerate(_texts(unit.candidate_words, count, words, rng)):
+        image = None
+        if "image" in kind:
+            image = f"mbeir_images/{unit.dataset}_images/{(first + i) // 1000:04d}/c{first + i}.jpg"
+            names.append(image)
+        did = f"{unit.number}:{first + i}"
+        yield orjson.dumps({"txt": text, "img_path": image, "modality": kind, "did": did, "src_content": None})
+
+
+def _queries(
+    unit: UnitShape, first: int, pairs: np.ndarray, words: np.ndarray, rng: np.random.Generator, names: list[str]
+) -> Iterator[bytes]:
+    kind = MODALITIES[unit.task][0]
+    for i, (text, did) in enumerate(zip(_texts(unit.query_words, len(pairs), words, rng), pairs.tolist(), strict=True)):
+        image = None
+        if "image" in kind:
+            image = f"mbeir_images/{unit.dataset}_images/query/{(first + i) // 1000:04d}/q{first + i}.jpg"
+            names.append(image)
+        row = {
+            "qid": f"{unit.number}:{first + i}",
+            "query_txt": text,
+            "query_img_path": image,
+            "query_modality": kind,
+            "query_src_content": None,
+            "pos_cand_list": [f"{unit.number}:{did}"],
+            "neg_cand_list": [f"{unit.number}:{pairs[(i + shift) % len(pairs)]}" for shift in (1, 2)],
+            "task_id": unit.task,
+        }
+        yield orjson.dumps(row)
+
+
+def _instructions() -> Iterator[bytes]:
+    yield b"query_modality\tcand_modality\tdataset_name\tdataset_id\tprompt_1\tprompt_2\tprompt_3\tprompt_4"
+    for unit in UNITS:
+        query, candidate = MODALITIES[unit.task]
+        yield "\t".join((query, candidate, unit.dataset, str(unit.number), *PROMPTS)).encode()
+
+
+def _jpeg(rng: np.random.Generator) -> bytes:
+    # Noise of several scales compresses about as photographs do: some 20 KB at 256 × 341.
+    height, width = 256, int(rng.integers(256, 400))
+    picture = np.zeros((height, width, 3))
+    for cells in (4, 16, 64):
+        noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8)).resize((width, height))
+        picture += np.asarray(noise) / (3 * np.log2(cells) / 2)
+    out = io.BytesIO()
+    Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
+    return out.getvalue()
+
+
+def _write_files(path: Path, names: list[str], pictures: list[bytes]) -> None:
+    made: set[str] = set()
+    named: dict[int, str] = {}
+    for number, name in enumerate(names):
+        file = os.path.join(path, name)
+        folder = os.path.dirname(file)
+        if folder not in made:
+            os.makedirs(folder, exist_ok=True)
+            made.add(folder)
+        turn, which = divmod(number, len(pictures))
+        if turn % _NAMES_PER_FILE == 0:
+            with open(file, "wb") as stream:
+                stream.write(pictures[which])
+            named[which] = file
+        else:
+            os.link(named[which], file)
+
+
+def _write_archive(path: Path, names: list[str], pictures: list[bytes], form: str) -> None:
+    # Not in the order of the rows: the published archive is not either.
+    order = np.random.default_rng(0).permutation(len(names))
+    whole = path / "mbeir_images.tar.gz"
+    with tarfile.open(whole, "w:gz", compresslevel=1) as archive:
+        for number in order:
+            member = tarfile.TarInfo(names[number])
+            member.size = len(pictures[number % len(pictures)])
+            archive.addfile(member, io.BytesIO(pictures[number % len(pictures)]))
+    if form == "parts":
+        size = -(-whole.stat().st_size // 4)
+        with open(whole, "rb") as stream:
+            for part in range(4):
+                (path / f"mbeir_images.tar.gz.part-{part:02d}").write_bytes(stream.read(size))
+        whole.unlink()
+
+
+def _write_lines(file: Path, lines: Iterator[bytes]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "wb") as stream:
+        stream.writelines(line + b"\n" for line in lines)
