@@ -1,4 +1,4 @@
-"""`jfe convert from-hf` beside a plain copy of the same files: rate and peak memory.
+"""`jfe convert from-hf` beside a plain copy of the same files, and beside PyTorch's way to a format of its own.
 
 Each conversion is a process of its own, as a user runs it, and its peak is what Linux says (VmHWM): every page it had
 in memory, of files too.
@@ -34,34 +34,52 @@ class Result(NamedTuple):
     Attributes:
       files: GB (10^9 bytes) of weights.
       largest: GiB of the largest tensor.
-      copy, convert: seconds.
-      peak: GiB, of the conversion, the largest of the rounds.
+      seconds: of "copy", "convert" (ours) and "torch" (`safetensors.torch.load_file`, then `torch.save`).
+      peak: GiB of the two conversions, the largest of the rounds.
     """
 
     files: float
     largest: float
-    copy: float
-    convert: float
-    peak: float
+    seconds: dict[str, float]
+    peak: dict[str, float]
+
+
+# Process → what it does with a source and a target.
+_OURS = "from jfe_jax.hf.convert import from_hf; from_hf(*sys.argv[1:])"
+_TORCH = """
+import torch
+from pathlib import Path
+from safetensors.torch import load_file
+source, target = map(Path, sys.argv[1:])
+target.mkdir()
+for file in sorted(source.glob("*.safetensors")):
+    torch.save(load_file(file), target / f"{file.stem}.pt")
+"""
+# Not getrusage: its maximum is inherited from the process that started this one.
+_PEAK = 'print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))'
 
 
 def run(gigabytes: float, rounds: int, directory: Path | None = None) -> Result:
     """Makes a PaliGemma of about so many GB in `directory` (default: the system's); copies and converts it by turns."""
+    times: dict[str, list[float]] = {"copy": [], "convert": [], "torch": []}
+    peaks: dict[str, list[int]] = {"convert": [], "torch": []}
     with tempfile.TemporaryDirectory(dir=directory) as folder:
-        source, copied, converted = (Path(folder) / name for name in ("hf", "copy", "run"))
+        source, target = Path(folder) / "hf", Path(folder) / "target"
         size, largest = make_checkpoint(source, gigabytes)
-        copies, conversions, peaks = [], [], []
         for _ in range(rounds):
-            copies.append(_timed(lambda: shutil.copytree(source, copied)))
-            shutil.rmtree(copied)
-            command = [sys.executable, "-m", "jfe_jax.bench.convert", str(source), str(converted)]
-            start = time.monotonic()
-            peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
-            os.sync()
-            conversions.append(time.monotonic() - start)
-            shutil.rmtree(converted)
-    medians = map(statistics.median, (copies, conversions))
-    return Result(size / 1e9, largest / 2**30, *medians, max(peaks) / 2**20)
+            times["copy"].append(_timed(lambda: shutil.copytree(source, target)))
+            shutil.rmtree(target)
+            for name, program in (("convert", _OURS), ("torch", _TORCH)):
+                command = [sys.executable, "-c", f"import sys\n{program}\n{_PEAK}", str(source), str(target)]
+
+                def convert(name: str = name, command: list[str] = command) -> None:
+                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    peaks[name].append(int(done.stdout.split()[-1]))
+
+                times[name].append(_timed(convert))
+                shutil.rmtree(target)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return Result(size / 1e9, largest / 2**30, medians, {name: max(found) / 2**20 for name, found in peaks.items()})
 
 
 def make_checkpoint(out: Path, gigabytes: float) -> tuple[int, int]:
@@ -100,12 +118,3 @@ def _timed(work: Callable[[], Any]) -> float:
     # A copy that is still in the kernel's memory is not done.
     os.sync()
     return time.monotonic() - start
-
-
-if __name__ == "__main__":
-    from jfe_jax.hf.convert import from_hf
-
-    from_hf(*sys.argv[1:])
-    # Not getrusage: its maximum is inherited from the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    print(next(line.split()[1] for line in status if line.startswith("VmHWM")))

@@ -24,11 +24,13 @@ def _convert(args: argparse.Namespace) -> None:
 
     result = convert.run(args.gigabytes, args.rounds, args.dir)
     print(
-        f"{result.files:.2f} GB of weights, largest tensor {result.largest:.2f} GiB; medians of {args.rounds} rounds:\n"
-        f"copy    {result.copy:6.1f} s  {result.files / result.copy:5.2f} GB/s\n"
-        f"convert {result.convert:6.1f} s  {result.files / result.convert:5.2f} GB/s, peak memory {result.peak:.2f} GiB"
-        f" (1.3 × the largest tensor + 1 GiB is {1.3 * result.largest + 1:.2f})"
+        f"{result.files:.2f} GB of weights, largest tensor {result.largest:.2f} GiB; medians of {args.rounds} rounds:"
     )
+    for name, seconds in result.seconds.items():
+        peak = f", peak memory {result.peak[name]:.2f} GiB" if name in result.peak else ""
+        rate = f"{result.files / seconds:5.2f} GB/s, {result.seconds['copy'] / seconds:.2f} x copy"
+        print(f"{name:8}{seconds:6.1f} s {rate}{peak}")
+    print(f"1.3 × the largest tensor + 1 GiB is {1.3 * result.largest + 1:.2f} GiB")
 
 
 def _search(args: argparse.Namespace) -> None:
