@@ -17,6 +17,7 @@ from jfe_jax.errors import UserError
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112
+_LARGEST_RESIZED = 1 << 25
 
 
 def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image:
@@ -65,8 +66,7 @@ def to_pixels(
     """
     rgb = decode(image, name)
     if rgb.size != (size, size):
-        box = _centre(*rgb.size, size) if resize == "crop" else None
-        rgb = rgb.resize((size, size), Image.Resampling.BICUBIC, box)
+        rgb = _centre(rgb, size) if resize == "crop" else rgb.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.array(rgb)
     # Caches hand out the same array many times.
     pixels.flags.writeable = False
@@ -79,18 +79,18 @@ def shift(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
     return pixels[(rows - down).clip(0, len(rows) - 1)][:, (columns - right).clip(0, len(columns) - 1)]
 
 
-def _centre(width: int, height: int, size: int) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom, in pixels of the image, of what is cut out of it once its shorter side is `size`.
-
-    Rounded where CLIPImageProcessor rounds. Only this part is resized: the rest of a panorama may be large.
-    """
-    sides = []
-    for side in (width, height):
-        resized = size * side // min(width, height)
-        first = (resized - size) // 2
-        sides.append((first * side / resized, (first + size) * side / resized))
-    (left, right), (top, bottom) = sides
-    return left, top, right, bottom
+def _centre(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to `size` and takes the centre, rounding where CLIPImageProcessor rounds."""
+    full = [size * side // min(image.size) for side in image.size]
+    first = [(side - size) // 2 for side in full]
+    if full[0] * full[1] <= _LARGEST_RESIZED:
+        left, top = first
+        return image.resize(full, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    # A ribbon, most of which would be resized for nothing. (Not always so: Pillow may then round otherwise.)
+    scale = [side / resized for side, resized in zip(image.size, full, strict=True)]
+    left, top = (start * by for start, by in zip(first, scale, strict=True))
+    right, bottom = ((start + size) * by for start, by in zip(first, scale, strict=True))
+    return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom))
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -10,9 +10,9 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, PreTrainedTokeniz
 
 from jfe_jax.data.items import EncodedItem
 
-VOCABULARY = 400
+VOCABULARY = 600
 # CLIP's tokens around a text, the last of its vocabulary; SigLIP's padding, which closes a text as well.
-BOS, EOS, PAD = 298, 299, 1
+BOS, EOS, PAD = 590, 591, 1
 WORDS = "a small red house the same person with a darker skin tone find an image that matches don't stop 12 3"
 _TOWER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 2}
 _DEEP = {"num_hidden_layers": 3, "hidden_size": 36, "num_attention_heads": 3}
@@ -147,16 +147,17 @@ def _image(model: torch.nn.Module, item: EncodedItem):
 
 
 def _clip_tokenizer() -> CLIPTokenizer:
-    """CLIPTokenizer itself, over a vocabulary of 300."""
+    """CLIPTokenizer itself, over a vocabulary of 592: bytes, bytes that end a word, merges."""
     whole = CLIPTokenizer()
     tokenizer = Tokenizer(models.BPE(continuing_subword_prefix="", end_of_word_suffix="</w>"))
     tokenizer.normalizer = whole.backend_tokenizer.normalizer
     tokenizer.pre_tokenizer = whole.backend_tokenizer.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=290, initial_alphabet=alphabet, end_of_word_suffix="</w>")
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, end_of_word_suffix="</w>")
     tokenizer.train_from_iterator(WORDS.split(), trainer)
     tree = json.loads(tokenizer.to_str())["model"]
-    vocabulary = {token: number for token, number in tree["vocab"].items() if number < BOS}
+    known = dict.fromkeys([*tree["vocab"], *(f"{byte}</w>" for byte in alphabet)])
+    vocabulary = {token: number for number, token in enumerate(known)}
     vocabulary |= {f"<filler{number}>": number for number in range(len(vocabulary), BOS)}
     vocabulary |= {"<|startoftext|>": BOS, "<|endoftext|>": EOS}
     return CLIPTokenizer(vocabulary, [tuple(pair) for pair in tree["merges"]], model_max_length=30)
