@@ -212,24 +212,43 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule; steps are optimizer steps.
+    """The update rule and its schedule; steps are optimizer steps.
 
     Attributes:
-      schedule: after a linear warm-up, what leads down to `end_fraction` of the learning rate.
+      name: "adamw"; "adafactor", whose second moment is rows and columns instead of a number for each parameter; or
+        "muon", which orthogonalises the momentum of matrices and is AdamW for tables, norms and biases. Muon's updates
+        are scaled to AdamW's size, so that the same learning rates serve.
+      schedule: after a linear warm-up, what leads down to `end_fraction` of the learning rate; "wsd" stays up until
+        `decay_fraction` of the steps are left.
+      b1, b2: decay of AdamW's moments; Adafactor takes `b1` only, and without (0) has no first moment.
+      muon_momentum: decay of Muon's.
+      first_moment_dtype, second_moment_dtype: what moments are stored in. bfloat16 halves them; the second is AdamW's,
+        and needs `b2` of 0.99 or less there.
       clip_norm: limit of the gradients' global norm; 0 for none.
       freeze: groups of parameters that stay as they are, by a key of their path: "vision", "embedder", "tower.norm".
+      learning_rate_factors: {group: factor of its learning rate}, as {vision: 0.1}; "loss" is the temperature's. Of
+        several that name a parameter the one with most keys counts.
+      max_skipped_steps: a step whose loss or gradients are not finite changes nothing and is counted; after so many in
+        a row training stops.
     """
 
+    name: Literal["adamw", "adafactor", "muon"] = "adamw"
     steps: int = 1000
     learning_rate: float = 1e-4
     warmup_steps: int = 100
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     end_fraction: float = 0.0
+    decay_fraction: float = 0.2
     b1: float = 0.9
     b2: float = 0.98
+    muon_momentum: float = 0.95
+    first_moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    second_moment_dtype: Literal["float32", "bfloat16"] = "float32"
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     freeze: tuple[str, ...] = ()
+    learning_rate_factors: dict[str, float] = field(default_factory=dict)
+    max_skipped_steps: int = 5
 
 
 @dataclass(frozen=True, kw_only=True)

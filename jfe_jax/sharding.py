@@ -121,8 +121,8 @@ def parameter_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
 def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of a tree that holds copies of the parameter tree, as an optimizer's state does.
 
-    A leaf whose path ends in a parameter's path and that has as many dimensions lies as that parameter; every other is
-    whole on each device.
+    A leaf whose path ends in a parameter's path and whose dimensions divide as that parameter's lies as it; every other
+    (a count, a factor of a factored moment) is whole on each device.
     """
     by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]}
 
@@ -130,11 +130,15 @@ def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
         keys = _keys(path)
         for start in range(len(keys)):
             found = by_path.get(keys[start:])
-            if found is not None and len(found.spec) == len(leaf.shape):
+            if found is not None and len(found.spec) == len(leaf.shape) and _divides(found.spec, leaf.shape, mesh):
                 return found
         return NamedSharding(mesh, P())
 
     return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _divides(spec: P, shape: Sequence[int], mesh: Mesh) -> bool:
+    return all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True))
 
 
 def initialise(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:

@@ -90,7 +90,7 @@ def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
     Raises:
       UserError: when a part is read that is damaged.
     """
-    tree = json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
+    tree = _metadata(directory)
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
     def array(name: str) -> StreamedArray:
@@ -109,6 +109,18 @@ def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
 
     names = (".".join(key["key"] for key in leaf["key_metadata"]) for leaf in tree["tree_metadata"].values())
     return {name: array(name) for name in names}
+
+
+def stored_names(directory: Path) -> list[str]:
+    """Dotted paths of the arrays of an Orbax tree."""
+    leaves = _metadata(directory)["tree_metadata"].values()
+    # What is an empty container in the tree stands there too, with nothing to read.
+    leaves = (leaf for leaf in leaves if not leaf["value_metadata"]["skip_deserialize"])
+    return [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
+
+
+def _metadata(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
 
 
 class _Writer(type_handlers.NumpyHandler):

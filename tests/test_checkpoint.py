@@ -157,6 +157,33 @@ def test_other_frozen_groups_are_refused(tmp_path, state, said):
         restore(tmp_path, said, replace(CONFIG, optimizer=OptimizerConfig()))
 
 
+def test_another_optimizers_state_is_refused_and_not_called_damaged(tmp_path, state, said):
+    save(tmp_path, state, [2], said)
+    changed = replace(CONFIG, optimizer=replace(CONFIG.optimizer, clip_norm=0.0))
+    with pytest.raises(UserError, match=r"holds the state of another optimizer \(optimizer\..*differ\)"):
+        restore(tmp_path, said, changed)
+    with pytest.raises(UserError, match=r"optimizer\.name: adamw != muon"):
+        restore(tmp_path, said, replace(CONFIG, optimizer=replace(CONFIG.optimizer, name="muon")))
+    assert restore(tmp_path, said).step == 2
+
+
+def test_a_checkpoint_from_before_steps_were_skipped_has_skipped_none(tmp_path, state, said):
+    checkpoints = RunCheckpoints(tmp_path, 3, said.append)
+    old = {name: value for name, value in rest(state).items() if name != "skipped"}
+    checkpoints.save(2, CONFIG, state.params, old, {"next": 2})
+    checkpoints.close()
+    assert_equal(restore(tmp_path, said).train, rest(state))
+
+
+def test_moments_are_restored_in_another_type(tmp_path, state, said):
+    save(tmp_path, state, [2], said)
+    optimizer = replace(CONFIG.optimizer, first_moment_dtype="bfloat16", second_moment_dtype="bfloat16")
+    saved = restore(tmp_path, said, replace(CONFIG, optimizer=optimizer), (1, 2, 1))
+    for one, other in zip(jax.tree.leaves(saved.train), jax.tree.leaves(rest(state)), strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other.astype(one.dtype)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(saved.train["optimizer"])} == {"bfloat16", "int32"}
+
+
 def test_a_model_alone_is_no_run_to_continue(tmp_path, state, said, tokenizer):
     checkpoint.save_model(tmp_path / "model", CONFIG, state.params, tokenizer)
     with pytest.raises(UserError, match="holds a model and no training state"):

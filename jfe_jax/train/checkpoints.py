@@ -5,16 +5,20 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jfe_jax import checkpoint
 from jfe_jax.checkpoint import CHECKPOINTS
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
+from jfe_jax.sharding import initialise, path_name
+from jfe_jax.streaming import stored_names
 
 
 class Saved(NamedTuple):
@@ -100,7 +104,7 @@ class RunCheckpoints:
                 _refuse_other_processes(path / "data")
                 checkpoint.read_part(path, "data", data)
                 params = checkpoint.read_part(path, "params", abstract_params)
-                return Saved(step, saved, params, checkpoint.read_part(path, "train", abstract_train), data.state)
+                return Saved(step, saved, params, _read_train(path, abstract_train), data.state)
             except UserError:
                 raise
             except Exception as error:
@@ -141,9 +145,30 @@ class RunCheckpoints:
         return UserError(f"{self._directory}: cannot write the checkpoint ({checkpoint.reason(error)}); {kept}")
 
 
+def _read_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    stored, wanted = {*stored_names(path / "train")}, _names(abstract)
+    # A checkpoint from before steps were skipped counts none.
+    new = {"skipped"} - stored
+    if stored != wanted - new:
+        changed = sorted(stored ^ (wanted - new))
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise UserError(
+            f"{path}: holds the state of another optimizer ({', '.join(changed[:3])}{more} differ); set `optimizer` as "
+            "it was, or start a new run from it with `init`"
+        )
+    train = checkpoint.read_part(path, "train", {name: abstract[name] for name in abstract if name not in new})
+    zeros = {name: initialise(partial(jnp.zeros_like, abstract[name]), abstract[name].sharding) for name in new}
+    return train | zeros
+
+
+def _names(tree: Any) -> set[str]:
+    return {path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
 def _refuse_other_state(saved: Config, wanted: Config, place: str) -> None:
-    # What decides which parameters there are, and which have moments.
-    for key in ("optimizer.freeze", "loss.kind", "loss.learn_temperature", "loss.learn_bias"):
+    # What decides which parameters there are, and which moments they have.
+    keys = ["optimizer.name", "optimizer.freeze", "loss.kind", "loss.learn_temperature", "loss.learn_bias"]
+    for key in keys:
         section, name = key.split(".")
         one, other = getattr(getattr(saved, section), name), getattr(getattr(wanted, section), name)
         if one != other:

@@ -16,6 +16,23 @@ def check(config: Config) -> None:
             f"optimizer.warmup_steps is {optimizer.warmup_steps}; it has to be from 0 to optimizer.steps, "
             f"{optimizer.steps}",
         ),
+        (
+            not 0 < optimizer.decay_fraction <= 1,
+            f"optimizer.decay_fraction is {optimizer.decay_fraction}; it has to be above 0 and at most 1",
+        ),
+        (
+            optimizer.second_moment_dtype == "bfloat16" and optimizer.b2 > 0.99,
+            f"optimizer.b2 is {optimizer.b2}, but a second moment in bfloat16 cannot hold changes of less than 0.4 %; "
+            "lower it to 0.99 or less, or set optimizer.second_moment_dtype to float32",
+        ),
+        (
+            optimizer.max_skipped_steps < 1,
+            f"optimizer.max_skipped_steps is {optimizer.max_skipped_steps}; it has to be 1 (stop at the first) or more",
+        ),
+        (
+            min(optimizer.learning_rate_factors.values(), default=0) < 0,
+            f"optimizer.learning_rate_factors: {optimizer.learning_rate_factors} has a factor below 0",
+        ),
         (optimizer.clip_norm < 0, f"optimizer.clip_norm is {optimizer.clip_norm}; it has to be 0 (none) or more"),
         (
             not 0 < loss.min_temperature <= loss.temperature,

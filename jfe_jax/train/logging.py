@@ -1,6 +1,7 @@
 """What a person sees of a run while it goes on, and what stays of it: progress, JSON lines, TensorBoard events."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -37,8 +38,12 @@ class MetricsLog:
         self._events = EventWriter(directory, purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Appends one line and the same values as TensorBoard scalars; on disk when it returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Appends one line and the same values as TensorBoard scalars; on disk when it returns.
+
+        JSON has no word for what is not finite: null stands for it.
+        """
+        told = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **told}) + "\n")
         self._file.flush()
         for name, value in values.items():
             place = f"val/{name.removeprefix('val_')}" if name.startswith("val_") else f"train/{name}"

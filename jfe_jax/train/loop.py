@@ -1,6 +1,5 @@
 """One stage of training, from a config to a finished run directory; stops and continues anywhere."""
 
-import math
 import signal
 import threading
 import time
@@ -50,7 +49,7 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
 
     Raises:
       UserError: the config does not fit the machine, the data or the checkpoint; a checkpoint cannot be written; the
-        loss is not finite (the last checkpoint from before is kept).
+        loss or gradients are not finite for `optimizer.max_skipped_steps` in a row (the last checkpoint is kept).
     """
     config = with_tokenizer(config)
     run, steps = Path(config.output), config.optimizer.steps
@@ -118,6 +117,7 @@ class _Run:
         self.config, self.training, self.groups, self.say = training.config, training, groups, say
         self.checkpoints = checkpoints
         self.train_step, self.eval_step = make_train_step(training), make_eval_step(training)
+        self.programs = 0
         self.saved: int | None = max(checkpoints.steps(), default=None)
 
     def go(self, start: int, state: TrainState, batches: Any) -> int:
@@ -137,6 +137,7 @@ class _Run:
                     self.waited += time.monotonic() - before
                     state, metrics = self.train_step(state, batch)
                     step += 1
+                    self._heed_compilation(step)
                     self.pending.append((step, metrics))
                     self._settle(LAG)
                     if _due(step, self.config.checkpoint.every_steps) or step == steps:
@@ -157,12 +158,7 @@ class _Run:
         while len(self.pending) > lag:
             step, metrics = self.pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
-                kept = "there is no checkpoint" if self.saved is None else f"checkpoint {self.saved} is kept"
-                raise UserError(
-                    f"step {step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; stopped, {kept}; "
-                    "lower optimizer.learning_rate or raise loss.min_temperature"
-                )
+            self._heed_skipped(step, values)
             shown = None
             if _due(step, self.config.log_every_steps) or step == self.config.optimizer.steps:
                 now = time.monotonic()
@@ -177,8 +173,28 @@ class _Run:
                 self.waited, self.since, self.last_logged = 0.0, time.monotonic(), step
             self.progress.update(step, shown)
 
+    def _heed_compilation(self, step: int) -> None:
+        programs = self.train_step._cache_size()
+        if self.programs and programs > self.programs:
+            self.progress.say(f"warning: step {step} was compiled again: its batch has another shape than those before")
+        self.programs = programs
+
+    def _heed_skipped(self, step: int, values: dict[str, float]) -> None:
+        in_row = int(values.pop("skipped_in_row"))
+        if not in_row:
+            return
+        what = f"loss {values['loss']}, gradient norm {values['gradient_norm']}"
+        if in_row >= self.config.optimizer.max_skipped_steps:
+            kept = "there is no checkpoint" if self.saved is None else f"checkpoint {self.saved} is kept"
+            many = f", not finite for {in_row} steps" if in_row > 1 else ""
+            raise UserError(
+                f"step {step}: {what}{many}; stopped, {kept}; lower optimizer.learning_rate or raise "
+                "loss.min_temperature"
+            )
+        self.progress.say(f"warning: step {step} is skipped: {what} ({int(values['skipped'])} so far)")
+
     def _save(self, step: int, state: TrainState, position: Any) -> None:
-        # Not before every step up to here is known to be finite.
+        # Not before it is known that training goes on.
         self._settle(0)
         self.checkpoints.save(step, self.config, state.params, state._replace(params={})._asdict(), position)
         self.saved = step

@@ -1,4 +1,4 @@
-"""AdamW over the parameters that are trained, decaying the ones that are matrices."""
+"""The optimizer over the parameters that are trained: one rule, decay for matrices, learning rates by group."""
 
 from typing import Any
 
@@ -9,6 +9,7 @@ from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.sharding import path_name
 from jfe_jax.train import losses
+from jfe_jax.train.rules import direction
 from jfe_jax.train.schedules import learning_rate
 
 # Weights that multiply nothing wide: decay would pull gains and offsets to zero without regularising anything.
@@ -16,28 +17,34 @@ UNDECAYED = ("bias", "norm", "scale")
 
 
 def make_optimizer(config: Config, axes: Any) -> optax.GradientTransformation:
-    """Clips by the global norm, then AdamW; frozen parameters get no moments and no update.
+    """Clips by the global norm, then the rule, decay and learning rate; frozen parameters get no moments and no update.
 
     It works on the tree {"model": parameters, "loss": loss parameters}.
 
     Args:
-      config: `optimizer` and `loss.learn_temperature` count.
+      config: `optimizer` and what `loss` learns count.
       axes: logical axis names of the model's parameters, a tuple at each leaf.
 
     Raises:
-      UserError: `optimizer.freeze` names no group of parameters.
+      UserError: `optimizer.freeze` or `optimizer.learning_rate_factors` names no group of parameters.
     """
     settings = config.optimizer
-    adamw = optax.adamw(
-        learning_rate(settings),
-        settings.b1,
-        settings.b2,
-        weight_decay=settings.weight_decay,
-        mask={"model": decay_mask(axes), "loss": jax.tree.map(lambda _: False, losses.learnt(config.loss))},
-    )
+    loss = losses.learnt(config.loss)
+    names = {"model": axes, "loss": jax.tree.map(lambda _: (), loss)}
+    matrices = {"model": decay_mask(axes), "loss": jax.tree.map(lambda _: False, loss)}
+    parts = [
+        direction(settings, names, matrices),
+        optax.add_decayed_weights(settings.weight_decay, matrices),
+        optax.scale_by_learning_rate(learning_rate(settings)),
+    ]
+    if settings.learning_rate_factors:
+        factors = rate_factors(names, settings.learning_rate_factors)
+        parts.append(optax.stateless(lambda updates, _: _scaled(updates, factors)))
+    optimizer = optax.chain(*parts)
+    if settings.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
     labels = jax.tree.map(lambda trained: "trained" if trained else "frozen", trained_mask(config, axes))
-    clipped = optax.chain(optax.clip_by_global_norm(settings.clip_norm), adamw) if settings.clip_norm else adamw
-    return optax.partition({"trained": clipped, "frozen": optax.set_to_zero()}, labels)
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels)
 
 
 def trained_mask(config: Config, axes: Any) -> dict[str, Any]:
@@ -70,14 +77,44 @@ def frozen_mask(axes: Any, groups: tuple[str, ...]) -> Any:
     Raises:
       UserError: a group holds no parameter.
     """
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(axes, is_leaf=_is_names)[0]]
-    for group in groups:
-        if not any(_within(path, group) for path in paths):
-            known = sorted({part for path in paths for part in path.split(".")})
-            raise UserError(f"optimizer.freeze: no parameters under {group!r}; there are {', '.join(known)}")
+    _refuse_unknown(axes, groups, "freeze")
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(_within(path_name(path), group) for group in groups), axes, is_leaf=_is_names
     )
+
+
+def rate_factors(names: Any, groups: dict[str, float]) -> Any:
+    """The factor of each leaf's learning rate: that of the group that names it with the most keys; 1 of no group.
+
+    Args:
+      names: the optimizer's tree, a tuple at each leaf.
+      groups: as of `frozen_mask`; "loss" are the loss's own parameters.
+
+    Raises:
+      UserError: a group holds no parameter.
+    """
+    _refuse_unknown(names, tuple(groups), "learning_rate_factors")
+
+    def factor(path: Any, _: Any) -> float:
+        own = [group for group in groups if _within(path_name(path), group)]
+        return groups[max(own, key=lambda group: group.count("."))] if own else 1.0
+
+    return jax.tree_util.tree_map_with_path(factor, names, is_leaf=_is_names)
+
+
+def _scaled(updates: Any, factors: Any) -> Any:
+    # Groups that are frozen have nothing in `updates`.
+    return jax.tree.map(
+        lambda factor, update: update if isinstance(update, optax.MaskedNode) else factor * update, factors, updates
+    )
+
+
+def _refuse_unknown(names: Any, groups: tuple[str, ...], key: str) -> None:
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(names, is_leaf=_is_names)[0]]
+    for group in groups:
+        if not any(_within(path, group) for path in paths):
+            known = sorted({part for path in paths for part in path.split(".")})
+            raise UserError(f"optimizer.{key}: no parameters under {group!r}; there are {', '.join(known)}")
 
 
 def _within(path: str, group: str) -> bool:

@@ -21,13 +21,15 @@ class TrainState(NamedTuple):
     """All of it is donated to the step, which returns the next.
 
     Attributes:
-      step: int32 scalar, optimizer steps done.
+      step: int32 scalar, steps done.
+      skipped: int32 [2]; of them, those that changed nothing because something was not finite: all, and the last ones.
       params: the model's parameters as a plain dict.
       loss: the loss's own parameters.
       optimizer: optax's state.
     """
 
     step: jax.Array
+    skipped: jax.Array
     params: dict[str, Any]
     loss: dict[str, jax.Array]
     optimizer: optax.OptState
@@ -78,4 +80,5 @@ def trainable(params: dict[str, Any], loss: dict[str, jax.Array]) -> dict[str, A
 
 def _first(config: Config, optimizer: optax.GradientTransformation, params: dict[str, Any]) -> TrainState:
     loss = losses.initial_parameters(config.loss)
-    return TrainState(jnp.zeros((), jnp.int32), params, loss, optimizer.init(trainable(params, loss)))
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)
+    return TrainState(step, skipped, params, loss, optimizer.init(trainable(params, loss)))

@@ -21,10 +21,13 @@ from jfe_jax.train.state import Training, TrainState, trainable
 def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatch], tuple[TrainState, Metrics]]:
     """Compiled step: (state, batch on the mesh) → (next state, metrics); the old state's memory is reused.
 
+    If loss or gradients are not finite, parameters and optimizer stay as they are, and `state.skipped` counts it.
+
     The batch is as `sharding.put_batch` lays it out for `loss.grad_cache_chunks`.
 
     Metrics are float32 scalars, those of `losses.contrastive_loss` (before the update) and "temperature",
-    "learning_rate", "gradient_norm" (of what is trained, before clipping).
+    "learning_rate", "gradient_norm" (of what is trained, before clipping), "skipped" (steps until now) and
+    "skipped_in_row".
     """
     config, rate = training.config, learning_rate(training.config.optimizer)
     trained = trained_mask(config, training.model.axes)
@@ -38,9 +41,20 @@ def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatc
             updates, optimizer = training.optimizer.update(whole, state.optimizer, tree)
             updates, moving = _moving(updates, trained), _moving(tree, trained)
             tree = _filled(optax.apply_updates(moving, updates), tree)
-        metrics |= {"learning_rate": jnp.float32(rate(state.step)), "gradient_norm": optax.tree.norm(grads)}
-        loss = losses.clamp(tree["loss"], config.loss)
-        return TrainState(state.step + 1, tree["model"], loss, optimizer), metrics
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        after = (tree["model"], losses.clamp(tree["loss"], config.loss), optimizer)
+        before = (state.params, state.loss, state.optimizer)
+        after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, before)
+        total, in_row = state.skipped[0] + ~finite, jnp.where(finite, 0, state.skipped[1] + 1)
+        metrics |= {
+            # The schedule counts the steps that were taken.
+            "learning_rate": jnp.float32(rate(state.step - state.skipped[0])),
+            "gradient_norm": norm,
+            "skipped": total.astype(jnp.float32),
+            "skipped_in_row": in_row.astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, jnp.stack([total, in_row]), *after), metrics
 
     state = shardings_of(training.abstract)
     return jax.jit(

@@ -16,6 +16,7 @@ from jfe_jax import checkpoint, sharding
 from jfe_jax.cli.main import main
 from jfe_jax.config import Config, from_dict, to_yaml
 from jfe_jax.errors import UserError
+from jfe_jax.train import loop
 from jfe_jax.train import state as states
 from jfe_jax.train.checkpoints import RunCheckpoints
 from jfe_jax.train.loop import starting_point, train, with_tokenizer
@@ -65,6 +66,7 @@ def whole(config, tmp_path_factory):
     assert outcome == (STEPS, f"{run}: finished at step {STEPS}")
     assert any(line.startswith("step 1/8 loss") and "items/s" in line for line in said)
     assert any(line.startswith("step 8/8 loss") and line.endswith("0:00 left") for line in said)
+    assert not any("warning" in line for line in said)
     return run
 
 
@@ -163,14 +165,51 @@ def test_never_resuming_spares_what_is_there(config, whole):
         train(replace(config, output=str(whole)), "never", lambda line: None)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_there(config, whole, tmp_path):
-    loaded = checkpoint.load_model(whole)
-    broken = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), nnx.to_pure_dict(loaded.params))
-    checkpoint.save_model(tmp_path / "broken", loaded.config, broken, loaded.tokenizer_dir)
-    run = tmp_path / "run"
-    with pytest.raises(UserError, match=r"step 1: loss nan, .*stopped, there is no checkpoint"):
-        train(replace(config, output=str(run), init=str(tmp_path / "broken")), "auto", lambda line: None)
+@pytest.fixture(scope="module")
+def broken(whole, tmp_path_factory):
+    """A model whose every parameter is NaN."""
+    loaded, path = checkpoint.load_model(whole), tmp_path_factory.mktemp("broken") / "model"
+    nan = jax.tree.map(lambda x: np.full(x.shape, np.nan, x.dtype), nnx.to_pure_dict(loaded.params))
+    checkpoint.save_model(path, loaded.config, nan, loaded.tokenizer_dir)
+    return path
+
+
+def test_a_loss_that_stays_not_finite_stops_and_keeps_what_was_there(config, broken, tmp_path):
+    run, said = tmp_path / "run", []
+    optimizer = replace(config.optimizer, max_skipped_steps=2)
+    mine = replace(config, output=str(run), init=str(broken), optimizer=optimizer)
+    with pytest.raises(UserError, match=r"step 2: loss nan, .*not finite for 2 steps; stopped, there is no checkpoint"):
+        train(mine, "auto", said.append)
     assert checkpoint.latest_step(run) is None
+    assert any(line.startswith("warning: step 1 is skipped: loss nan") for line in said)
+    assert json.loads((run / "logs" / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
+
+
+def test_a_program_compiled_again_is_said(config, tmp_path, monkeypatch):
+    def widened(batch):
+        # One more empty row in each group.
+        more = [np.pad(x, [(0, 0), (0, 1), (0, 0)]) for x in batch.packed[:3]]
+        return batch._replace(packed=batch.packed._replace(tokens=more[0], segments=more[1], positions=more[2]))
+
+    class Batches:
+        def __init__(self, batches):
+            self.batches, self.count = batches, 0
+            self.get_state, self.set_state, self.close = batches.get_state, batches.set_state, batches.close
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            self.count += 1
+            return widened(next(self.batches)) if self.count == 2 else next(self.batches)
+
+    made = loop._batches
+    monkeypatch.setattr(loop, "_batches", lambda *args: Batches(made(*args)))
+    said = []
+    mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0)
+    train(replace(mine, optimizer=replace(config.optimizer, steps=3)), "auto", said.append)
+    warned = [line for line in said if "compiled again" in line]
+    assert len(warned) == 1 and warned[0].startswith("warning: step 2 was compiled again")
 
 
 def test_stage_two_starts_from_stage_one_and_inherits_its_tokenizer(config, whole, tmp_path):

@@ -79,3 +79,28 @@ def test_temperature_stops_at_its_minimum_and_validation_is_the_loss_before_the_
     for _ in range(5):
         state, metrics = step(state, batch(there))
         assert metrics["temperature"] >= 0.0499 * (1 - 1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_but_the_count(config):
+    there = training(config, (2, 2, 2))
+    step, state = make_train_step(there), states.initialise(there)
+    state, metrics = step(state, batch(there))
+    good = jax.device_get(state._replace(step=0, skipped=0))
+    rate = float(metrics["learning_rate"])
+    # A temperature that is not a number makes the loss one, and every gradient.
+    temperature = state.loss["log_inverse_temperature"]
+    nan = jax.device_put(np.float32(np.nan), temperature.sharding)
+    for count in (1, 2):
+        state, metrics = step(state._replace(loss={"log_inverse_temperature": nan}), batch(there, seed=count))
+        assert not np.isfinite(metrics["loss"])
+        assert (metrics["skipped"], metrics["skipped_in_row"]) == (count, count)
+        nan = state.loss["log_inverse_temperature"]
+    assert state.step == 3 and np.isnan(nan)
+    state = state._replace(loss={"log_inverse_temperature": jax.device_put(np.float32(3.0), nan.sharding)})
+    kept = jax.device_get(state._replace(step=0, skipped=0, loss=good.loss))
+    jax.tree.map(np.testing.assert_array_equal, kept, good)
+    state, metrics = step(state, batch(there, seed=3))
+    assert (metrics["skipped"], metrics["skipped_in_row"]) == (2, 0)
+    # The schedule went on by one step, not by three.
+    assert float(metrics["learning_rate"]) == 2 * rate
+    assert list(state.skipped) == [2, 0]
