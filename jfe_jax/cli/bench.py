@@ -17,6 +17,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("-k", type=int, default=50)
     search.add_argument("--rounds", type=int, default=5)
     search.set_defaults(run=_search)
+    stream = names.add_parser("stream", help="exact search of a pool on disk: seconds and peak memory")
+    stream.add_argument("--rows", type=int, default=5_600_000)
+    stream.add_argument("--width", type=int, default=2048)
+    stream.add_argument("--queries", type=int, default=64)
+    stream.add_argument("-k", type=int, default=50)
+    stream.add_argument("--dir", type=Path, help="where to make it: 23 GB by default")
+    stream.set_defaults(run=_stream)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -48,3 +55,15 @@ def _search(args: argparse.Namespace) -> None:
             f"  {row.same:12.4%}",
             flush=True,
         )
+
+
+def _stream(args: argparse.Namespace) -> None:
+    from jfe_jax.bench import stream
+    from jfe_jax.cli.progress import bar
+
+    with bar("generating", args.rows) as progress:
+        result = stream.run(args.rows, args.width, args.queries, args.k, args.dir, progress)
+    print(
+        f"{args.rows} x {args.width} float16, {result.file:.1f} GB on disk: the {args.k} best of {args.queries} "
+        f"queries in {result.seconds:.0f} s, peak memory {result.peak:.2f} GiB; {result.right} found their row"
+    )

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> None:
 
     from jfe_jax.data.items import Item
     from jfe_jax.errors import UserError
-    from jfe_jax.retrieval.embed import Index
+    from jfe_jax.retrieval.index import Index
     from jfe_jax.retrieval.retriever import Retriever
     from jfe_jax.retrieval.search import search
 
@@ -28,10 +28,10 @@ def run(args: argparse.Namespace) -> None:
     if args.k < 1:
         raise UserError(f"-k {args.k}: at least one result")
     index = Index.open(args.index)
-    retriever = Retriever.load(args.checkpoint or index.checkpoint)
+    retriever = Retriever.load(args.checkpoint or index.manifest.checkpoint)
     index.require_made_by(retriever)
     query = retriever.encode([Item(text=args.text, image=args.image, instruction=args.instruction)])
-    found = search(query, index.embeddings, args.k)
+    found = search(query, index.rows, args.k)
     for place, (score, row) in enumerate(zip(found.scores[0], found.rows[0], strict=True), 1):
         name = index.ids[row]
         if args.json:

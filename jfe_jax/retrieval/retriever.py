@@ -84,8 +84,8 @@ class Retriever:
         """Opens a run directory, one of its step directories, or a Hugging Face directory.
 
         Args:
-          mesh: of this process's devices, as `sharding.make_mesh(MeshConfig(fsdp=-1), jax.local_devices())` for a model
-            that no device holds alone; if not given, each of them has all of the model.
+          mesh: of this process's devices; if not given, each of them has all of the model. One that no device holds
+            alone needs `sharding.make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())`.
 
         Raises:
           UserError: there is no model at `path`, or it does not fit its configuration.

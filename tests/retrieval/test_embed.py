@@ -1,4 +1,4 @@
-"""Item files and indices: what is written opens again, what is wrong is named with its line."""
+"""Item files and indices: what is written opens again, what was done is kept, what is wrong is named."""
 
 import json
 
@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from jfe_jax.errors import UserError
-from jfe_jax.retrieval import embed
-from jfe_jax.retrieval.embed import Index, embed_items, read_items, write_index
+from jfe_jax.retrieval.embed import embed
+from jfe_jax.retrieval.index import Index
+from jfe_jax.retrieval.items_file import ItemsFile, read_items
+from jfe_jax.retrieval.search import search
 from tests.retrieval.tiny import picture, tiny_retriever
 
 
@@ -17,35 +19,146 @@ def retriever(tmp_path_factory):
     return tiny_retriever(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("items")
+    Image.fromarray(picture(0)).save(folder / "a.png")
+    rows = [{"id": f"t{i}", "text": f"text {i} " + "word " * (i % 5)} for i in range(10)]
+    rows.insert(2, {"id": "both", "text": "turn it", "image": "a.png", "instruction": "find it"})
+    return ItemsFile(items_file(folder, *rows[:5], "", *rows[5:]))
+
+
+@pytest.fixture(scope="module")
+def expected(retriever, source):
+    return retriever.encode(source.items(0, len(source)))
+
+
 def items_file(folder, *rows):
     file = folder / "items.jsonl"
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return file
 
 
-def test_an_index_opens_with_its_items_in_order(retriever, tmp_path, monkeypatch):
-    Image.fromarray(picture(0)).save(tmp_path / "a.png")
-    rows = [{"id": f"t{i}", "text": f"text {i}"} for i in range(5)]
-    rows.insert(2, {"id": "both", "text": "turn it", "image": "a.png", "instruction": "find it"})
-    monkeypatch.setattr(embed, "CHUNK", 4)
-    file = items_file(tmp_path, *rows)
-    ids, embeddings = embed_items(retriever, read_items(file))
-    write_index(tmp_path / "index", retriever, ids, embeddings, file)
+def kill_after(retriever, monkeypatch, calls):
+    """The retriever dies on the call after so many."""
+    encode, left = retriever.encode, [calls]
+
+    def dying(items, **others):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return encode(items, **others)
+
+    monkeypatch.setattr(retriever, "encode", dying)
+
+
+def counted(retriever, monkeypatch):
+    encode, done = retriever.encode, []
+    monkeypatch.setattr(retriever, "encode", lambda items, **more: done.append(len(items)) or encode(items, **more))
+    return done
+
+
+def test_an_index_opens_with_its_items_in_order(retriever, source, expected, tmp_path):
+    assert [item for _, item in read_items(source.path)] == source.items(0, 11)
+    done = embed(retriever, source, tmp_path / "index", shard=4)
     index = Index.open(tmp_path / "index")
-    assert index.ids == [row["id"] for row in rows] and index.embeddings.dtype == np.float32
-    expected = retriever.encode([item for _, item in read_items(file)])
+    assert index.ids == source.ids and index.ids[2] == "both" and index.embeddings.dtype == np.float32
     np.testing.assert_allclose(index.embeddings, expected, atol=1e-5)
-    assert (index.step, index.fingerprint) == (0, retriever.fingerprint)
+    assert (done.shards, done.kept, index.manifest.step) == (3, 0, 0)
+    assert index.manifest.fingerprint == retriever.fingerprint
     index.require_made_by(retriever)
+    left = {file.name for file in (tmp_path / "index").iterdir()}
+    assert left == {"embeddings.npy", "ids.txt", "manifest.json"}
 
 
-def test_an_index_of_another_checkpoint_is_refused(retriever, tmp_path):
-    write_index(tmp_path, retriever, ["a"], np.zeros((0, 16), np.float32), "x")
+def test_a_killed_run_goes_on_and_finished_shards_are_verified(retriever, source, expected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_after(retriever, patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            embed(retriever, source, tmp_path, shard=3)
     with pytest.raises(UserError, match="no index, or a broken one"):
         Index.open(tmp_path)
-    write_index(tmp_path, retriever, ["a"], np.zeros((1, 16), np.float32), "x")
+    # A flipped bit in the first of the two finished shards.
+    with open(tmp_path / "embeddings.npy.part", "r+b") as stream:
+        stream.seek(200)
+        byte = stream.read(1)[0]
+        stream.seek(200)
+        stream.write(bytes([byte ^ 1]))
+    done = counted(retriever, monkeypatch)
+    assert embed(retriever, source, tmp_path, shard=3).kept == 1
+    assert done == [3, 3, 2], "the damaged shard and those that were missing"
+    np.testing.assert_allclose(Index.open(tmp_path).embeddings, expected, atol=1e-5)
+    # Once finished, nothing is done again.
+    done.clear()
+    assert embed(retriever, source, tmp_path, shard=3).kept == 4 and not done
+
+
+def test_killed_between_the_last_row_and_the_manifest(retriever, source, expected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("jfe_jax.retrieval.index.Manifest.write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            embed(retriever, source, tmp_path, dtype="int8", shard=4)
+    done = counted(retriever, monkeypatch)
+    assert embed(retriever, source, tmp_path, dtype="int8", shard=4).kept == 3 and not done
+    np.testing.assert_allclose(Index.open(tmp_path).rows.take(np.arange(11)), expected, atol=5e-3)
+
+
+def test_embeddings_of_two_checkpoints_are_never_mixed(retriever, source, tmp_path, monkeypatch):
+    other = tiny_retriever(tmp_path, seed=1)
+    with monkeypatch.context() as patch:
+        kill_after(retriever, patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            embed(retriever, source, tmp_path / "index", shard=4)
+    with pytest.raises(UserError, match="unfinished embeddings of another checkpoint"):
+        embed(other, source, tmp_path / "index", shard=4)
+    embed(retriever, source, tmp_path / "index", shard=4)
+    with pytest.raises(UserError, match="holds an index of another fingerprint"):
+        embed(other, source, tmp_path / "index", shard=4)
     with pytest.raises(UserError, match=r"made by .* step 0 .*, not by .* step 1"):
-        Index.open(tmp_path).require_made_by(tiny_retriever(tmp_path, seed=1))
+        Index.open(tmp_path / "index").require_made_by(other)
+    embed(other, source, tmp_path / "index", shard=4, overwrite=True)
+    Index.open(tmp_path / "index").require_made_by(other)
+
+
+@pytest.mark.parametrize("dtype, bytes_each", [("float16", 2), ("int8", 1)])
+def test_smaller_types_keep_scores_within_what_the_manifest_says(
+    retriever, source, expected, tmp_path, dtype, bytes_each
+):
+    told = embed(retriever, source, tmp_path, dtype=dtype, shard=4).index
+    assert told.embeddings.nbytes == bytes_each * expected.size
+    off = np.linalg.norm(told.rows.take(np.arange(11)) - expected, axis=1).max()
+    assert (
+        0 < off < told.manifest.score_error + 1e-5
+        and told.manifest.score_error < {"float16": 1e-3, "int8": 0.02}[dtype]
+    )
+    found = search(expected, told.rows, 11)
+    plain = expected @ told.rows.take(np.arange(11)).T
+    np.testing.assert_allclose(found.scores, -np.sort(-plain, axis=1), atol=1e-5)
+    exact = np.take_along_axis(expected @ expected.T, found.rows, 1)
+    assert np.abs(found.scores - exact).max() <= told.manifest.score_error + 1e-5
+
+
+def test_a_damaged_index_is_refused(retriever, source, tmp_path):
+    embed(retriever, source, tmp_path, shard=4)
+    whole = (tmp_path / "embeddings.npy").read_bytes()
+    (tmp_path / "embeddings.npy").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(UserError, match="1 of 3 shards are damaged, the first is rows 8 to 10"):
+        embed(retriever, source, tmp_path, shard=4)
+    (tmp_path / "embeddings.npy").write_bytes(whole[:-1])
+    with pytest.raises(UserError, match="no index, or a broken one"):
+        Index.open(tmp_path)
+    (tmp_path / "embeddings.npy").write_bytes(whole)
+    (tmp_path / "ids.txt").write_text("a\n" * 11)
+    with pytest.raises(UserError, match=r"ids\.txt is not the one"):
+        Index.open(tmp_path)
+
+
+def test_a_diverged_model_writes_nothing_more(retriever, source, tmp_path, monkeypatch):
+    encode = retriever.encode
+    monkeypatch.setattr(retriever, "encode", lambda items, **more: encode(items, **more) * np.float32(np.nan))
+    with pytest.raises(UserError, match="embedding of t0 is not finite"):
+        embed(retriever, source, tmp_path)
+    assert not list((tmp_path / "shards").iterdir())
 
 
 @pytest.mark.parametrize(
@@ -63,10 +176,16 @@ def test_an_index_of_another_checkpoint_is_refused(retriever, tmp_path):
 )
 def test_a_bad_line_is_named(tmp_path, row, problem):
     file = items_file(tmp_path, {"id": "a", "text": "fine"}, "", row)
-    with pytest.raises(UserError, match=rf"items\.jsonl:3: {problem}"):
-        list(read_items(file))
+    for read in (ItemsFile, lambda file: list(read_items(file))):
+        with pytest.raises(UserError, match=rf"items\.jsonl:3: {problem}"):
+            read(file)
 
 
-def test_no_file(tmp_path):
+def test_no_file_and_no_items(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         list(read_items(tmp_path / "none.jsonl"))
+    with pytest.raises(UserError, match=r"items\.jsonl: no items"):
+        ItemsFile(items_file(tmp_path, ""))
+    (tmp_path / "items.jsonl").write_bytes(b'{"id": "\xff"}\n')
+    with pytest.raises(UserError, match=r"items\.jsonl:1: not UTF-8"):
+        ItemsFile(tmp_path / "items.jsonl")

@@ -1,0 +1,74 @@
+"""Exact search of a pool that is larger than memory: seconds and peak memory.
+
+The pool is generated, float16, and read from its file by a process of its own, whose peak is what Linux says (VmHWM):
+every page it had in memory, of files too. Each query is a row of the pool with noise, and must find that row.
+"""
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from jfe_jax.retrieval.rows import FileRows
+from jfe_jax.retrieval.search import search
+
+_BLOCK = 8192
+
+
+class Result(NamedTuple):
+    """`file` in GB (10^9 bytes), `seconds` of the search, its `peak` in GiB, and how many queries found their row."""
+
+    file: float
+    seconds: float
+    peak: float
+    right: int
+
+
+def run(rows: int, width: int, queries: int, k: int, directory: Path | None, progress: Callable[[int], None]) -> Result:
+    """Generates the pool in `directory` (default: the system's), searches it, removes it."""
+    with tempfile.TemporaryDirectory(dir=directory) as folder:
+        file = Path(folder) / "pool.npy"
+        generate(file, rows, width, progress)
+        command = [sys.executable, "-m", "jfe_jax.bench.stream", str(file), str(queries), str(k)]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+        return Result(file.stat().st_size / 1e9, float(told[-3]), int(told[-2]) / 2**20, int(told[-1]))
+
+
+def generate(file: Path, rows: int, width: int, progress: Callable[[int], None]) -> None:
+    """Writes float16 [rows, width] of unit rows, no two of them equal up to 8192 · width rows."""
+    random = np.random.default_rng(0)
+    base = random.standard_normal((_BLOCK, width), np.float32)
+    base = (base / np.linalg.norm(base, axis=1, keepdims=True)).astype(np.float16)
+    twice = np.concatenate([base, base], axis=1)
+    with open(file, "wb") as stream:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (rows, width)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        for start in range(0, rows, _BLOCK):
+            # The same numbers with the columns turned: another direction, at the cost of a copy.
+            turn = start // _BLOCK % width
+            part = twice[: rows - start, turn : turn + width]
+            stream.write(np.ascontiguousarray(part))
+            progress(len(part))
+
+
+def _search(file: Path, queries: int, k: int) -> None:
+    rows = FileRows(file, norm=1.01)
+    random = np.random.default_rng(1)
+    wanted = np.sort(random.choice(rows.shape[0], queries, replace=False))
+    asked = rows.take(wanted).astype(np.float32)
+    asked += random.standard_normal(asked.shape, np.float32) / np.sqrt(rows.shape[1])
+    start = time.monotonic()
+    found = search(asked, rows, k)
+    seconds = time.monotonic() - start
+    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+    print(seconds, peak, int((found.rows[:, 0] == wanted).sum()))
+
+
+if __name__ == "__main__":
+    _search(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

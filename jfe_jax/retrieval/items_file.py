@@ -1,0 +1,108 @@
+"""A JSONL file of items: one `{"id", "instruction", "text", "image"}` a line, image paths relative to its folder."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+from jfe_jax.data.items import Item
+from jfe_jax.errors import UserError
+
+_KEYS = ("id", "instruction", "text", "image")
+
+
+class ItemsFile:
+    """A file of items, checked as a whole when it is opened; the items themselves are read when asked for.
+
+    Attributes:
+      path: the file.
+      ids: the items' ids, in order.
+      digest: of the file's content.
+
+    Raises:
+      UserError: as `read_items`, or there are no items.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.ids: list[str] = []
+        self._starts = array("q")
+        self._numbers = array("q")
+        digest, seen = hashlib.sha256(), {}
+        for number, start, line in _lines(self.path):
+            digest.update(line)
+            if not line.isspace():
+                self.ids.append(_parsed(line, self.path, number, seen)[0])
+                self._starts.append(start)
+                self._numbers.append(number)
+        if not self.ids:
+            raise UserError(f"{self.path}: no items")
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def items(self, start: int, stop: int) -> list[Item]:
+        """Items number start … stop - 1."""
+        with self.path.open("rb") as stream:
+            items = []
+            for place in range(start, stop):
+                stream.seek(self._starts[place])
+                items.append(_parsed(stream.readline(), self.path, self._numbers[place], {})[1])
+        return items
+
+
+def read_items(path: str | Path) -> Iterator[tuple[str, Item]]:
+    """The ids and items of a file, one after the other.
+
+    Raises:
+      UserError: naming file and line: not JSON, an unknown key, no id or one seen before, neither text nor image, no
+        such image.
+    """
+    seen: dict[str, int] = {}
+    for number, _, line in _lines(Path(path)):
+        if not line.isspace():
+            yield _parsed(line, Path(path), number, seen)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number from 1, position in the file and bytes of each line."""
+    start = 0
+    try:
+        with path.open("rb") as stream:
+            for number, line in enumerate(stream, 1):
+                yield number, start, line
+                start += len(line)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _parsed(line: bytes, path: Path, number: int, seen: dict[str, int]) -> tuple[str, Item]:
+    where = f"{path}:{number}"
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: an object with the keys {', '.join(_KEYS)} is wanted")
+    for key, value in record.items():
+        if key not in _KEYS:
+            raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(_KEYS)}")
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{where}: {key!r} must be a string or null, not {value!r}")
+    name = record.get("id")
+    if not name or "\n" in name or "\r" in name:
+        raise UserError(f'{where}: "id" must be a non-empty string of one line')
+    if name in seen:
+        raise UserError(f"{where}: id {name!r} was already used in line {seen[name]}")
+    seen[name] = number
+    text, image = record.get("text"), record.get("image")
+    if not text and not image:
+        raise UserError(f"{where}: {name!r} has neither text nor image; give it one of them")
+    image_path = path.parent / image if image else None
+    if image_path is not None and not image_path.is_file():
+        raise UserError(f"{where}: no image {image_path}")
+    return name, Item(text=text, image=image_path, instruction=record.get("instruction"))
