@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: an environment of our own in .venv, made once, remade when setup.cfg changes.
 # Usage: . launch/setup.sh [extra]
 extra=${1:-}

@@ -16,6 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto (default): continue the output directory's newest checkpoint; never: refuse one that has any",
     )
+    parser.add_argument(
+        "--stopped-status",
+        type=int,
+        default=0,
+        metavar="N",
+        help="exit status of a run that was told to stop, saved and has steps left, for those who start it again by it",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
     parser.epilog = "--key.sub=value overrides a value of the config, as --optimizer.steps=100"
 
@@ -28,6 +35,9 @@ def run(args: argparse.Namespace) -> None:
     if args.print_config:
         print(configs.to_yaml(config), end="")
         return
+    from jfe_jax.processes import join
+
+    join()
     import jax
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfe_jax" / "xla"
@@ -35,4 +45,10 @@ def run(args: argparse.Namespace) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
     from jfe_jax.train.loop import train
 
-    print(train(config, args.resume, lambda line: print(line, file=sys.stderr, flush=True)).note)
+    # Of many processes one speaks: all have the same to say.
+    speaks = jax.process_index() == 0
+    outcome = train(config, args.resume, lambda line: speaks and print(line, file=sys.stderr, flush=True))
+    if speaks:
+        print(outcome.note)
+    if outcome.step < config.optimizer.steps and args.stopped_status:
+        sys.exit(args.stopped_status)
