@@ -104,11 +104,23 @@ def test_search_finds_the_item_itself_first(index, items, capsys):
     assert rows[0]["id"] == "t3" and [row["rank"] for row in rows] == list(range(1, 10))
 
 
+@pytest.mark.parametrize(
+    "words, says",
+    [(["--index", "faiss:HNSW8"], "faiss:HNSW8: recall@10 1.000"), (["--device-approx", "0.9"], "for 0.9:")],
+)
+def test_approximate_search_says_its_recall(index, capsys, words, says):
+    assert main(["search", "--index", str(index), *words, "--text", "thing 3", "-k", "2"]) == 0
+    said = capsys.readouterr()
+    assert said.out.split()[2] == "t3" and says in said.err and "against exact search" in said.err
+
+
 def test_search_refuses_what_it_cannot_answer(index, runs, tmp_path, capsys):
     assert "needs --text or --image" in failed(capsys, "search", "--index", index)
     assert "at least one" in failed(capsys, "search", "--index", index, "--text", "x", "-k", 0)
     assert "no index" in failed(capsys, "search", "--index", tmp_path, "--text", "x")
     assert "none.png" in failed(capsys, "search", "--index", index, "--image", tmp_path / "none.png")
+    assert "one directory" in failed(capsys, "search", "--index", index, "--index", index, "--text", "x")
+    assert "between 0 and 1" in failed(capsys, "search", "--index", index, "--text", "x", "--device-approx", 2)
     other = failed(capsys, "search", "--index", index, "--text", "x", "--checkpoint", runs[1])
     assert "embed it again" in other
 
