@@ -21,6 +21,8 @@ from jfe_jax.errors import UserError
 _TUPLES = dict.fromkeys(
     (tuple[str, ...], tuple[float, ...]), lambda value: tuple(value) if isinstance(value, list | tuple) else value
 )
+# A mixture, or a list of widths, is one value: adding to the base's would not be what was written.
+_WHOLE = ("mixture", "upsample", "matryoshka")
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 
 
@@ -148,14 +150,18 @@ class DataConfig:
       split: the split that is trained on.
       val_split: the split that the validation loss is taken on; "" for none.
       mixture: sampling weight by unit ("{dataset}_task{t}"); empty means every unit in proportion to its size.
+      upsample: data set → how many queries of it count, in place of its size (configs/mbeir.yaml has M-BEIR's).
+      homogeneous: so many neighbouring pairs of a batch come from one unit; 1 mixes them.
       instruction_probability: how often a query gets one of its instructions; otherwise none.
       pairs: query-positive pairs of a step.
       hard_negatives: negatives from `neg_cand_list` that go with each pair.
+      negative_modality: "any" of these negatives, or only those of the "positive"'s modality.
       layout: "packed" puts several items into a row of `row_tokens`; "padded" one.
       rows, row_tokens, image_slots: shape of the global packed batch.
       image_shift: training images are moved by up to so many pixels, their edges repeated; a new draw each time.
       shuffle: False keeps the order on disk (for debugging).
       workers: reader processes; 0 reads in threads of the main process.
+      max_bad_share: pairs with an unreadable image are skipped and counted; more than this share stops the run.
       image_cache_mib: decoded images kept in memory by each reader; candidates' tokens may take a quarter as much more.
     """
 
@@ -163,9 +169,12 @@ class DataConfig:
     split: str = "train"
     val_split: str = ""
     mixture: dict[str, float] = field(default_factory=dict)
+    upsample: dict[str, float] = field(default_factory=dict)
+    homogeneous: int = 1
     instruction_probability: float = 1.0
     pairs: int = 256
     hard_negatives: int = 0
+    negative_modality: Literal["any", "positive"] = "any"
     layout: Literal["packed", "padded"] = "packed"
     rows: int = 256
     row_tokens: int = 512
@@ -173,6 +182,7 @@ class DataConfig:
     image_shift: int = 0
     shuffle: bool = True
     workers: int = 0
+    max_bad_share: float = 0.001
     image_cache_mib: int = 0
 
 
@@ -392,8 +402,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for key, value in high.items():
-        # A mixture, or a list of widths, is one value: adding to the base's would not be what was written.
-        whole = key in ("mixture", "matryoshka") or not isinstance(value, dict) or not isinstance(merged.get(key), dict)
+        whole = (
+            key in ("mixture", "upsample", "matryoshka")
+            or not isinstance(value, dict)
+            or not isinstance(merged.get(key), dict)
+        )
         merged[key] = value if whole else _merge(merged[key], value)
     return merged
 

@@ -4,7 +4,7 @@ Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a
 """
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,13 @@ import grain
 import numpy as np
 
 from jfe_jax.data.packing import ContrastiveBatch, Layout, Packer
-from jfe_jax.data.pairs import EncodedPair
+from jfe_jax.data.pairs import BadPair, EncodedPair
+from jfe_jax.data.reading import PairReader
 from jfe_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
+# Pairs from which on a share of bad ones says something; problems that are logged, and named in the end.
+_ENOUGH, _MOST_PROBLEMS, _SHOWN_PROBLEMS = 10_000, 1000, 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,46 +36,50 @@ class BatchShape:
     layout: Layout
 
 
-class PackPairs(grain.IterDataset):
-    """Pairs from a random-access data set → ContrastiveBatch of one shape.
+class PairBatches(grain.DatasetIterator):
+    """A stream of pairs → ContrastiveBatch of one shape.
 
     Pairs are taken in order and go into the first group that has a place and room for them. A pair that fits nowhere
-    waits for the next step, where it comes first. So the state is the next index and the indices that wait.
+    waits for the next step, where it comes first. So the state is the next place in the stream and the pairs that wait,
+    by their index in it.
 
     Args:
-      pairs: EncodedPair by index, endless.
-      start, stride: this process reads the pairs start, start + stride, …
+      reader: where pairs come from.
+      index, count: this process reads the pairs index, index + count, … from `base` on (0 until the number of processes
+        changes, see `reading.redistribute`).
+      max_bad: share of the pairs that may be unreadable; they are skipped, counted by unit, and logged.
     """
 
-    def __init__(self, pairs: grain.MapDataset, shape: BatchShape, start: int, stride: int):
-        super().__init__(pairs)
-        self.shape, self.start, self.stride = shape, start, stride
-
-    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Called by grain in a worker process, which makes every `sl.step`-th batch from its own share of the pairs."""
-        self.start += self.stride * (sl.start or 0)
-        self.stride *= sl.step or 1
-
-    def __iter__(self) -> "_PackPairsIterator":
-        return _PackPairsIterator(self._parent, self.shape, self.start, self.stride)
-
-
-class _PackPairsIterator(grain.DatasetIterator):
-    def __init__(self, pairs: grain.MapDataset, shape: BatchShape, start: int, stride: int):
+    def __init__(self, reader: PairReader, shape: BatchShape, index: int, count: int, max_bad: float):
         super().__init__()
-        self._pairs, self._shape, self._start, self._stride = pairs, shape, start, stride
-        self._next, self._short = 0, 0
+        self._reader, self._shape, self._index, self._count, self._max_bad = reader, shape, index, count, max_bad
+        self._base = self._next = self._taken = self._short = 0
+        self._started = False
         self._waiting: list[int] = []
         # Encoded pairs of the indices that wait; a restored iterator makes them anew.
         self._held: dict[int, EncodedPair] = {}
+        self._bad: Counter[str] = Counter()
+        self._problems: dict[str, None] = {}
 
     def get_state(self) -> dict[str, Any]:
-        return {"next": self._next, "waiting": list(self._waiting)}
+        return {
+            "base": self._base,
+            "next": self._next,
+            "waiting": list(self._waiting),
+            "taken": self._taken,
+            "bad": dict(self._bad),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._next, self._waiting, self._held = state["next"], list(state["waiting"]), {}
+        self._base, self._next, self._waiting = state["base"], state["next"], list(state["waiting"])
+        self._taken, self._bad = state["taken"], Counter(state["bad"])
+        self._held, self._started = {}, False
+
+    def close(self) -> None:
+        self._reader.close()
 
     def __next__(self) -> ContrastiveBatch:
+        """Raises UserError if a pair fits into no batch, or more than the share of them cannot be read."""
         filling = _Filling(self._shape)
         total = self._shape.groups * self._shape.pairs
         # Looking a little further finds small pairs that still fit; the bound keeps what waits, and the state, small.
@@ -81,10 +88,12 @@ class _PackPairsIterator(grain.DatasetIterator):
         while filling.count < total and len(waiting) < most_waiting:
             if queue:
                 index = queue.popleft()
+                pair = self._held.get(index) or self._reader.at(index)
             else:
-                index, self._next = self._next, self._next + 1
-            pair = self._held.get(index) or self._pairs[self._start + self._stride * index]
-            if not filling.add(pair):
+                index, pair = self._read()
+            if isinstance(pair, BadPair):
+                self._skip(pair)
+            elif not filling.add(pair):
                 waiting.append(index)
                 held[index] = pair
         held |= {index: self._held[index] for index in queue if index in self._held}
@@ -93,6 +102,29 @@ class _PackPairsIterator(grain.DatasetIterator):
         if filling.count < total:
             self._warn_short(batch, filling.count, total)
         return batch
+
+    def _read(self) -> tuple[int, EncodedPair | BadPair]:
+        index = self._base + self._index + self._count * self._next
+        if not self._started:
+            self._reader.start(index, self._count)
+            self._started = True
+        pair = next(self._reader)
+        self._next += 1
+        self._taken += 1
+        return index, pair
+
+    def _skip(self, pair: BadPair) -> None:
+        self._bad[pair.unit] += 1
+        if pair.problem not in self._problems and len(self._problems) < _MOST_PROBLEMS:
+            self._problems[pair.problem] = None
+            _LOG.warning("skipped a pair of %s: %s", pair.unit, pair.problem)
+        # A share of few is chance.
+        if self._bad.total() > self._max_bad * max(self._taken, _ENOUGH):
+            shown = "; ".join(list(self._problems)[:_SHOWN_PROBLEMS])
+            raise UserError(
+                f"{self._bad.total()} of {self._taken} pairs could not be read, more than data.max_bad_share, "
+                f"{self._max_bad:g}: {shown}"
+            )
 
     def _warn_short(self, batch: ContrastiveBatch, count: int, total: int) -> None:
         self._short += 1

@@ -1,27 +1,28 @@
 """Prepared data → the batches of training, as one Grain chain.
 
     a unit's queries → shuffled by index → repeated                  for each unit
-    → mixed by weight → positive drawn, pair encoded → packed → prefetched
+    → mixed by weight → positive drawn, pair encoded                 in threads, or in worker processes
+    → packed → prefetched                                            in a thread
 
-The batch of a step is a function of the configuration and the step; the iterator's state is a handful of integers.
+The batch of a step is a function of the configuration, the step and the number of processes, however many workers read;
+the iterator's state is a handful of integers.
 """
 
 import atexit
 import dataclasses
-import difflib
 import weakref
 import zlib
 from pathlib import Path
 
 import grain
 import numpy as np
-from absl import flags
 
 from jfe_jax.config import Config
-from jfe_jax.data.contrastive import BatchShape, PackPairs
-from jfe_jax.data.packing import ContrastiveBatch, PackedBatch
+from jfe_jax.data.contrastive import BatchShape, PairBatches
+from jfe_jax.data.mixture import mix, weights
 from jfe_jax.data.pairs import Caches, EncodePair, UnitQueries
 from jfe_jax.data.prepared import Prepared
+from jfe_jax.data.reading import PairReader
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 
@@ -45,15 +46,17 @@ def training_batches(
       process_index, process_count: this process reads every process_count-th pair of the mixture.
 
     Returns:
-      An iterator with `get_state` and `set_state` (small, JSON).
+      An iterator with `get_state` and `set_state` (small, JSON; "bad" counts unreadable pairs by unit).
 
     Raises:
       UserError: the data are missing, a unit or split is unknown, the sizes do not divide or are too small, or the
-        tokenizer does not match the model; while iterating, an image cannot be read.
+        tokenizer does not match the model; while iterating, too many images cannot be read.
     """
     shape = _shape(cfg, groups, process_count)
     if not 0 <= cfg.data.image_shift < cfg.model.vision.image_size:
         raise UserError(f"data.image_shift: {cfg.data.image_shift} is not from 0 to less than the image's size")
+    if cfg.data.homogeneous < 1:
+        raise UserError(f"data.homogeneous: {cfg.data.homogeneous}; it has to be 1 (batches are mixed) or more")
     encoder = ItemEncoder(cfg.tokens, cfg.model.vision, cfg.model.image_token)
     if encoder.vocab_size > cfg.model.text.vocab_size:
         raise UserError(
@@ -66,10 +69,11 @@ def training_batches(
             "lower tokens.max_text_tokens"
         )
     prepared = Prepared(Path(cfg.data.path) if cfg.data.path else "")
-    weights = _weights(prepared, cfg, split)
+    sizes = {name: len(prepared.queries(name, split)) for name in prepared.units(split)}
+    shares = weights(cfg.data, sizes, str(prepared.path))
     caches = Caches(cfg.data.image_cache_mib << 20)
     sources, most_positives = [], 1
-    for name in weights:
+    for name in shares:
         metadata = prepared.metadata(name)
         most_positives = max(most_positives, metadata["max_positives"][split])
         queries = UnitQueries(prepared.queries(name, split), metadata["instructions"], (name, *metadata["pools"]))
@@ -86,19 +90,15 @@ def training_batches(
         seed=cfg.seed,
         instruction_probability=cfg.data.instruction_probability,
         negatives=cfg.data.hard_negatives,
+        wanted_modality=cfg.data.negative_modality == "positive",
         # Validation sees images as evaluation does.
         image_shift=cfg.data.image_shift if split == cfg.data.split else 0,
     )
-    pairs = grain.MapDataset.mix(sources, weights=list(weights.values())).map_with_index(encode)
-    batches: grain.IterDataset = PackPairs(pairs, shape, start=process_index, stride=process_count)
-    if cfg.data.workers:
-        # Grain asks for its flags' values, which absl refuses until somebody has parsed a command line.
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(cfg.data.workers, per_worker_buffer_size=_PREFETCH)
-        batches = batches.mp_prefetch(options).map(_copy)
-        return iter(batches)
-    iterator = _Prefetched(iter(batches), _PREFETCH)
+    pairs = mix(sources, list(shares.values()), cfg.data.homogeneous).map_with_index(encode)
+    batches = PairBatches(
+        PairReader(pairs, cfg.data.workers), shape, process_index, process_count, cfg.data.max_bad_share
+    )
+    iterator = _Prefetched(batches, _PREFETCH)
     # A reader that is still at work when the interpreter shuts down would abort the process.
     atexit.register(_close, weakref.ref(iterator))
     return iterator
@@ -113,12 +113,6 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
         if not self._is_closed:
             self._is_closed = True
             super().close()
-
-
-def _copy(batch: ContrastiveBatch) -> ContrastiveBatch:
-    # Workers hand over shared memory, which must not outlive the iterator.
-    packed, *ids = batch
-    return ContrastiveBatch(PackedBatch(*map(np.array, packed)), *map(np.array, ids))
 
 
 def _close(iterator: weakref.ref[grain.DatasetIterator]) -> None:
@@ -151,21 +145,3 @@ def _shape(cfg: Config, groups: int, process_count: int) -> BatchShape:
         image_size=cfg.model.vision.image_size,
         layout=data.layout,
     )
-
-
-def _weights(prepared: Prepared, cfg: Config, split: str) -> dict[str, float]:
-    units = prepared.units(split)
-    for name, weight in cfg.data.mixture.items():
-        if name not in units:
-            near = difflib.get_close_matches(name, units, 1, 0.0)[0]
-            raise UserError(
-                f"data.mixture: {prepared.path} has no unit {name} with split {split}; did you mean {near}?"
-            )
-        if weight < 0:
-            raise UserError(f"data.mixture: the weight of {name} is negative")
-    # In the order of names, whatever the order in the file: the stream depends on it.
-    mixture = cfg.data.mixture or {name: float(len(prepared.queries(name, split))) for name in units}
-    weights = {name: mixture[name] for name in sorted(mixture) if mixture[name] > 0}
-    if not weights:
-        raise UserError("data.mixture: every weight is 0")
-    return weights

@@ -36,11 +36,18 @@ class Caches:
 
 
 class StoredQuery(NamedTuple):
-    """A query with its unit's prompts by (query's, positive's modality), and the parts its image may be in."""
+    """A query with its unit's prompts by (query's, positive's modality), and the parts its image may be in.
+
+    The first of these is the unit's.
+    """
 
     record: QueryRecord
     prompts: dict[tuple[int, int], list[str]]
     image_parts: tuple[str, ...]
+
+    @property
+    def unit(self) -> str:
+        return self.image_parts[0]
 
 
 class UnitQueries(grain.MapDataset):
@@ -51,7 +58,7 @@ class UnitQueries(grain.MapDataset):
     Args:
       records: the serialized queries.
       instructions: rows of query's modality, positive's modality, prompts.
-      image_parts: where the images are.
+      image_parts: where the images are, the unit's name first.
     """
 
     def __init__(self, records: RawRecords, instructions: Iterable[list[str]], image_parts: Iterable[str]):
@@ -80,6 +87,7 @@ class EncodePair(grain.transforms.MapWithIndex):
       seed: the draws are a function of it and of the index in the stream.
       instruction_probability: how often the query gets an instruction.
       negatives: K at most; a query with fewer in its list gets those.
+      wanted_modality: only negatives of the drawn positive's modality.
       image_shift: each image is moved by up to so many pixels.
     """
 
@@ -89,9 +97,16 @@ class EncodePair(grain.transforms.MapWithIndex):
     seed: int
     instruction_probability: float
     negatives: int
+    wanted_modality: bool = False
     image_shift: int = 0
 
-    def map_with_index(self, index: int, element: StoredQuery) -> "EncodedPair":
+    def map_with_index(self, index: int, element: StoredQuery) -> "EncodedPair | BadPair":
+        try:
+            return self._pair(index, element)
+        except UserError as error:
+            return BadPair(element.unit, str(error))
+
+    def _pair(self, index: int, element: StoredQuery) -> "EncodedPair":
         query = element.record
         drawn = uniform(self.seed, index, 3 + self.negatives + 2 * (2 + self.negatives))
         with_instruction, prompt, positive, *others = drawn[: 3 + self.negatives]
@@ -103,6 +118,8 @@ class EncodePair(grain.transforms.MapWithIndex):
         known = dict(zip(query.positives, query.positive_modalities, strict=True))
         known |= zip(query.negatives, query.negative_modalities, strict=True)
         left = list(query.negatives)
+        if self.wanted_modality:
+            left = [one for one in left if known[one] == query.positive_modalities[chosen]]
         numbers = [query.positives[chosen], *(left.pop(int(other * len(left))) for other in others[: len(left)])]
         items = (self._query(element, instruction), *map(self._candidate, numbers))
         if self.image_shift:
@@ -151,6 +168,13 @@ class EncodePair(grain.transforms.MapWithIndex):
             return self.encoder.pixels(content, name)
 
         return self.caches.pixels.get(image_id, make, lambda pixels: pixels.nbytes + _OVERHEAD)
+
+
+class BadPair(NamedTuple):
+    """A pair that cannot be read: its query's unit, and why."""
+
+    unit: str
+    problem: str
 
 
 class EncodedPair(NamedTuple):

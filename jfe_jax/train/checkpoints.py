@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 from jfe_jax import checkpoint
 from jfe_jax.checkpoint import CHECKPOINTS
 from jfe_jax.config import Config
+from jfe_jax.data.reading import redistribute
 from jfe_jax.errors import UserError
 from jfe_jax.sharding import initialise, path_name
 from jfe_jax.streaming import stored_names
@@ -101,7 +102,6 @@ class RunCheckpoints:
                     )
                 checkpoint.refuse_other_model(saved.model, config.model, str(path))
                 _refuse_other_state(saved, config, str(path))
-                _refuse_other_processes(path / "data")
                 checkpoint.read_part(path, "data", data)
                 params = checkpoint.read_part(path, "params", abstract_params)
                 return Saved(step, saved, params, _read_train(path, abstract_train), data.state)
@@ -177,15 +177,11 @@ def _refuse_other_state(saved: Config, wanted: Config, place: str) -> None:
             )
 
 
-def _refuse_other_processes(directory: Path) -> None:
-    written = sorted(directory.glob("process_*.json"))
-    if written and not (directory / _process_file()).exists():
-        count = written[0].stem.rpartition("-")[2]
-        raise UserError(f"{directory}: written by {count} processes; continue with as many")
-
-
 class _IteratorState:
-    """The data iterator's position as an Orbax checkpointable: every process writes and reads its own."""
+    """The data iterator's position as an Orbax checkpointable: every process writes its own.
+
+    It reads its own too, or, if there were more or fewer of them, its share of what they all had left.
+    """
 
     def __init__(self, state: Any = None):
         self.state = state
@@ -200,7 +196,16 @@ class _IteratorState:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            self.state = json.loads((Path(directory) / _process_file()).read_text(encoding="utf-8"))
+            own = Path(directory) / _process_file()
+            if own.exists():
+                self.state = json.loads(own.read_text(encoding="utf-8"))
+                return
+            # In the order of the processes, whose numbers are not padded.
+            files = sorted(own.parent.glob("process_*.json"), key=lambda file: (len(file.name), file.name))
+            if not files or len(files) != int(files[0].stem.rpartition("-")[2]):
+                raise FileNotFoundError(f"{own.parent}: the states of some processes are missing")
+            states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+            self.state = redistribute(states, jax.process_index(), jax.process_count())
 
         return read()
 

@@ -125,7 +125,7 @@ class _Run:
         steps = self.config.optimizer.steps
         self.log = MetricsLog(Path(self.config.output) / "logs", start) if jax.process_index() == 0 else None
         self.progress = Progress(steps, start, self.say)
-        self.pending: deque[tuple[int, dict[str, jax.Array]]] = deque()
+        self.pending: deque[tuple[int, dict[str, jax.Array], dict[str, int]]] = deque()
         self.waited, self.since, self.start, self.last_logged = 0.0, time.monotonic(), start, start
         source = Prefetcher(batches, self.training.mesh, self.config.loss.grad_cache_chunks)
         step = start
@@ -138,7 +138,7 @@ class _Run:
                     state, metrics = self.train_step(state, batch)
                     step += 1
                     self._heed_compilation(step)
-                    self.pending.append((step, metrics))
+                    self.pending.append((step, metrics, position["bad"]))
                     self._settle(LAG)
                     if _due(step, self.config.checkpoint.every_steps) or step == steps:
                         self._save(step, state, position)
@@ -156,7 +156,7 @@ class _Run:
     def _settle(self, lag: int) -> None:
         # Fetches the metrics of all but the newest `lag` steps.
         while len(self.pending) > lag:
-            step, metrics = self.pending.popleft()
+            step, metrics, bad = self.pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
             self._heed_skipped(step, values)
             shown = None
@@ -165,6 +165,8 @@ class _Run:
                 seconds = max(now - self.since, 1e-9)
                 items = values.pop("pairs") * (2 + self.config.data.hard_negatives) * (step - self.last_logged)
                 shown = values | {"items_per_second": items / seconds, "data_wait": min(self.waited / seconds, 1.0)}
+                # Pairs that this process has skipped since the run began.
+                shown |= {f"skipped_{unit}": count for unit, count in bad.items()}
                 self.waited, self.since, self.last_logged = 0.0, now, step
                 if self.log is not None:
                     self.log.write(step, shown)

@@ -8,12 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jfe_jax import config as configs
+from jfe_jax.bench import mbeir_like
 from jfe_jax.config import Config, from_dict
+from jfe_jax.data import mixture
 from jfe_jax.data.images import to_pixels
 from jfe_jax.data.loader import training_batches
 from jfe_jax.data.mbeir import MODALITIES, Mbeir
-from jfe_jax.data.numbering import CandidateIndices
+from jfe_jax.data.numbering import PER_DATASET, CandidateIndices
 from jfe_jax.data.prepare import prepare
+from jfe_jax.data.prepared import Prepared
+from jfe_jax.data.reading import redistribute
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 from tests.data.conftest import silent
@@ -44,6 +49,10 @@ def take(iterator, count):
         return list(itertools.islice(iterator, count))
     finally:
         iterator.close()
+
+
+def with_data(cfg, **changes):
+    return dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, **changes))
 
 
 def leaves(batch):
@@ -196,6 +205,46 @@ def test_processes_share_the_stream(make_config):
     assert got == sorted(wanted)
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2), (2, 4)])
+def test_another_number_of_processes_goes_on_with_nothing_twice_and_nothing_left_out(make_config, before, after):
+    """Also with pairs that wait, which a tight layout has: the stream's pairs come once each, by their positives."""
+    cfg = make_config(mixture={"shapes_task0": 1.0}, instruction_probability=0.0, rows=4, row_tokens=48)
+
+    def run(states, count, steps):
+        taken, after_states = [], []
+        for index in range(count):
+            iterator = training_batches(cfg, groups=4, split="train", process_index=index, process_count=count)
+            if states:
+                iterator.set_state(redistribute(json.loads(json.dumps(states)), index, count))
+            for batch in itertools.islice(iterator, steps):
+                for group, pair in zip(*np.nonzero(batch.packed.valid[:, : batch.positive_ids.shape[1]]), strict=True):
+                    taken.append(segment(batch.packed, group, pair).tobytes())
+            after_states.append(iterator.get_state())
+            iterator.close()
+        return taken, after_states
+
+    first, states = run(None, before, 2)
+    assert any(state["waiting"] for state in states)
+    second, states = run(states, after, 3)
+    # What waits in the end has been taken out of the stream and not come yet.
+    end = max(state["base"] + after * state["next"] for state in states)
+    left = [
+        number
+        for place, state in enumerate(states)
+        for number in (*state["waiting"], *range(state["base"] + place + after * state["next"], end, after))
+    ]
+    stream = training_batches(with_data(cfg, rows=400), groups=4, split="train")
+    wanted = []
+    while len(wanted) < end:
+        batch = next(stream)
+        n = batch.positive_ids.shape[1]
+        for group, pair in itertools.product(range(4), range(n)):
+            wanted.append(segment(batch.packed, group, pair).tobytes())
+    stream.close()
+    wanted = [one for number, one in enumerate(wanted[:end]) if number not in left]
+    assert sorted(first + second) == sorted(wanted)
+
+
 def test_every_query_comes_once_in_an_epoch(make_config, mbeir_dir):
     cfg = make_config(mixture={"shapes_task0": 1.0}, pairs=4, instruction_probability=0.0)
     mbeir = Mbeir(mbeir_dir)
@@ -219,6 +268,65 @@ def test_weights_instructions_and_order_follow_the_config(make_config, mbeir_dir
     (batch,) = take(training_batches(in_order, groups=1, split="val"), 1)
     for pair, query in enumerate(queries[:4]):
         np.testing.assert_array_equal(segment(batch.packed, 0, pair), encoder.tokens(query.text, None, False))
+
+
+def test_homogeneous_sub_batches_are_of_one_unit_and_keep_the_shares(make_config):
+    """Told by dataset, of which each unit here has one."""
+    shares = {"shapes_task0": 3.0, "facts_task1": 1.0}
+    batches = take(training_batches(make_config(mixture=shares, homogeneous=4), groups=1, split="train"), 8)
+    datasets = np.concatenate([batch.candidate_ids[0, :16] // PER_DATASET for batch in batches])
+    blocks = datasets.reshape(-1, 4)
+    assert (blocks == blocks[:, :1]).all() and abs((datasets == 0).mean() - 0.75) < 0.05
+    mixed = take(training_batches(make_config(mixture=shares), groups=1, split="train"), 8)
+    mixed = np.concatenate([batch.candidate_ids[0, :16] // PER_DATASET for batch in mixed]).reshape(-1, 4)
+    assert not (mixed == mixed[:, :1]).all()
+    # Each query still comes once in an epoch.
+    one = make_config(mixture={"shapes_task0": 1.0}, homogeneous=4, pairs=12, instruction_probability=0.0)
+    (batch,) = take(training_batches(one, groups=1, split="train"), 1)
+    whole = {segment(batch.packed, 0, pair).tobytes() for pair in range(12)}
+    (plain,) = take(
+        training_batches(with_data(one, homogeneous=1), groups=1, split="train"),
+        1,
+    )
+    assert whole == {segment(plain.packed, 0, pair).tobytes() for pair in range(12)}
+    with pytest.raises(UserError, match=r"data\.homogeneous: 0"):
+        training_batches(make_config(homogeneous=0), groups=1, split="train")
+
+
+def test_targets_say_how_many_queries_a_data_set_counts_as():
+    """M-BEIR's own: the up-sampled union has 1,332,790 rows, of 1,150,203."""
+    published = configs.load("configs/mbeir.yaml").data
+    sizes = {f"{unit.dataset}_task{unit.task}": 1000 * unit.queries for unit in mbeir_like.UNITS}
+    weights = mixture.weights(published, sizes, "there")
+    assert weights["webqa_task1"] + weights["webqa_task2"] == pytest.approx(100_000)
+    assert weights["webqa_task1"] / weights["webqa_task2"] == pytest.approx(16 / 17)
+    assert (weights["nights_task4"], weights["mscoco_task3"]) == (50_000, 113_000)
+    assert sum(weights.values()) == pytest.approx(1_332_790, rel=0.002)
+    with pytest.raises(UserError, match="no unit of nigths in this split; did you mean nights"):
+        mixture.weights(dataclasses.replace(published, upsample={"nigths": 1.0}), sizes, "there")
+    with pytest.raises(UserError, match="give one of them"):
+        mixture.weights(dataclasses.replace(published, mixture={"nights_task4": 1.0}), sizes, "there")
+    with pytest.raises(UserError, match="has to be above 0"):
+        mixture.weights(dataclasses.replace(published, upsample={"nights": 0.0}), sizes, "there")
+
+
+def test_hard_negatives_are_of_any_modality_or_the_wanted_one(tmp_path, make_config):
+    own = make_mbeir(tmp_path / "mbeir", queries_per_task=4)
+    file = own / "query/train/mbeir_facts_task1_train.jsonl"
+    pools = {t: (own / f"cand_pool/local/mbeir_facts_task{t}_cand_pool.jsonl").read_text().splitlines() for t in (1, 2)}
+    text, both = ([json.loads(row)["did"] for row in pools[t][30:32]] for t in (1, 2))
+    for line in range(1, 5):
+        edit_row(file, line, neg_cand_list=[*text, *both])
+    list(prepare(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1"], splits=["train"]))
+    found = {}
+    for wanted in ("any", "positive"):
+        cfg = make_config(path=str(tmp_path / "out"), pairs=4, hard_negatives=3, negative_modality=wanted)
+        (batch,) = take(training_batches(cfg, groups=1, split="train"), 1)
+        negatives = batch.candidate_ids[0, 4:].reshape(4, 3)
+        found[wanted] = (negatives >= 0).sum(1)
+        kinds = batch.candidate_modality[0, 4:][batch.candidate_ids[0, 4:] >= 0]
+        assert (set(kinds.tolist()) == {0}) == (wanted == "positive")
+    assert found["any"].tolist() == [3] * 4 and found["positive"].tolist() == [2] * 4
 
 
 def test_images_are_shifted_in_training_and_not_in_validation(make_config):
@@ -317,6 +425,38 @@ def test_other_candidates_than_the_queries_were_made_with_are_refused(make_confi
         training_batches(cfg, groups=1, split="train")
 
 
+def test_an_unreadable_image_is_skipped_counted_and_said_once(make_config, monkeypatch, caplog):
+    cfg = make_config(mixture={"facts_task1": 1.0, "shapes_task3": 1.0}, image_cache_mib=0)
+    whole = take(training_batches(cfg, groups=1, split="train"), 4)
+    find, broken = Prepared.image, set()
+
+    def one_broken(self, image_id, parts):
+        if "shapes_task3" in parts and (not broken or image_id in broken):
+            broken.add(image_id)
+            return b"no image"
+        return find(self, image_id, parts)
+
+    monkeypatch.setattr(Prepared, "image", one_broken)
+    iterator = training_batches(cfg, groups=1, split="train")
+    batches = list(itertools.islice(iterator, 4))
+    state = iterator.get_state()
+    iterator.close()
+    assert [*state["bad"]] == ["shapes_task3"] and state["bad"]["shapes_task3"] > 1
+    said = [one.message for one in caplog.records if "skipped a pair" in one.message]
+    assert len(said) == len({*said}) and "of shapes_task3: image of query 0:" in said[0]
+    # The rest is as it was, in order.
+    ids = [np.concatenate([batch.candidate_ids[0, :16] for batch in some]).tolist() for some in (whole, batches)]
+    kept = iter(ids[0])
+    missing = 0
+    for number in ids[1][: 64 - state["bad"]["shapes_task3"]]:
+        while next(kept) != number:
+            missing += 1
+    assert missing == state["bad"]["shapes_task3"] or missing + 1 == state["bad"]["shapes_task3"]
+    strict = with_data(cfg, max_bad_share=0.0)
+    with pytest.raises(UserError, match=r"1 of \d+ pairs could not be read, more than data.max_bad_share, 0: image of"):
+        take(training_batches(strict, groups=1, split="train"), 4)
+
+
 def test_an_image_that_cannot_be_read_is_named(make_config, monkeypatch):
     def broken(*_):
         raise OSError("broken")
@@ -328,21 +468,27 @@ def test_an_image_that_cannot_be_read_is_named(make_config, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_reader_processes_resume_too(make_config, tmp_path):
+def test_reader_processes_read_the_same_and_resume_too(make_config, tmp_path):
     """In a process of its own, as a worker imports the main module anew."""
     cfg = make_config(workers=2)
     script = tmp_path / "read.py"
     script.write_text(
         f"""
-import itertools, json
+import dataclasses, itertools, json
 import numpy as np
 from jfe_jax.config import from_dict
 from jfe_jax.data.loader import training_batches
 
 def main():
     cfg = from_dict({json.loads(json.dumps(dataclasses.asdict(cfg) | {"optimizer": {}}))!r})
+    here = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, workers=0))
+    alone = training_batches(here, groups=2, split="train")
     iterator = training_batches(cfg, groups=2, split="train")
     first = list(itertools.islice(iterator, 3))
+    for one, other in zip(first, alone):
+        for left, right in zip((*one.packed, *one[1:]), (*other.packed, *other[1:]), strict=True):
+            np.testing.assert_array_equal(left, right)
+    alone.close()
     state = json.loads(json.dumps(iterator.get_state()))
     rest = list(itertools.islice(iterator, 2))
     iterator.close()
