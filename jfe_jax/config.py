@@ -192,7 +192,8 @@ class LossConfig:
 
     Attributes:
       kind: "infonce", a softmax over the batch, or "sigmoid", a yes or no for each pair (SigLIP).
-      temperature: of the logits, or its first value if it is learnt.
+      temperature: of the logits, or its first value if it is learnt. 0: what a dual encoder's weights say, and so the
+        bias.
       min_temperature: a learnt temperature stops there.
       bias, learn_bias: sigmoid only: what is added to the logits, or its first value.
       directions: infonce only: "both" adds candidate-to-query to query-to-candidate.

@@ -6,8 +6,12 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     directions = parser.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     for name, run, purpose in (
-        ("from-hf", _from_hf, "PaliGemma directory (safetensors) → checkpoint that training and evaluation open"),
-        ("to-hf", _to_hf, "checkpoint of the fusion model → directory that transformers opens"),
+        (
+            "from-hf",
+            _from_hf,
+            "PaliGemma, SigLIP or CLIP directory → checkpoint that training and evaluation open",
+        ),
+        ("to-hf", _to_hf, "checkpoint of the fusion model or a dual encoder → directory that transformers opens"),
     ):
         direction = directions.add_parser(name, help=purpose, description=purpose)
         direction.add_argument("source", metavar="SRC", help="what is read")

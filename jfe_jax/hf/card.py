@@ -14,6 +14,15 @@ model = PaliGemmaForConditionalGeneration.from_pretrained("{name}")
 states = model.model(**inputs).last_hidden_state  # attends in both directions, as config.json says
 ```
 """
+_USE_DUAL = """```python
+from transformers import {kind}Model, {kind}Processor
+
+model, processor = {kind}Model.from_pretrained("{name}"), {kind}Processor.from_pretrained("{name}")
+words = model.get_text_features(**processor(text=text, truncation=True{padding}, return_tensors="pt"))
+seen = model.get_image_features(**processor(images=image, return_tensors="pt"))
+vector = torch.nn.functional.normalize(words.pooler_output + seen.pooler_output)
+```
+"""
 _USE_SENTENCE_TRANSFORMERS = """```python
 from sentence_transformers import SentenceTransformer
 
@@ -34,6 +43,8 @@ def model_card(config: Config, step: int, name: str, results: list[dict[str, Any
       layout: "transformers" or "sentence-transformers".
     """
     model = config.model
+    if model.kind == "dual":
+        return _dual_card(config, step, name, results)
     pooled = "the last token's state" if model.pooling == "last" else "the mean of the tokens' states"
     ending = "a newline and `<eos>`" if config.tokens.newline else "`<eos>`"
     lines = [
@@ -53,6 +64,29 @@ def model_card(config: Config, step: int, name: str, results: list[dict[str, Any
         f"Its embedding is {pooled}, scaled to unit norm.",
         "",
         (_USE_SENTENCE_TRANSFORMERS if layout == "sentence-transformers" else _USE).format(name=name),
+    ]
+    for tree in results:
+        lines += _results(tree)
+    lines += ["## Training", "", "```yaml", configs.to_yaml(config).rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _dual_card(config: Config, step: int, name: str, results: list[dict[str, Any]]) -> str:
+    kind = {"siglip": "Siglip", "clip": "CLIP"}[config.model.family]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: feature-extraction",
+        f"tags: [jfe_jax, multimodal-retrieval, {config.model.family}]",
+        "---",
+        "",
+        f"# {name}",
+        "",
+        f"A text tower and an image tower, trained with jfe_jax for {step} steps. The embedding of an item is the sum "
+        "of its text's and its image's features, as they come, scaled to unit norm; an instruction stands before the "
+        "text, a space between.",
+        "",
+        _USE_DUAL.format(kind=kind, name=name, padding=', padding="max_length"' if kind == "Siglip" else ""),
     ]
     for tree in results:
         lines += _results(tree)

@@ -9,12 +9,12 @@ from flax import nnx
 
 from jfe_jax.config import ModelConfig
 from jfe_jax.errors import UserError
-from jfe_jax.models.dual import DualEncoder
+from jfe_jax.models.dual import DualEncoder, dual_logits
 from jfe_jax.models.fusion import FusionEncoder
 from jfe_jax.models.layers import count_parameters, logical_axes
 from jfe_jax.models.two_tower import TwoTowerEncoder
 
-__all__ = ["build_model", "count_parameters", "embedding_width", "logical_axes"]
+__all__ = ["build_model", "count_parameters", "dual_logits", "embedding_width", "logical_axes"]
 
 
 def build_model(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:

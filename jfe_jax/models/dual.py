@@ -7,6 +7,8 @@ Axes: G groups, R rows, S tokens of a row, M image slots, P patches, D width, N 
 E embedding, I query, key and value.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -158,3 +160,17 @@ class DualEncoder(nnx.Module):
         if self.cfg.family == "clip":
             return project(self.vision.norm(states[..., 0, :]), self.image_projection_de[...]).astype(jnp.float32)
         return self.image_head(states).astype(jnp.float32)
+
+
+def dual_logits(params: dict[str, Any]) -> dict[str, jax.Array]:
+    """What a dual encoder's weights say of the loss that they were trained with, float32 scalars.
+
+    Args:
+      params: the parameters as a plain dict.
+
+    Returns:
+      "log_inverse_temperature", and SigLIP's "bias".
+    """
+    names = {"logit_scale_": "log_inverse_temperature", "logit_scale_e": "log_inverse_temperature"}
+    names["logit_bias_e"] = "bias"
+    return {ours: params[name].reshape(()) for name, ours in names.items() if name in params}

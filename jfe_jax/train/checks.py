@@ -9,6 +9,7 @@ def check(config: Config) -> None:
     """Raises UserError for values that cannot work on any machine."""
     optimizer, loss, data = config.optimizer, config.loss, config.data
     width = embedding_width(config.model)
+    own_temperature = loss.temperature == 0 and config.model.kind == "dual"
     for bad, problem in (
         (optimizer.steps < 1, f"optimizer.steps is {optimizer.steps}; it has to be 1 or more"),
         (
@@ -35,7 +36,7 @@ def check(config: Config) -> None:
         ),
         (optimizer.clip_norm < 0, f"optimizer.clip_norm is {optimizer.clip_norm}; it has to be 0 (none) or more"),
         (
-            not 0 < loss.min_temperature <= loss.temperature,
+            loss.min_temperature <= 0 or not (own_temperature or loss.temperature >= loss.min_temperature),
             f"loss.temperature is {loss.temperature}; it has to be above 0 and no less than loss.min_temperature, "
             f"{loss.min_temperature}",
         ),

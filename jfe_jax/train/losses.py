@@ -55,7 +55,7 @@ def initial_parameters(config: LossConfig) -> dict[str, jax.Array]:
 
     The sigmoid loss adds a bias (Zhai et al. 2023, "Sigmoid loss for language image pre-training", 3.2).
     """
-    parameters = {"log_inverse_temperature": jnp.asarray(-math.log(config.temperature), jnp.float32)}
+    parameters = {"log_inverse_temperature": jnp.asarray(-math.log(config.temperature or 1.0), jnp.float32)}
     return parameters | ({"bias": jnp.asarray(config.bias, jnp.float32)} if config.kind == "sigmoid" else {})
 
 

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jfe_jax import sharding
 from jfe_jax.blueprint import Blueprint, blueprint, random_parameters, shardings_of
 from jfe_jax.config import Config
+from jfe_jax.models import dual_logits
 from jfe_jax.train import losses
 from jfe_jax.train.optimizer import make_optimizer
 
@@ -80,5 +81,8 @@ def trainable(params: dict[str, Any], loss: dict[str, jax.Array]) -> dict[str, A
 
 def _first(config: Config, optimizer: optax.GradientTransformation, params: dict[str, Any]) -> TrainState:
     loss = losses.initial_parameters(config.loss)
+    if not config.loss.temperature:
+        own = dual_logits(params)
+        loss = losses.clamp({name: own.get(name, value) for name, value in loss.items()}, config.loss)
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros(2, jnp.int32)
     return TrainState(step, skipped, params, loss, optimizer.init(trainable(params, loss)))

@@ -6,8 +6,9 @@ Each figure is the largest over both layouts, packed and padded, and over what t
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from types import ModuleType
 
-from tests.hf import oracle, parity
+from tests.hf import oracle, oracle_dual, parity, parity_dual
 
 MODALITIES = ("text", "image", "image and text")
 
@@ -17,8 +18,8 @@ def modality(item: str) -> str:
     return "image and text" if "image and text" in item else "image" if "image" in item else "text"
 
 
-def row(name: str, directory: Path) -> list[str]:
-    """The cells of one configuration."""
+def row(name: str, directory: Path, parity: ModuleType = parity) -> list[str]:
+    """The cells of one configuration of the module that measures its kind of model."""
     two = parity.pair(name, directory)
     found: dict[tuple[str, str], float] = defaultdict(float)
     for layout in parity.LAYOUTS:
@@ -35,9 +36,10 @@ def row(name: str, directory: Path) -> list[str]:
 def main() -> None:
     print("| states / embeddings | text | image | image + text | gradients | bfloat16: error, cosine |")
     print("|---|---|---|---|---|---|")
-    for name in oracle.MODELS:
-        with tempfile.TemporaryDirectory() as directory:
-            print(f"| {' | '.join(row(name, Path(directory)))} |", flush=True)
+    for models, measures in ((oracle.MODELS, parity), (oracle_dual.MODELS, parity_dual)):
+        for name in models:
+            with tempfile.TemporaryDirectory() as directory:
+                print(f"| {' | '.join(row(name, Path(directory), measures))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import torch
 from flax import nnx
+from transformers import SiglipConfig, SiglipModel
 
 from jfe_jax import config
 from jfe_jax.data.packing import PackedBatch
@@ -53,3 +55,13 @@ def test_a_batch_goes_through_the_true_geometry(name):
     batch = PackedBatch(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     out = jax.eval_shape(lambda params, batch: nnx.merge(graphdef, params)(batch), params, batch)
     assert (out.shape, out.dtype) == ((g, b, embedding_width(cfg)), np.float32)
+
+
+def test_the_dual_encoder_has_as_many_parameters_as_transformers_class():
+    cfg = config.load(CONFIGS.parent / "siglip_so400m" / "dual.yaml").model
+    tower = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    with torch.device("meta"):
+        theirs = SiglipModel(
+            SiglipConfig(text_config=tower, vision_config=tower | {"image_size": 224, "patch_size": 14})
+        )
+    assert count_parameters(abstract(cfg)[1]) == sum(weight.numel() for weight in theirs.parameters())
