@@ -59,7 +59,7 @@ def to_hf(
     """Writes a directory that transformers opens.
 
     Args:
-      source: a run directory or one of its checkpoints, of the fusion model.
+      source: a run directory or one of its checkpoints, of the fusion model or a dual encoder.
       target: must be new; is there whole or not at all.
       dtype: of the written weights; None keeps each as the checkpoint stores it.
       shard_bytes, layout: as in `save_hf`.
