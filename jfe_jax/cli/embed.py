@@ -19,25 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items done at a time (default 8192)")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
-    parser.add_argument(
-        "--distributed",
-        action="store_true",
-        help="one of several processes: as the cluster says, or JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and "
-        "JAX_PROCESS_ID",
-    )
 
 
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.cli.progress import bar
     from jfe_jax.errors import UserError
+    from jfe_jax.processes import join
     from jfe_jax.retrieval.items_file import ItemsFile
 
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     # The whole file is checked before the model is opened: a bad line shows at once.
     source = ItemsFile(args.items)
-    if args.distributed:
-        join_processes()
+    join()
     import jax
 
     from jfe_jax.retrieval.embed import embed
@@ -54,27 +48,10 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             progress=progress,
         )
+    if jax.process_index():
+        return
     told = done.index.manifest
     cut = f"; {retriever.cut_texts} texts were cut" if retriever.cut_texts else ""
     kept = f"; {done.kept} of {done.shards} shards were there and are undamaged" if done.kept else ""
     rounded = f"; stored as {told.dtype}: scores are off by {told.score_error:.1e} at most" * (told.dtype != "float32")
     print(f"{told.items} embeddings of width {told.width} in {args.out}{kept}{rounded}{cut}")
-
-
-def join_processes() -> None:
-    """Makes this process one of several; before any device is used.
-
-    Raises:
-      UserError: the others cannot be found.
-    """
-    import os
-
-    import jax
-
-    from jfe_jax.errors import UserError
-
-    told = {name: os.environ.get(f"JAX_{name.upper()}") for name in ("num_processes", "process_id")}
-    try:
-        jax.distributed.initialize(**{name: int(value) for name, value in told.items() if value})
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"--distributed: cannot join the other processes ({error})") from error

@@ -14,6 +14,7 @@ VERBS = {
     "embed": "items → embeddings",
     "eval": "M-BEIR protocol: recall tables, report, run files",
     "compare": "several evaluations side by side, with intervals",
+    "mine": "hard negatives for the next stage",
     "search": "one query against an embedded pool",
     "bench": "the benchmarks of the README",
 }

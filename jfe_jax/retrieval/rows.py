@@ -91,6 +91,20 @@ class FileRows:
         return taken
 
 
+class RowsPart:
+    """Rows start … stop - 1 of others."""
+
+    def __init__(self, rows: Rows, start: int, stop: int):
+        self._rows, self._start, self._stop = rows, start, stop
+        self.shape, self.norm = (stop - start, rows.shape[1]), rows.norm
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
+        return self._rows.read(self._start + start, min(self._start + stop, self._stop))
+
+    def take(self, rows: np.ndarray) -> np.ndarray:
+        return self._rows.take(np.asarray(rows) + self._start)
+
+
 def largest_norm(rows: Rows, block: int = 65536) -> float:
     """The length of the longest row; reads them all."""
     largest = 0.0

@@ -9,6 +9,8 @@ from PIL import Image
 
 from jfe_jax.cli.main import main
 from jfe_jax.data.items import Item
+from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.prepared import Prepared, parse_query
 from jfe_jax.retrieval.retriever import Retriever
 from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 from tests.retrieval.tiny import picture, random_retriever, save, tiny_config
@@ -140,6 +142,31 @@ def test_embed_names_an_unreadable_image(runs, tmp_path, capsys):
     words = ("embed", "--checkpoint", runs[0], "--items", tmp_path / "items.jsonl", "--out", tmp_path / "o")
     assert main([str(word) for word in words]) == 1
     assert "broken.png" in capsys.readouterr().err
+
+
+def test_mined_negatives_are_what_training_reads(mbeir, runs, tmp_path, capsys):
+    words = ["mine", "--checkpoint", runs[0], "--data", mbeir, "--out", tmp_path / "mined", "--units", "shapes_task7"]
+    assert (
+        main(
+            [
+                str(word)
+                for word in [*words, "--negatives", "3", "--ranks", "2:9", "--near", "0", "--image-difference", "-1"]
+            ]
+        )
+        == 0
+    )
+    assert "shapes_task7: 12 negatives for 4 queries" in capsys.readouterr().out
+    assert main(["data", "prepare", str(tmp_path / "mined"), "--out", str(tmp_path / "prepared")]) == 0
+    prepared = Prepared(tmp_path / "prepared")
+    records = prepared.queries("shapes_task7", "train")
+    read = [parse_query(records[number]) for number in range(len(records))]
+    queries = Mbeir(tmp_path / "mined").queries("train", Mbeir(mbeir).unit("train", "shapes_task7"))
+    assert [[prepared.candidate(number).did for number in one.negatives] for one in read] == [
+        list(one.neg) for one in queries
+    ]
+    assert all(len(one.negatives) == 3 for one in read)
+    capsys.readouterr()
+    assert "1:100" in failed(capsys, *words, "--ranks", "9")
 
 
 def test_eval_writes_everything(evaluations):

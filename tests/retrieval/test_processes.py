@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -16,15 +15,16 @@ from tests.retrieval.tiny import save, tiny_retriever
 
 SCRIPT = """
 import sys
+import jax
 import numpy as np
 from jfe_jax.cli.main import main
 run, items, out, told = sys.argv[1:]
-assert main(["embed", "--checkpoint", run, "--items", items, "--out", out, "--shard", "8", "--distributed"]) == 0
+assert main(["embed", "--checkpoint", run, "--items", items, "--out", out, "--shard", "8"]) == 0
 from jfe_jax.retrieval.index import Index
 from jfe_jax.retrieval.search import search
 rows = Index.open(out).rows
 asked = rows.take(np.array([3, 20])).astype(np.float32)
-np.savez(told, **search(asked, rows, 30, np.array([[25, 0], [20, -1]]))._asdict())
+np.savez(f"{told}/{jax.process_index()}.npz", **search(asked, rows, 30, np.array([[25, 0], [20, -1]]))._asdict())
 """
 
 
@@ -36,25 +36,17 @@ def test_two_processes_give_what_one_gives(tmp_path):
     items = tmp_path / "items.jsonl"
     # Equal texts: ties between the two shares.
     items.write_text("".join(json.dumps({"id": f"t{i}", "text": f"text {i % 25}"}) + "\n" for i in range(40)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    about = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(run), str(items), str(tmp_path / "two"), str(tmp_path / f"{i}.npz")],
-            env=os.environ | about | {"JAX_PROCESS_ID": str(i)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=180)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    command = [sys.executable, "-c", SCRIPT, str(run), str(items), str(tmp_path / "two"), str(tmp_path)]
+    launch = [sys.executable, "launch/local.py", "--processes", "2", "--devices", "2", "--", *command]
+    done = subprocess.run(
+        launch,
+        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("40 embeddings") == 1, "one process speaks"
     one = embed(retriever, ItemsFile(items), tmp_path / "one", shard=8).index
     two = np.load(tmp_path / "two" / "embeddings.npy")
     np.testing.assert_allclose(two, one.embeddings, atol=1e-5)

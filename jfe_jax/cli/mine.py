@@ -1,0 +1,106 @@
+"""`jfe mine`: hard negatives of the wanted modality (and wrong ones) for the queries of an M-BEIR directory."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, metavar="C", help="run, step or Hugging Face directory")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="an M-BEIR directory")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="M-BEIR directory: new queries, links to the rest"
+    )
+    parser.add_argument("--split", default="train", help="a folder under query/ (default train)")
+    parser.add_argument("--units", default="", metavar="U,U", help="only these, such as cirr_task7 (default all)")
+    parser.add_argument("--pool", choices=("local", "global"), default="local", help="where from (default local)")
+    parser.add_argument("--negatives", type=int, default=8, metavar="N", help="of a query (default 8)")
+    parser.add_argument(
+        "--wrong-modality", type=int, default=0, metavar="N", help="so many of them of another modality (default 0)"
+    )
+    parser.add_argument("--ranks", default="1:100", metavar="A:B", help="window of ranks (default 1:100)")
+    parser.add_argument(
+        "--pick", choices=("top", "random"), default="top", help="the first of the window, or drawn (default top)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --pick random")
+    parser.add_argument(
+        "--near",
+        type=float,
+        default=0.01,
+        metavar="D",
+        help="duplicates: inner product with a right one above 1 - D (default 0.01)",
+    )
+    parser.add_argument(
+        "--margin", type=float, metavar="M", help="leave out what scores above the right one's score - M (default: no)"
+    )
+    parser.add_argument(
+        "--image-difference",
+        type=float,
+        default=2.0,
+        metavar="D",
+        help="up to which images are the same, of 255 (default 2)",
+    )
+    parser.add_argument("--instruction", default="0", metavar="N", help="which prompt, from 0, or none (default 0)")
+    parser.add_argument("--dtype", default="float16", help="of the pool's embeddings on disk (default float16)")
+    parser.add_argument("--overwrite", action="store_true", help="embed the pools anew, whatever is there")
+
+
+def run(args: argparse.Namespace) -> None:
+    from jfe_jax.cli.progress import bar
+    from jfe_jax.data.mbeir import Mbeir
+    from jfe_jax.errors import UserError
+    from jfe_jax.retrieval.mine import Settings, mine
+    from jfe_jax.retrieval.retriever import Retriever
+
+    first, colon, last = args.ranks.partition(":")
+    if not (colon and first.isdecimal() and last.isdecimal()):
+        raise UserError(f"--ranks {args.ranks}: two numbers, as 1:100")
+    if args.instruction != "none" and not args.instruction.isdecimal():
+        raise UserError(f"--instruction {args.instruction}: a number from 0, or none")
+    settings = Settings(
+        negatives=args.negatives,
+        wrong_modality=args.wrong_modality,
+        first_rank=int(first),
+        last_rank=int(last),
+        pick=args.pick,
+        seed=args.seed,
+        near=args.near,
+        margin=args.margin,
+        image_difference=args.image_difference,
+        instruction=None if args.instruction == "none" else int(args.instruction),
+        pool=args.pool,
+        dtype=args.dtype,
+    )
+    mbeir = Mbeir(args.data)
+    units = [name.strip() for name in args.units.split(",") if name.strip()]
+    retriever = Retriever.load(args.checkpoint)
+    total = 0
+    for mined in mine(
+        retriever,
+        mbeir,
+        args.out,
+        settings,
+        split=args.split,
+        units=units,
+        overwrite=args.overwrite,
+        progress=bar,
+    ):
+        counts = mined.counts
+        kept = counts["wanted_modality"] + counts["wrong_modality"]
+        total += kept
+        told = [f"{kept} negatives for {counts['queries']} queries"]
+        if counts["wrong_modality"]:
+            told.append(f"{counts['wrong_modality']} of the wrong modality")
+        for name, what in (("same", "the same as"), ("near", "too near to"), ("margin", "scored too near to")):
+            if counts[name]:
+                told.append(f"{counts[name]} {what} a right one left out")
+        if counts["short"]:
+            told.append(f"{counts['short']} queries got fewer")
+        print(f"{mined.unit}: {', '.join(told)}")
+        for name, what in (
+            ("no_positive", "queries have no right candidate in the pool; left as they were"),
+            ("missing_image", "queries have an image that is missing; left as they were"),
+            ("missing_candidate_image", "candidates have an image that is missing; left out"),
+        ):
+            if counts[name]:
+                print(f"warning: {mined.unit}: {counts[name]} {what}")
+    print(f"{total} negatives in {args.out}; prepare it with `jfe data prepare`, train with --data.hard_negatives")

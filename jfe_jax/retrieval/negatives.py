@@ -1,0 +1,174 @@
+"""Which of the candidates that a model ranks high for a query are its hard negatives.
+
+Those that are right are taken out; of the others, those with a rank in the window are tried one after the other, and
+left out if they show and say the same as a right one, lie too near to one, or score too near to what is right.
+
+Axes: Q queries, E embedding, K candidates of a query.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jfe_jax.data.items import Item
+from jfe_jax.data.mbeir import MODALITIES, Mbeir, Query, Unit
+from jfe_jax.errors import UserError
+from jfe_jax.retrieval.duplicates import Duplicates
+from jfe_jax.retrieval.mine_pool import Pool
+from jfe_jax.retrieval.retriever import Retriever
+from jfe_jax.retrieval.scoring import exact_scores
+from jfe_jax.retrieval.search import require_finite
+
+# A picture that is the same is near, however it was encoded: images further apart are not compared.
+_COMPARED_FROM = 0.7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is mined.
+
+    Attributes:
+      negatives: of a query, at most.
+      wrong_modality: how many of them are of another modality than the right ones, against ignored instructions.
+      first_rank, last_rank: window of ranks, from 1, among what is not right.
+      pick: "top" takes the first of the window, "random" draws from it.
+      seed: of the draws.
+      near: a candidate whose inner product with a right one is above 1 - near is a duplicate of it; 0: none is.
+      margin: if given, a candidate that scores above the best right one's score - margin is taken for right.
+      image_difference: of duplicates.Duplicates; below 0 no images are the same.
+      instruction: which prompt the queries are asked with; None asks without.
+      pool: "local" or "global".
+      dtype: how the pool's embeddings are stored.
+    """
+
+    negatives: int = 8
+    wrong_modality: int = 0
+    first_rank: int = 1
+    last_rank: int = 100
+    pick: str = "top"
+    seed: int = 0
+    near: float = 0.01
+    margin: float | None = None
+    image_difference: float = 2.0
+    instruction: int | None = 0
+    pool: str = "local"
+    dtype: str = "float16"
+
+
+def check(settings: Settings) -> None:
+    """Raises UserError if settings contradict each other."""
+    if settings.negatives < 1:
+        raise UserError(f"negatives {settings.negatives}: at least one")
+    if not 0 <= settings.wrong_modality <= settings.negatives:
+        raise UserError(f"{settings.wrong_modality} negatives of the wrong modality: 0 to {settings.negatives}")
+    if not 1 <= settings.first_rank <= settings.last_rank:
+        raise UserError(f"ranks {settings.first_rank} to {settings.last_rank}: they rise, from 1")
+    if settings.pick not in ("top", "random"):
+        raise UserError(f"pick {settings.pick}: top or random")
+
+
+class Asked(NamedTuple):
+    """A query to mine for: its row number in the file, itself, its right candidates in the pool, what it wants."""
+
+    number: int
+    query: Query
+    right: list[int]
+    wanted: str
+
+
+def negatives_of(
+    retriever: Retriever,
+    mbeir: Mbeir,
+    settings: Settings,
+    unit: Unit,
+    pool: Pool,
+    duplicates: Duplicates,
+    asked: list[Asked],
+    counts: Counter[str],
+) -> Iterator[tuple[Asked, list[int]]]:
+    """Each query with its negatives' positions in the pool."""
+    names = [f"query {one.query.qid}" for one in asked]
+    embeddings = retriever.encode([_item(mbeir, settings, unit, one) for one in asked], names=names)
+    require_finite(embeddings, names, str(retriever.path))
+    depth = settings.last_rank + max(len(one.right) for one in asked)
+    for wanted in dict.fromkeys(one.wanted for one in asked):
+        here = [number for number, one in enumerate(asked) if one.wanted == wanted]
+        others = tuple(name for name in MODALITIES if name != wanted)
+        found = [
+            (pool.best(embeddings[here], depth, modalities), most, reason)
+            for modalities, most, reason in (
+                ((wanted,), settings.negatives - settings.wrong_modality, "wanted_modality"),
+                (others, settings.wrong_modality, "wrong_modality"),
+            )
+            if most
+        ]
+        for place, number in enumerate(here):
+            choice = _Choice(settings, pool, duplicates, embeddings[number], asked[number], counts)
+            chosen = []
+            for (scores, rows), most, kind in found:
+                taken = choice.take(scores[place], rows[place], most)
+                counts[kind] += len(taken)
+                chosen += taken
+            counts["short"] += len(chosen) < settings.negatives
+            yield asked[number], chosen
+
+
+def _item(mbeir: Mbeir, settings: Settings, unit: Unit, one: Asked) -> Item:
+    if settings.instruction is None:
+        return one.query.item()
+    # A file that mixes data sets has its queries' own in their ids.
+    of = unit.dataset if unit.task is not None else one.query.qid.partition(":")[0]
+    prompts = mbeir.instructions(of, one.query.modality, one.wanted, required=False)
+    if prompts and settings.instruction >= len(prompts):
+        raise UserError(f"{unit.name}: no instruction {settings.instruction}; there are {len(prompts)}, from 0")
+    return one.query.item(prompts[settings.instruction] if prompts else None)
+
+
+class _Choice:
+    """Chooses one query's negatives from what was found."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        pool: Pool,
+        duplicates: Duplicates,
+        embedding: np.ndarray,
+        asked: Asked,
+        counts: Counter[str],
+    ):
+        self._settings, self._pool, self._duplicates = settings, pool, duplicates
+        self._asked, self._counts = asked, counts
+        self._right_rows = pool.rows.take(np.array(asked.right))
+        self._best_right = exact_scores(embedding[None], pool.rows, np.array([asked.right])).max()
+
+    def take(self, scores: np.ndarray, rows: np.ndarray, most: int) -> list[int]:
+        """At most so many of the candidates [K] found, in falling order."""
+        settings, right = self._settings, set(self._asked.right)
+        wrong = [at for at in range(len(rows)) if int(rows[at]) not in right]
+        window = wrong[settings.first_rank - 1 : settings.last_rank]
+        if settings.pick == "random":
+            digits = [ord(letter) for letter in self._asked.query.qid]
+            window = [window[at] for at in np.random.default_rng([settings.seed, *digits]).permutation(len(window))]
+        taken: list[int] = []
+        for at in window:
+            if len(taken) == most:
+                break
+            reason = self._left_out(float(scores[at]), int(rows[at]))
+            if reason:
+                self._counts[reason] += 1
+            else:
+                taken.append(int(rows[at]))
+        return taken
+
+    def _left_out(self, score: float, row: int) -> str | None:
+        settings, candidates = self._settings, self._pool.file.candidates
+        if settings.margin is not None and score > self._best_right - settings.margin:
+            return "margin"
+        near = self._right_rows @ self._pool.rows.take(np.array([row]))[0]
+        if settings.near > 0 and near.max() > 1 - settings.near:
+            return "near"
+        close = [number for number, how in zip(self._asked.right, near, strict=True) if how >= _COMPARED_FROM]
+        return "same" if any(self._duplicates.same(candidates[row], candidates[one]) for one in close) else None
