@@ -29,7 +29,7 @@ from jfe_jax.errors import UserError
 from jfe_jax.sharding import make_mesh
 from jfe_jax.streaming import StreamedArray, chunked, stored_arrays, streaming_context
 
-CHECKPOINTS, TOKENIZER, CONFIG = "checkpoints", "tokenizer", "config.yaml"
+CHECKPOINTS, TOKENIZER, CONFIG, BEST = "checkpoints", "tokenizer", "config.yaml", "best"
 # What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
 FREE = ("dtype", "remat")
 
@@ -109,12 +109,13 @@ def write_run_files(run: Path, config: Config, tokenizer_dir: Path) -> None:
     (run / CONFIG).write_text(configs.to_yaml(config), encoding="utf-8")
 
 
-def load_model(path: str | Path, mesh: Mesh | None = None) -> LoadedModel:
+def load_model(path: str | Path, mesh: Mesh | None = None, dtype: str | None = None) -> LoadedModel:
     """Opens a model for use.
 
     Args:
-      path: a run directory (its newest checkpoint that can be read is taken) or one `checkpoints/<step>` of it.
+      path: a run directory (its newest checkpoint that can be read is taken), or `checkpoints/<step>` or `best` of it.
       mesh: where the parameters are to lie; None is the first device.
+      dtype: to hold the parameters in, as "bfloat16"; None is what they are stored in, float32 after training.
 
     Raises:
       UserError: no checkpoint there, or none that can be read.
@@ -124,6 +125,8 @@ def load_model(path: str | Path, mesh: Mesh | None = None) -> LoadedModel:
         try:
             config = read_config(place)
             plan = blueprint(config.model, mesh)
+            if dtype:
+                plan = plan._replace(abstract=_in_dtype(plan.abstract, dtype))
             params = _load_params(place, plan)
         except UserError:
             raise
@@ -210,9 +213,11 @@ def latest_step(run: str | Path) -> int | None:
 
 
 def _candidates(path: Path) -> list[tuple[int, Path]]:
+    # `best` is a link to one.
+    path = path.resolve()
     if (path / "_CHECKPOINT_METADATA").exists() and path.name.isdigit():
-        return [(int(path.name), path.absolute())]
-    directory = path.absolute() / CHECKPOINTS
+        return [(int(path.name), path)]
+    directory = path / CHECKPOINTS
     found = [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
     if not found:
         raise UserError(f"{path}: no checkpoint there; give a run directory of `jfe train` or one of its checkpoints")
@@ -222,6 +227,12 @@ def _candidates(path: Path) -> list[tuple[int, Path]]:
 def read_config(place: Path) -> Config:
     """The resolved config of the checkpoint directory `place`."""
     return configs.from_dict(read_part(place, "config", None), f"{place}/config")
+
+
+def _in_dtype(abstract: Any, dtype: str) -> Any:
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype), sharding=leaf.sharding), abstract
+    )
 
 
 def _load_params(place: Path, plan: Blueprint) -> nnx.State:

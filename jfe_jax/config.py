@@ -273,10 +273,19 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, besides at the end (0: only then), and how many to keep."""
+    """When to save, besides at the end (0: only then), and what to keep.
+
+    Attributes:
+      keep: the newest so many.
+      keep_every_steps: besides, one each so many steps; 0 for none.
+      keep_best: besides, the so many with the lowest validation loss, which is then taken at every checkpoint. `best`
+        in the run directory leads to the best.
+    """
 
     every_steps: int = 500
     keep: int = 2
+    keep_every_steps: int = 0
+    keep_best: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -88,6 +88,25 @@ def test_only_the_newest_are_kept(tmp_path, state, said):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
+def test_retention_by_number_by_interval_and_by_loss(tmp_path, state, said):
+    losses = {1: 3.0, 2: 0.5, 3: 0.7, 4: 2.0, 5: float("nan"), 6: 0.9, 7: None}
+
+    def kept(first, last):
+        checkpoints = RunCheckpoints(tmp_path, 1, said.append, keep_every=4, keep_best=2)
+        for step in range(first, last + 1):
+            checkpoints.save(step, CONFIG, state.params, rest(state), {"next": step}, losses[step])
+        checkpoints.wait()
+        checkpoints.close()
+        best = (tmp_path / "best").resolve().name
+        return sorted(path.name for path in (tmp_path / "checkpoints").iterdir()), best
+
+    assert kept(1, 3) == (["2", "3"], "2")
+    # A process that continues knows the losses of what is there.
+    assert kept(4, 7) == (["2", "3", "4", "7"], "2")
+    assert checkpoint.load_model(tmp_path / "best").step == 2
+    assert checkpoint.load_model(tmp_path).step == 7
+
+
 @pytest.fixture
 def unfinished_reads():
     """Orbax leaves the reads of the other arrays unfinished when one fails: they go here, and not in a later test."""
@@ -240,6 +259,12 @@ def test_a_model_opens_on_a_mesh(tmp_path, state, tokenizer):
     checkpoint.save_model(tmp_path / "model", CONFIG, state.params, tokenizer)
     loaded = checkpoint.load_model(tmp_path / "model", sharding.make_mesh(MeshConfig(data=1, fsdp=8)))
     assert not loaded.params["tower"]["blocks"]["down_fd"].sharding.is_fully_replicated
+
+
+def test_a_model_opens_in_another_type(tmp_path, state, tokenizer):
+    checkpoint.save_model(tmp_path / "model", CONFIG, state.params, tokenizer)
+    params = nnx.to_pure_dict(checkpoint.load_model(tmp_path / "model", dtype="bfloat16").params)
+    assert_equal(params, jax.tree.map(lambda x: x.astype("bfloat16"), state.params))
 
 
 @damaged

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
 from jfe_jax import checkpoint
-from jfe_jax.checkpoint import CHECKPOINTS
+from jfe_jax.checkpoint import BEST, CHECKPOINTS
 from jfe_jax.config import Config
 from jfe_jax.data.reading import redistribute
 from jfe_jax.errors import UserError
 from jfe_jax.sharding import initialise, path_name
 from jfe_jax.streaming import stored_names
+
+policies = ocp.training.preservation_policies
 
 
 class Saved(NamedTuple):
@@ -35,33 +38,50 @@ class Saved(NamedTuple):
 class RunCheckpoints:
     """The checkpoints of one training run, newest good one first. Writing happens in the background."""
 
-    def __init__(self, run: Path, keep: int, warn: Callable[[str], None]):
-        """Opens `run`/checkpoints, or makes it; what a killed process left half-written is removed, named to `warn`."""
+    def __init__(self, run: Path, keep: int, warn: Callable[[str], None], keep_every: int = 0, keep_best: int = 0):
+        """Opens `run`/checkpoints, or makes it; what a killed process left half-written is removed, named to `warn`.
+
+        Kept are the newest `keep`, those whose step `keep_every` divides, and the `keep_best` with the lowest loss.
+        """
         self._directory = run.absolute() / CHECKPOINTS
         self._warn = warn
         self._closed = False
         self._directory.mkdir(parents=True, exist_ok=True)
         self._remove_half_written()
+        kept = [policies.LatestN(keep)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        if keep_best:
+            # Sorted from the worst to the best, of which the last are kept.
+            kept.append(
+                policies.BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+            )
+        self._links_best = keep_best > 0
         self._checkpointer = ocp.training.Checkpointer(
             self._directory,
             context=checkpoint.orbax_context(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            preservation_policy=policies.AnyPreservationPolicy(kept),
         )
 
     def steps(self) -> list[int]:
         """Steps that there is a checkpoint of, ascending."""
         return [saved.step for saved in self._checkpointer.checkpoints]
 
-    def save(self, step: int, config: Config, params: Any, train: Any, data: Any) -> None:
+    def save(self, step: int, config: Config, params: Any, train: Any, data: Any, loss: float | None = None) -> None:
         """Starts to write; the arrays may be donated as soon as this returns. Waits for the save before, if need be.
+
+        Args:
+          step, config, params, train, data: what `restore` gives back.
+          loss: on the validation split, by which the best are known.
 
         Raises:
           UserError: this or the previous checkpoint cannot be written (a full disk); older ones are intact.
         """
         parts = {"params": params, "train": train, "data": _IteratorState(data), "config": dataclasses.asdict(config)}
         try:
-            self._checkpointer.save_checkpointables_async(step, parts, force=True)
+            metrics = None if loss is None else {"val_loss": loss}
+            self._checkpointer.save_checkpointables_async(step, parts, force=True, metrics=metrics)
         except Exception as error:
             raise self._failed(error) from error
 
@@ -71,6 +91,7 @@ class RunCheckpoints:
             self._checkpointer.wait()
         except Exception as error:
             raise self._failed(error) from error
+        self._link_best()
 
     def close(self) -> None:
         """Waits and releases. Raises as `save` does, unless that has been raised already."""
@@ -117,6 +138,17 @@ class RunCheckpoints:
     def _damaged(self) -> Path:
         return self._directory.parent / "damaged"
 
+    def _link_best(self) -> None:
+        valued = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
+        if not (self._links_best and valued and jax.process_index() == 0):
+            return
+        best = min(valued, key=lambda saved: _loss(saved.metrics))
+        link = self._directory.parent / BEST
+        new = link.with_name(f".{BEST}.new")
+        new.unlink(missing_ok=True)
+        new.symlink_to(Path(CHECKPOINTS) / str(best.step))
+        new.replace(link)
+
     def _set_aside(self, path: Path, error: Exception) -> None:
         self._damaged.mkdir(exist_ok=True)
         target = self._damaged / path.name
@@ -143,6 +175,11 @@ class RunCheckpoints:
         good = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
         kept = f"step {good[-1]} is intact" if good else "there is none before it"
         return UserError(f"{self._directory}: cannot write the checkpoint ({checkpoint.reason(error)}); {kept}")
+
+
+def _loss(metrics: dict[str, float]) -> float:
+    # What is no number is the worst.
+    return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf
 
 
 def _read_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:

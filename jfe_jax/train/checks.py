@@ -7,7 +7,7 @@ from jfe_jax.models import embedding_width
 
 def check(config: Config) -> None:
     """Raises UserError for values that cannot work on any machine."""
-    optimizer, loss, data = config.optimizer, config.loss, config.data
+    optimizer, loss, data, checkpoint = config.optimizer, config.loss, config.data, config.checkpoint
     width = embedding_width(config.model)
     own_temperature = loss.temperature == 0 and config.model.kind == "dual"
     for bad, problem in (
@@ -54,7 +54,18 @@ def check(config: Config) -> None:
             f"loss.matryoshka: {loss.matryoshka} has a weight that is not above 0",
         ),
         (config.log_every_steps < 1, f"log_every_steps is {config.log_every_steps}; it has to be 1 or more"),
-        (config.checkpoint.keep < 1, f"checkpoint.keep is {config.checkpoint.keep}; it has to be 1 or more"),
+        (checkpoint.keep < 1, f"checkpoint.keep is {checkpoint.keep}; it has to be 1 or more"),
+        (
+            checkpoint.keep_every_steps < 0
+            or checkpoint.keep_every_steps % (checkpoint.every_steps or optimizer.steps) != 0,
+            f"checkpoint.keep_every_steps is {checkpoint.keep_every_steps}; it has to be 0 (none) or a multiple of "
+            f"checkpoint.every_steps, {checkpoint.every_steps}",
+        ),
+        (checkpoint.keep_best < 0, f"checkpoint.keep_best is {checkpoint.keep_best}; it has to be 0 (none) or more"),
+        (
+            checkpoint.keep_best > 0 and not data.val_split,
+            f"checkpoint.keep_best is {checkpoint.keep_best}, but data.val_split names no split to tell the best on",
+        ),
         (
             config.val_every_steps > 0 and not data.val_split,
             f"val_every_steps is {config.val_every_steps}, but data.val_split names no split",

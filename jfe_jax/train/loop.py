@@ -63,7 +63,8 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
     groups = sharding.group_count(mesh) * config.loss.grad_cache_chunks
     batches = _batches(config, groups, config.data.split)
     training = states.prepare(config, mesh)
-    checkpoints = RunCheckpoints(run, config.checkpoint.keep, say)
+    kept = config.checkpoint
+    checkpoints = RunCheckpoints(run, kept.keep, say, kept.keep_every_steps, kept.keep_best)
     try:
         start, state = starting_point(training, checkpoints, batches, say)
         if jax.process_index() == 0:
@@ -140,10 +141,14 @@ class _Run:
                     self._heed_compilation(step)
                     self.pending.append((step, metrics, position["bad"]))
                     self._settle(LAG)
-                    if _due(step, self.config.checkpoint.every_steps) or step == steps:
-                        self._save(step, state, position)
-                    if _due(step, self.config.val_every_steps) or (self.config.val_every_steps and step == steps):
-                        self._validate(step, state)
+                    saves = _due(step, self.config.checkpoint.every_steps) or step == steps
+                    values = _due(step, self.config.val_every_steps) or (self.config.val_every_steps and step == steps)
+                    # First, so that the checkpoint knows its loss, and the log of what it continues has it.
+                    loss = None
+                    if values or (saves and self.config.checkpoint.keep_best):
+                        loss = self._validate(step, state)
+                    if saves:
+                        self._save(step, state, position, loss)
                 if step > start and step != self.saved:
                     self._save(step, state, position)
         finally:
@@ -195,13 +200,13 @@ class _Run:
             )
         self.progress.say(f"warning: step {step} is skipped: {what} ({int(values['skipped'])} so far)")
 
-    def _save(self, step: int, state: TrainState, position: Any) -> None:
+    def _save(self, step: int, state: TrainState, position: Any, loss: float | None = None) -> None:
         # Not before it is known that training goes on.
         self._settle(0)
-        self.checkpoints.save(step, self.config, state.params, state._replace(params={})._asdict(), position)
+        self.checkpoints.save(step, self.config, state.params, state._replace(params={})._asdict(), position, loss)
         self.saved = step
 
-    def _validate(self, step: int, state: TrainState) -> None:
+    def _validate(self, step: int, state: TrainState) -> float:
         self._settle(0)
         begun = time.monotonic()
         batches = _batches(self.config, self.groups, self.config.data.val_split)
@@ -219,6 +224,7 @@ class _Run:
             f"step {step}: validation loss {means['val_loss']:.4f}, in-batch accuracy {means['val_accuracy']:.1%}"
         )
         self.since += time.monotonic() - begun
+        return means["val_loss"]
 
 
 def _batches(config: Config, groups: int, split: str) -> Any:

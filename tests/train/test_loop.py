@@ -14,7 +14,7 @@ from flax import nnx
 
 from jfe_jax import checkpoint, sharding
 from jfe_jax.cli.main import main
-from jfe_jax.config import Config, from_dict, to_yaml
+from jfe_jax.config import CheckpointConfig, Config, from_dict, to_yaml
 from jfe_jax.errors import UserError
 from jfe_jax.train import loop
 from jfe_jax.train import state as states
@@ -51,7 +51,7 @@ def config(tmp_path_factory) -> Config:
         "tokens": {"tokenizer": str(source / "tokenizer"), "max_text_tokens": 40},
         "data": {"path": str(data), "val_split": "val", "pairs": 8, "rows": 8, "row_tokens": 64, "image_slots": 16},
         "optimizer": {"steps": STEPS, "learning_rate": 1e-3, "warmup_steps": 2},
-        "checkpoint": {"every_steps": 3, "keep": 2},
+        "checkpoint": {"every_steps": 3, "keep": 1, "keep_every_steps": 6, "keep_best": 1},
         "mesh": {"data": 1},
     }
     return from_dict(tree)
@@ -87,12 +87,15 @@ def assert_same_run(one, other):
 
 
 def test_a_run_directory_is_complete(config, whole):
-    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["6", "8"]
+    valued = {one["step"]: one["val_loss"] for one in lines(whole) if "val_loss" in one}
+    assert list(valued) == [3, 4, 6, 8]
+    best = min((3, 6, 8), key=valued.get)
+    assert {path.name for path in (whole / "checkpoints").iterdir()} == {"6", "8", str(best)}
+    assert (whole / "best").resolve().name == str(best)
     assert checkpoint.load_model(whole).config == replace(config, output=str(whole))
     assert (whole / "config.yaml").read_text() == to_yaml(replace(config, output=str(whole)))
     assert (whole / "tokenizer" / "tokenizer.json").exists()
     assert [one["step"] for one in lines(whole) if "loss" in one] == list(range(1, STEPS + 1))
-    assert [one["step"] for one in lines(whole) if "val_loss" in one] == [4, 8]
     assert list((whole / "logs").glob("events.out.tfevents.*"))
     assert {"loss", "accuracy", "temperature", "learning_rate", "gradient_norm"} < set(lines(whole)[0])
 
@@ -151,7 +154,7 @@ def test_told_to_end_it_saves_and_continues_to_the_bit(config, whole, tmp_path):
 
 
 def test_it_continues_on_another_mesh(config, whole, tmp_path):
-    mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0)
+    mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0, checkpoint=CheckpointConfig(every_steps=3))
     stopped = train(replace(mine, mesh=replace(config.mesh, fsdp=2)), "auto", end_at("step 1/8")).step
     assert stopped < STEPS
     said = []
@@ -206,7 +209,7 @@ def test_a_program_compiled_again_is_said(config, tmp_path, monkeypatch):
     made = loop._batches
     monkeypatch.setattr(loop, "_batches", lambda *args: Batches(made(*args)))
     said = []
-    mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0)
+    mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0, checkpoint=CheckpointConfig())
     train(replace(mine, optimizer=replace(config.optimizer, steps=3)), "auto", said.append)
     warned = [line for line in said if "compiled again" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: step 2 was compiled again")
@@ -242,6 +245,7 @@ def test_stage_two_of_another_model_is_refused(config, whole, tmp_path):
         ({"loss": {"matryoshka": {32: 1.0}}}, r"loss\.matryoshka: {32: 1\.0} has widths"),
         ({"optimizer": {"warmup_steps": 20}}, r"optimizer\.warmup_steps is 20"),
         ({"optimizer": {"freeze": ("visoin",)}}, "no parameters under 'visoin'"),
+        ({"checkpoint": {"keep_every_steps": 4}}, r"keep_every_steps is 4; it has to be 0 \(none\) or a multiple"),
         ({"init": "/nowhere"}, "/nowhere: no checkpoint there"),
         ({"data": {"val_split": ""}}, r"data\.val_split names no split"),
     ],
