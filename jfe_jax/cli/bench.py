@@ -24,6 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stream.add_argument("-k", type=int, default=50)
     stream.add_argument("--dir", type=Path, help="where to make it: 23 GB by default")
     stream.set_defaults(run=_stream)
+    loss = names.add_parser("loss", help="contrastive loss and gradients beside PyTorch's and plain jit's")
+    loss.add_argument("--batches", default="8192,32768", help="pairs, separated by commas")
+    loss.add_argument("--width", type=int, default=1024, help="of the embeddings")
+    loss.add_argument("--rounds", type=int, default=5)
+    loss.set_defaults(run=_loss)
+    gradcache = names.add_parser("gradcache", help="a step in GradCache chunks beside the plain step; memory by batch")
+    gradcache.add_argument("--pairs", type=int, default=256, help="of the timed steps")
+    gradcache.add_argument("--chunks", type=int, default=4)
+    gradcache.add_argument("--rounds", type=int, default=5)
+    gradcache.add_argument("--batches", default="512,1024,2048,4096,8192,16384", help="pairs of the memory table")
+    gradcache.add_argument("--chunk", type=int, default=256, help="pairs of a chunk in the memory table")
+    gradcache.set_defaults(run=_gradcache)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -67,3 +79,46 @@ def _stream(args: argparse.Namespace) -> None:
         f"{args.rows} x {args.width} float16, {result.file:.1f} GB on disk: the {args.k} best of {args.queries} "
         f"queries in {result.seconds:.0f} s, peak memory {result.peak:.2f} GiB; {result.right} found their row"
     )
+
+
+def _loss(args: argparse.Namespace) -> None:
+    from jfe_jax.bench import loss
+
+    print(_versions("jax", "torch"))
+    print(f"E = {args.width}, {args.rounds} rounds by turns: median [least, most]; memory besides the embeddings")
+    print("     B  side    seconds                 / jfe     memory")
+    for row in loss.run([int(number) for number in args.batches.split(",")], args.width, args.rounds):
+        took = _spread(row.seconds) if row.seconds else "too little memory"
+        ratio = f"{row.ratio:5.2f}" if row.seconds else "     "
+        forecast = "" if row.seconds else " (forecast)"
+        print(f"{row.pairs:6}  {row.side:6}  {took:22}  {ratio}  {row.peak / 2**20:6.0f} MiB{forecast}", flush=True)
+
+
+def _gradcache(args: argparse.Namespace) -> None:
+    from jfe_jax.bench import gradcache
+
+    print(_versions("jax"))
+    took = gradcache.times(args.pairs, args.chunks, args.rounds)
+    print(f"a step of {args.pairs} pairs, {args.rounds} rounds by turns: median [least, most] seconds")
+    print(f"plain       {_spread(took.plain)}")
+    print(f"{args.chunks:2} chunks   {_spread(took.chunked)}  {took.ratio:.2f} x plain")
+    print(f"temporary memory of each of {gradcache.DEVICES} devices, MiB; chunks of {args.chunk} pairs")
+    print("     B   chunked     plain  loss alone")
+    batches = [int(number) for number in args.batches.split(",")]
+    for row in gradcache.memory(batches, args.chunk, plain_up_to=2048):
+        chunked, plain, loss = (f"{size / 2**20:.1f}" if size else "-" for size in row[1:])
+        print(f"{row.pairs:6}{chunked:>10}{plain:>10}{loss:>12}")
+
+
+def _spread(seconds: list[float]) -> str:
+    import statistics
+
+    return f"{statistics.median(seconds):.3f} [{min(seconds):.3f}, {max(seconds):.3f}]"
+
+
+def _versions(*packages: str) -> str:
+    import os
+    from importlib.metadata import version
+
+    named = ", ".join(f"{package} {version(package)}" for package in packages)
+    return f"{named}; {len(os.sched_getaffinity(0))} threads"

@@ -1,0 +1,180 @@
+"""A step in GradCache chunks beside the plain step of as many pairs, and the memory of both against the batch.
+
+The memory is what XLA plans for a compiled program (`memory_analysis`), on eight simulated devices; nothing runs there.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jfe_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, TextConfig, VisionConfig
+from jfe_jax.data.packing import ContrastiveBatch, PackedBatch
+
+# Rows of a pair: a query and a candidate of one image and its text each.
+ROW_TOKENS, ROWS, IMAGES = 64, 1, 2
+DEVICES = 8
+
+
+class Times(NamedTuple):
+    """Seconds of a step in all rounds, and the median over the rounds of chunked / plain."""
+
+    plain: list[float]
+    chunked: list[float]
+    ratio: float
+
+
+class Memory(NamedTuple):
+    """Bytes of temporary memory for each device, besides state and batch: of the step in chunks, of the plain step, and
+    of the loss alone; 0 where it was not compiled."""
+
+    pairs: int
+    chunked: int
+    plain: int
+    loss: int
+
+
+def config(pairs: int, chunks: int, devices: int = 1) -> Config:
+    """PaliGemma's architecture with 6 M parameters; a batch of `pairs`, half of whose tokens are patches."""
+    return Config(
+        model=ModelConfig(
+            vision=VisionConfig(image_size=56, patch_size=14, width=192, depth=4, mlp_dim=768, num_heads=3),
+            text=TextConfig(
+                vocab_size=4096, width=256, depth=4, mlp_dim=1024, num_heads=4, num_kv_heads=1, head_dim=64
+            ),
+            image_token=4095,
+        ),
+        data=DataConfig(pairs=pairs, rows=ROWS * pairs, row_tokens=ROW_TOKENS, image_slots=IMAGES * pairs),
+        loss=LossConfig(grad_cache_chunks=chunks, tile_mib=4),
+        mesh=MeshConfig(data=1, fsdp=devices),
+    )
+
+
+def times(pairs: int, chunks: int, rounds: int) -> Times:
+    """Runs both steps by turns, from the same state on the same pairs; checks that their losses are the same."""
+    import jax
+
+    from jfe_jax import sharding
+    from jfe_jax.train import state as states
+    from jfe_jax.train.step import make_train_step
+
+    sides = []
+    host = batch(config(pairs, chunks), chunks)
+    for count in (1, chunks):
+        training = states.prepare(config(pairs, count), sharding.make_mesh(MeshConfig(data=1)))
+        there = sharding.put_batch(host, training.mesh, count)
+        sides.append([make_train_step(training), states.initialise(training), there])
+    seconds, losses = ([], []), ([], [])
+    # The first round compiles.
+    for turn in range(rounds + 1):
+        for number, side in enumerate(sides):
+            step, state, there = side
+            start = time.perf_counter()
+            side[1], metrics = jax.block_until_ready(step(state, there))
+            losses[number].append(float(metrics["loss"]))
+            if turn:
+                seconds[number].append(time.perf_counter() - start)
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+    return Times(*seconds, statistics.median(b / a for a, b in zip(*seconds, strict=True)))
+
+
+def memory(batches: Sequence[int], chunk: int, plain_up_to: int) -> list[Memory]:
+    """Compiles for eight devices, in a process of its own: chunks of `chunk` pairs, and the plain step up to a size."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
+    done = subprocess.run(
+        [sys.executable, "-m", "jfe_jax.bench.gradcache", json.dumps([list(batches), chunk, plain_up_to])],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return [Memory(*row) for row in json.loads(done.stdout.splitlines()[-1])]
+
+
+def batch(settings: Config, groups: int) -> ContrastiveBatch:
+    """Random pairs in so many groups, each item half patches and half text."""
+    random = np.random.default_rng(0)
+    data, patches = settings.data, settings.model.vision.patches
+    each, length = data.pairs // groups, ROW_TOKENS // 2
+    shape = (groups, each, ROW_TOKENS)
+    tokens = random.integers(4, 4000, shape).astype(np.int32)
+    for start in (0, length):
+        tokens[..., start : start + patches] = settings.model.image_token
+    starts = np.arange(each)[:, None] * ROW_TOKENS + [0, length]
+    # Queries are the first of each row, candidates the second.
+    starts = np.broadcast_to(starts.T.reshape(-1), (groups, 2 * each)).astype(np.int32)
+    side = settings.model.vision.image_size
+    packed = PackedBatch(
+        tokens,
+        np.broadcast_to(np.repeat([1, 2], length), shape).astype(np.int32),
+        np.broadcast_to(np.tile(np.arange(length), 2), shape).astype(np.int32),
+        random.integers(0, 256, (groups, 2 * each, side, side, 3)).astype(np.uint8),
+        starts,
+        starts + length - 1,
+        np.stack([starts, starts + length], axis=-1),
+        np.ones((groups, 2 * each), bool),
+    )
+    numbers = np.arange(groups * each, dtype=np.int32).reshape(groups, each)
+    return ContrastiveBatch(packed, numbers, np.zeros_like(numbers), numbers[..., None])
+
+
+def _compile_all(batches: Sequence[int], chunk: int, plain_up_to: int) -> list[Memory]:
+    return [
+        Memory(
+            pairs,
+            _temporary(pairs, pairs // chunk),
+            _temporary(pairs, 1) if pairs <= plain_up_to else 0,
+            _temporary(pairs, 1, loss_only=True),
+        )
+        for pairs in batches
+    ]
+
+
+def _temporary(pairs: int, chunks: int, loss_only: bool = False) -> int:
+    import jax
+
+    from jfe_jax import sharding
+    from jfe_jax.train import state as states
+    from jfe_jax.train.step import contrast, make_train_step
+
+    settings = config(pairs, chunks, DEVICES)
+    training = states.prepare(settings, sharding.make_mesh(settings.mesh))
+    there = _abstract(settings, chunks, sharding.batch_sharding(training.mesh, chunks))
+    if not loss_only:
+        return make_train_step(training).lower(training.abstract, there).compile().memory_analysis().temp_size_in_bytes
+    embeddings = jax.ShapeDtypeStruct(
+        (*there.packed.valid.shape, settings.model.text.width), np.float32, sharding=there.packed.valid.sharding
+    )
+
+    def loss(parameters: Any, embeddings: jax.Array, batch: ContrastiveBatch) -> Any:
+        with jax.sharding.use_abstract_mesh(training.mesh.abstract_mesh):
+            return jax.grad(lambda *both: contrast(training, *both, batch)[0], argnums=(0, 1))(parameters, embeddings)
+
+    compiled = jax.jit(loss).lower(training.abstract.loss, embeddings, there).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def _abstract(settings: Config, chunks: int, sharding: Any) -> ContrastiveBatch:
+    # The batch's shapes, from one of a single pair to a group.
+    import jax
+
+    groups = DEVICES * chunks
+    each = settings.data.pairs // groups
+    small = batch(replace(settings, data=replace(settings.data, pairs=1)), 1)
+
+    def one(x: np.ndarray) -> Any:
+        shape = (chunks, DEVICES, each * x.shape[1], *x.shape[2:])
+        return jax.ShapeDtypeStruct(shape[1:] if chunks == 1 else shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, small)
+
+
+if __name__ == "__main__":
+    print(json.dumps(_compile_all(*json.loads(sys.argv[1]))))

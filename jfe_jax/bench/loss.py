@@ -1,0 +1,186 @@
+"""The contrastive loss with its gradients beside the same written plainly, in PyTorch and in jit.
+
+"plain" means what a user would write: all logits at once, the softmax's cross-entropy over their rows and columns.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jfe_jax.errors import UserError
+
+SIDES = ("jfe", "jit", "torch")
+TEMPERATURE = 0.05
+
+
+class Row(NamedTuple):
+    """One side at one batch.
+
+    Attributes:
+      pairs, width: B and E.
+      side: of SIDES.
+      seconds: of all rounds; empty if there is too little memory for this side.
+      ratio: median over the rounds of this side's time / jfe's, each measured one after the other; 0 if empty.
+      peak: bytes that loss and gradients took besides the embeddings; a forecast if there is too little memory.
+    """
+
+    pairs: int
+    width: int
+    side: str
+    seconds: list[float]
+    ratio: float
+    peak: int
+
+
+def run(batches: Sequence[int], width: int, rounds: int) -> Iterator[Row]:
+    """Times the sides by turns, after checking that loss and gradients are the same.
+
+    Memory is measured first, each side in a process of its own. A side that would need more than is free is left out:
+    its need is told from the smaller batch's, by the square of the batch.
+
+    Raises:
+      UserError: torch is not installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("torch is not installed: pip install torch") from error
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    peaks: dict[str, tuple[int, int]] = {}
+    for pairs in sorted(batches):
+        sides = []
+        for side in SIDES:
+            before, peak = peaks.get(side, (pairs, 0))
+            forecast = peak * (pairs // before) ** 2 if side != "jfe" else 0
+            if forecast < 0.8 * _free():
+                peaks[side] = pairs, _peak(side, pairs, width)
+                sides.append(side)
+        seconds = _interleaved({side: make(side, *_embeddings(pairs, width)) for side in sides}, rounds)
+        for side in SIDES:
+            before, peak = peaks[side]
+            own = seconds.get(side, [])
+            ratio = statistics.median(a / b for a, b in zip(own, seconds["jfe"], strict=True)) if own else 0.0
+            yield Row(pairs, width, side, own, ratio, peak * (pairs // before) ** 2)
+
+
+def make(side: str, queries: np.ndarray, candidates: np.ndarray) -> Callable[[], tuple[Any, Any, Any]]:
+    """A function without arguments that gives loss and gradients to queries and candidates [B, E]."""
+    return {"jfe": _jfe, "jit": _jit, "torch": _torch}[side](queries, candidates)
+
+
+def _jfe(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    from jfe_jax.config import LossConfig
+    from jfe_jax.train import losses
+
+    config = LossConfig(temperature=TEMPERATURE)
+    numbers = jnp.arange(len(queries), dtype=jnp.int32)[None]
+    valid = jnp.ones(numbers.shape, bool)
+    rest = (numbers, jnp.zeros_like(numbers), numbers[..., None], valid, valid)
+
+    def loss(queries: jax.Array, candidates: jax.Array, rest: Any) -> jax.Array:
+        pairs = losses.Pairs(queries[None], candidates[None], *rest)
+        return losses.contrastive_loss(pairs, losses.initial_parameters(config), config)[0]
+
+    return _compiled(loss, jnp.asarray(queries), jnp.asarray(candidates), rest)
+
+
+def _jit(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    def loss(queries: jax.Array, candidates: jax.Array) -> jax.Array:
+        logits = queries @ candidates.T / TEMPERATURE
+        own = jnp.diagonal(logits)
+        rows, columns = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
+        return jnp.mean(rows + columns - 2 * own) / 2
+
+    return _compiled(loss, jnp.asarray(queries), jnp.asarray(candidates))
+
+
+def _compiled(loss: Callable[..., Any], *args: Any) -> Callable[[], Any]:
+    import jax
+
+    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*args).compile()
+
+    def work() -> Any:
+        value, gradients = jax.block_until_ready(program(*args))
+        return value, *gradients
+
+    return work
+
+
+def _torch(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    one, other = (torch.tensor(x, requires_grad=True) for x in (queries, candidates))
+    own = torch.arange(len(queries))
+
+    def work() -> Any:
+        one.grad = other.grad = None
+        logits = one @ other.T / TEMPERATURE
+        loss = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+        loss.backward()
+        return loss.detach(), one.grad, other.grad
+
+    return work
+
+
+def _interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    # Once unmeasured, to see that all compute the same.
+    expected = sides["jfe"]()
+    for side, work in sides.items():
+        for ours, theirs in zip(expected, work(), strict=True):
+            scale = np.abs(np.asarray(ours)).max()
+            if np.abs(np.asarray(ours) - np.asarray(theirs)).max() > 1e-4 * scale:
+                raise UserError(f"loss or gradients of {side} are not ours: nothing to compare")
+    seconds: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side, work in sides.items():
+            start = time.perf_counter()
+            work()
+            seconds[side].append(time.perf_counter() - start)
+    return seconds
+
+
+def _embeddings(pairs: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(0)
+    queries, candidates = (random.standard_normal((pairs, width), np.float32) for _ in range(2))
+    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, candidates))
+
+
+def _peak(side: str, pairs: int, width: int) -> int:
+    command = [sys.executable, "-m", "jfe_jax.bench.loss", side, str(pairs), str(width)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def _status(name: str) -> int:
+    """Bytes, of a line of /proc/self/status in kB."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
+
+
+def _free() -> int:
+    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+
+
+def _main(side: str, pairs: int, width: int) -> None:
+    work = make(side, *_embeddings(pairs, width))
+    before = _status("VmRSS")
+    work()
+    print(_status("VmHWM") - before)
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
