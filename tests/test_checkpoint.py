@@ -1,6 +1,7 @@
 """What is written is read back, on any mesh; what cannot be read is named."""
 
 import gc
+import json
 import resource
 from contextlib import contextmanager
 from dataclasses import replace
@@ -209,12 +210,23 @@ def test_a_model_alone_is_no_run_to_continue(tmp_path, state, said, tokenizer):
         restore(tmp_path / "model", said)
 
 
-def test_another_number_of_processes_is_refused(tmp_path, state, said):
-    save(tmp_path, state, [2], said)
-    data = tmp_path / "checkpoints" / "2" / "data"
-    (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
-    with pytest.raises(UserError, match="written by 2 processes"):
-        restore(tmp_path, said)
+@damaged
+def test_another_number_of_processes_takes_over_what_the_others_left(tmp_path, state, said):
+    one = {"base": 0, "next": 3, "waiting": [4], "taken": 2, "bad": {}}
+    save(tmp_path, state, [2, 4], said)
+    for step in (2, 4):
+        data = tmp_path / "checkpoints" / str(step) / "data"
+        (data / "process_0-of-1.json").rename(data / "process_0-of-2.json")
+        (data / "process_0-of-2.json").write_text(json.dumps(one))
+        (data / "process_1-of-2.json").write_text(json.dumps(one | {"next": 2, "waiting": []}))
+    # Of the first 6 the second process, which takes every odd one, has had two.
+    saved = restore(tmp_path, said).data
+    assert (saved["base"], saved["waiting"], saved["taken"]) == (6, [4, 5], 4)
+    assert said == []
+    (tmp_path / "checkpoints" / "4" / "data" / "process_1-of-2.json").unlink()
+    assert restore(tmp_path, said).step == 2
+    # Orbax leaves the reason out.
+    assert len(said) == 1 and "checkpoints/4 is damaged" in said[0]
 
 
 @contextmanager
