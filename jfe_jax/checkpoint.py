@@ -3,7 +3,7 @@
 A run directory holds `config.yaml`, `tokenizer/`, `logs/` and `checkpoints/<step>/`, the last with the Orbax
 checkpointables `params` (plain dict of the model's parameters), `train` (the rest of the training state), `data` (the
 data iterator's position, one file per process) and `config` (the resolved tree). One without `train` and `data` is a
-model only.
+model only. With adapters `params` holds them and what is trained besides; `base.json` says where the rest lies.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from jfe_jax import base, trees
 from jfe_jax import config as configs
 from jfe_jax.blueprint import Blueprint, blueprint
-from jfe_jax.config import Config, MeshConfig, ModelConfig
+from jfe_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
-from jfe_jax.sharding import make_mesh
-from jfe_jax.streaming import StreamedArray, chunked, stored_arrays, streaming_context
+from jfe_jax.models import lora
+from jfe_jax.sharding import make_mesh, path_name
+from jfe_jax.streaming import StreamedArray, chunked, stored_arrays, stored_names, streaming_context
 
 CHECKPOINTS, TOKENIZER, CONFIG, BEST = "checkpoints", "tokenizer", "config.yaml", "best"
 # What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
@@ -51,7 +53,9 @@ class LoadedModel(NamedTuple):
     step: int
 
 
-def save_model(path: str | Path, config: Config, params: Any, tokenizer_dir: str | Path) -> None:
+def save_model(
+    path: str | Path, config: Config, params: Any, tokenizer_dir: str | Path, stands_on: base.Base | None = None
+) -> None:
     """Writes a run directory at step 0 that holds only a model.
 
     Written beside `path` and renamed into place, so that it is there whole or not at all.
@@ -61,6 +65,7 @@ def save_model(path: str | Path, config: Config, params: Any, tokenizer_dir: str
       config: the resolved config; its `model` is what counts.
       params: nnx.State or plain dict; its leaves may be StreamedArrays (all of them, if any).
       tokenizer_dir: is copied.
+      stands_on: where the parameters lie that `params` lacks, which are adapters then.
 
     Raises:
       UserError: `path` is in use, or the checkpoint cannot be written; what reading a StreamedArray raises.
@@ -69,6 +74,8 @@ def save_model(path: str | Path, config: Config, params: Any, tokenizer_dir: str
     streamed = any(isinstance(leaf, StreamedArray) for leaf in jax.tree.leaves(pure))
     with written_whole(path) as run:
         write_run_files(run, config, Path(tokenizer_dir))
+        if stands_on is not None:
+            base.write(run, stands_on)
         target = run / CHECKPOINTS / "0"
         target.parent.mkdir()
         try:
@@ -109,48 +116,39 @@ def write_run_files(run: Path, config: Config, tokenizer_dir: Path) -> None:
     (run / CONFIG).write_text(configs.to_yaml(config), encoding="utf-8")
 
 
-def load_model(path: str | Path, mesh: Mesh | None = None, dtype: str | None = None) -> LoadedModel:
+def load_model(
+    path: str | Path,
+    mesh: Mesh | None = None,
+    dtype: str | None = None,
+    accept: Callable[[Config, Path], None] | None = None,
+) -> LoadedModel:
     """Opens a model for use.
 
     Args:
       path: a run directory (its newest checkpoint that can be read is taken), or `checkpoints/<step>` or `best` of it.
       mesh: where the parameters are to lie; None is the first device.
       dtype: to hold the parameters in, as "bfloat16"; None is what they are stored in, float32 after training.
+      accept: is given the config and the checkpoint's directory before anything large is read; may raise.
 
     Raises:
-      UserError: no checkpoint there, or none that can be read.
+      UserError: no checkpoint there, or none that can be read; or what adapters stand on is not there.
     """
     mesh = mesh or make_mesh(MeshConfig(data=1))
     for step, place in _candidates(Path(path)):
         try:
             config = read_config(place)
+            if accept:
+                accept(config, place)
             plan = blueprint(config.model, mesh)
             if dtype:
                 plan = plan._replace(abstract=_in_dtype(plan.abstract, dtype))
-            params = _load_params(place, plan)
+            params = nnx.State(_load_params(place, plan, mesh))
         except UserError:
             raise
         except Exception as error:
             failure = f"{place} is damaged ({one_line(error)})"
             continue
         return LoadedModel(config, plan.graphdef, params, place.parent.parent / TOKENIZER, step)
-    raise UserError(f"{path}: no checkpoint can be read; {failure}")
-
-
-def load_parameters(path: str | Path, config: ModelConfig, plan: Blueprint) -> dict[str, Any]:
-    """The parameters of a checkpoint as a plain dict, to start another run of the same model from.
-
-    Raises:
-      UserError: no readable checkpoint at `path`, or one of another model; the differing keys are listed.
-    """
-    for _, place in _candidates(Path(path)):
-        try:
-            refuse_other_model(read_config(place).model, config, str(place))
-            return nnx.to_pure_dict(_load_params(place, plan))
-        except UserError:
-            raise
-        except Exception as error:
-            failure = f"{place} is damaged ({one_line(error)})"
     raise UserError(f"{path}: no checkpoint can be read; {failure}")
 
 
@@ -235,8 +233,34 @@ def _in_dtype(abstract: Any, dtype: str) -> Any:
     )
 
 
-def _load_params(place: Path, plan: Blueprint) -> nnx.State:
-    return nnx.State(read_part(place, "params", plan.abstract))
+def _load_params(place: Path, plan: Blueprint, mesh: Mesh) -> dict[str, Any]:
+    held = stored_names(place / "params")
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in held, plan.abstract)
+    if not any(map(lora.is_adapter, held)) or all(jax.tree.leaves(mask)):
+        return read_part(place, "params", plan.abstract)
+    # First what is small and may be damaged.
+    own = read_part(place, "params", trees.select(plan.abstract, mask))
+    beneath = base_parameters(place.parent.parent, mesh)
+    beneath = jax.tree.map(
+        lambda leaf, wanted: leaf.astype(wanted.dtype), beneath, lora.without_adapters(plan.abstract)
+    )
+    return trees.overlay(beneath, own)
+
+
+def base_parameters(run: Path, mesh: Mesh) -> dict[str, Any]:
+    """The weights that the adapters of a run stand on, on a mesh. Raises UserError as `base.parameters`."""
+
+    def load(path: Path) -> tuple[LoraConfig, dict[str, Any]]:
+        if (path / "config.json").is_file():
+            # Where Hugging Face's names are known.
+            from jfe_jax.hf.load import load_hf
+
+            config, params = load_hf(path, mesh)
+            return config.model.lora, nnx.to_pure_dict(params)
+        loaded = load_model(path, mesh)
+        return loaded.config.model.lora, nnx.to_pure_dict(loaded.params)
+
+    return base.parameters(run, load)
 
 
 def read_part(place: Path, part: str, abstract: Any) -> Any:

@@ -89,6 +89,24 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters: a kernel W becomes W + scale · A B, and W stays as it is (arXiv 2106.09685). No dropout.
+
+    Attributes:
+      rank: of A B; 0 for no adapters.
+      alpha: scale is alpha / rank.
+      rslora: scale is alpha / sqrt(rank) instead (arXiv 2312.03732).
+      targets: which kernels have adapters: "attention" and "mlp" of the text tower, "vision", "projector", or parts of
+        them, as "attention.query", "vision.mlp".
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    rslora: bool = False
+    targets: tuple[str, ...] = ("attention", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Which tower, how large.
 
@@ -107,6 +125,7 @@ class ModelConfig:
         fusion model's embedding has the tower's width.
       dtype: of the computation; parameters are float32.
       remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "dots" all but matrix products.
+      lora: low-rank adapters. With them only they and `optimizer.train` are trained and kept in checkpoints.
     """
 
     kind: Literal["fusion", "two_tower", "dual"] = "fusion"
@@ -121,6 +140,7 @@ class ModelConfig:
     embed_dim: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Literal["none", "full", "dots"] = "none"
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +261,7 @@ class OptimizerConfig:
         several that name a parameter the one with most keys counts.
       max_skipped_steps: a step whose loss or gradients are not finite changes nothing and is counted; after so many in
         a row training stops.
+      train: with `model.lora` only: groups that are trained whole, besides the adapters.
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
@@ -260,6 +281,7 @@ class OptimizerConfig:
     freeze: tuple[str, ...] = ()
     learning_rate_factors: dict[str, float] = field(default_factory=dict)
     max_skipped_steps: int = 5
+    train: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ PARAMETER_RULES: Mapping[str, str | None] = {
     "vocab": "tensor",
     "patch": None,
     "position": None,
+    "rank": None,
 }
 
 # Activations keep their width whole: `fsdp` already splits their groups.

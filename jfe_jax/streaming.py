@@ -107,8 +107,7 @@ def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
 
         return StreamedArray(opened.shape, opened.dtype.numpy_dtype, read)
 
-    names = (".".join(key["key"] for key in leaf["key_metadata"]) for leaf in tree["tree_metadata"].values())
-    return {name: array(name) for name in names}
+    return {name: array(name) for name in stored_names(directory)}
 
 
 def stored_names(directory: Path) -> list[str]:

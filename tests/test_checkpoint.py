@@ -17,6 +17,7 @@ from jfe_jax.data.tokens import train_tokenizer
 from jfe_jax.errors import UserError
 from jfe_jax.train import state as states
 from jfe_jax.train.checkpoints import RunCheckpoints
+from jfe_jax.train.start import start_from
 from tests.train import tiny
 
 CONFIG = tiny.config(optimizer=OptimizerConfig(freeze=("vision",)))
@@ -294,8 +295,7 @@ def test_no_checkpoint_there(tmp_path):
 
 def test_parameters_start_another_run_of_the_same_model_only(tmp_path, state, tokenizer):
     checkpoint.save_model(tmp_path / "one", CONFIG, state.params, tokenizer)
-    there = training()
-    assert_equal(checkpoint.load_parameters(tmp_path / "one", CONFIG.model, there.model), state.params)
+    assert_equal(start_from(str(tmp_path / "one"), training()).params, state.params)
     other = replace(CONFIG, model=replace(CONFIG.model, text=replace(CONFIG.model.text, mlp_dim=128)))
     with pytest.raises(UserError, match=r"model\.text\.mlp_dim: 64 != 128"):
-        checkpoint.load_parameters(tmp_path / "one", other.model, training(other).model)
+        start_from(str(tmp_path / "one"), training(other))

@@ -1,6 +1,7 @@
 """`jfe convert`: between Hugging Face directories and our checkpoints."""
 
 import argparse
+import sys
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             choices=("float32", "bfloat16", "float16"),
             help="of the weights that are written; default: as they are in SRC (training computes from float32 copies)",
         )
+        direction.add_argument(
+            "--base",
+            default="",
+            metavar="DIR",
+            help="of adapters: the Hugging Face directory or run that they stand on"
+            if name == "from-hf"
+            else "of adapters: what PEFT is to take as their base, a directory or a name on the Hub",
+        )
         if name == "to-hf":
+            direction.add_argument(
+                "--merge", action="store_true", help="add the adapters to the weights: a whole model, in float32"
+            )
             direction.add_argument(
                 "--max-shard-size", default="5GB", metavar="SIZE", help="of a file of weights, as 5GB or 500MB"
             )
@@ -37,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _from_hf(args: argparse.Namespace) -> None:
     from jfe_jax.hf.convert import from_hf
 
-    print(f"{args.target}: checkpoint of {from_hf(args.source, args.target, args.dtype):,} parameters")
+    print(f"{args.target}: checkpoint of {from_hf(args.source, args.target, args.dtype, args.base):,} parameters")
 
 
 def _to_hf(args: argparse.Namespace) -> None:
@@ -48,5 +60,14 @@ def _to_hf(args: argparse.Namespace) -> None:
         shard_bytes = parse_bytes(args.max_shard_size)
     except ValueError as error:
         raise UserError(f"--max-shard-size: {error}") from error
-    parameters = to_hf(args.source, args.target, args.dtype, shard_bytes, args.layout)
+    parameters = to_hf(
+        args.source,
+        args.target,
+        args.dtype,
+        shard_bytes,
+        args.layout,
+        args.merge,
+        args.base,
+        lambda line: print(line, file=sys.stderr),
+    )
     print(f"{args.target}: Hugging Face directory of {parameters:,} parameters")

@@ -32,6 +32,18 @@ vectors = model.encode(["a text"])  # or images; or [{{"image": image, "text": "
 """
 
 
+_USE_PEFT = """```python
+from peft import PeftModel
+from transformers import PaliGemmaForConditionalGeneration
+
+base = PaliGemmaForConditionalGeneration.from_pretrained("{base}")
+base.config.text_config.is_causal = False  # attends in both directions
+model = PeftModel.from_pretrained(base, "{name}")
+states = model.base_model.model.model(**inputs).last_hidden_state
+```
+"""
+
+
 def model_card(config: Config, step: int, name: str, results: list[dict[str, Any]], layout: str) -> str:
     """Markdown with the Hub's front matter.
 
@@ -92,6 +104,15 @@ def _dual_card(config: Config, step: int, name: str, results: list[dict[str, Any
         lines += _results(tree)
     lines += ["## Training", "", "```yaml", configs.to_yaml(config).rstrip(), "```"]
     return "\n".join(lines) + "\n"
+
+
+def adapter_card(config: Config, step: int, name: str, results: list[dict[str, Any]], base: str) -> str:
+    """As `model_card`, of a directory that holds only adapters; `base` is what they stand on."""
+    card = model_card(config, step, name, results, "peft")
+    card = card.replace(
+        "library_name: peft\n", f"library_name: peft\nbase_model: {base}\n" if base else "library_name: peft\n"
+    )
+    return card.replace(_USE.format(name=name), _USE_PEFT.format(name=name, base=base or "BASE"))
 
 
 def known_results(run: Path, step: int) -> list[dict[str, Any]]:

@@ -4,33 +4,48 @@ import dataclasses
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from jfe_jax import base as base_lib
 from jfe_jax import checkpoint
-from jfe_jax.config import Config
+from jfe_jax.checkpoint import StoredModel
+from jfe_jax.config import Config, TokensConfig, from_dict
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
+from jfe_jax.hf import adapters, peft
 from jfe_jax.hf.files import DTYPES
 from jfe_jax.hf.load import open_hf
 from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, Outgoing, copy_tokenizer, save_hf
+from jfe_jax.hf.settings import ENCODER_FILE
+from jfe_jax.hf.trees import read_json
 from jfe_jax.streaming import StreamedArray
+from jfe_jax.trees import unflatten
 
 
-def from_hf(source: str | Path, target: str | Path, dtype: str | None = None) -> int:
+def from_hf(source: str | Path, target: str | Path, dtype: str | None = None, beneath: str = "") -> int:
     """Writes a run directory at step 0 that `jfe train` takes as `init` and every other verb opens.
 
     Args:
-      source: directory of safetensors, config.json and tokenizer.
+      source: directory of safetensors, config.json and tokenizer; or PEFT's, of adapters.
       target: must be new; is there whole or not at all.
       dtype: of the stored weights; None keeps each as it is.
+      beneath: of adapters: the Hugging Face directory or the run that they stand on, which `target` refers to; ""
+        takes what PEFT's settings name.
 
     Returns:
       The number of parameters.
 
     Raises:
-      UserError: as `open_hf` and `save_model`, or the tokenizer does not fit the model.
+      UserError: as `open_hf`, `peft.open_adapter` and `save_model`, or the tokenizer does not fit the model.
     """
+    if peft.is_adapter(source):
+        return _from_peft(Path(source), target, dtype, beneath)
+    if beneath:
+        raise UserError(f"--base: {source} has no {peft.SETTINGS}; only adapters stand on something")
     weights = open_hf(source)
     _check_tokenizer(weights.config, Path(source))
     tree: dict[str, Any] = {}
@@ -55,25 +70,92 @@ def to_hf(
     dtype: str | None = None,
     shard_bytes: int = SHARD_BYTES,
     layout: Layout = "transformers",
+    merge: bool = False,
+    beneath: str = "",
+    say: Callable[[str], None] = lambda line: None,
 ) -> int:
-    """Writes a directory that transformers opens.
+    """Writes a directory that transformers opens; of a run with adapters one that PEFT opens, unless they are merged.
 
     Args:
       source: a run directory or one of its checkpoints, of the fusion model or a dual encoder.
       target: must be new; is there whole or not at all.
       dtype: of the written weights; None keeps each as the checkpoint stores it.
       shard_bytes, layout: as in `save_hf`.
+      merge: adds adapters to the weights that they stand on; everything is then float32 unless `dtype` says otherwise.
+      beneath: what PEFT is to take as the base of adapters; "" takes what they were trained on.
+      say: takes a warning for a person: what rounding merged weights to `dtype` loses.
 
     Returns:
       The number of parameters.
 
     Raises:
-      UserError: as `load_model` and `save_hf`.
+      UserError: as `open_model`, `save_hf`, `peft.save_adapter`; there is nothing to merge, or it has to be.
     """
     stored = checkpoint.open_model(source)
+    if stored.config.model.lora.rank and not merge:
+        if layout != "transformers":
+            raise UserError(f"--layout {layout}: {source} has adapters apart; add --merge")
+        return peft.save_adapter(stored, target, beneath or _base_name(stored), dtype)
+    if merge and not stored.config.model.lora.rank:
+        raise UserError(f"--merge: {source} has no adapters")
+    if beneath:
+        raise UserError("--base names what adapters stand on; with --merge they stand on nothing")
+    if merge:
+        whole, _ = adapters.open_whole(source)
+        narrow = next((one for one in DTYPES.values() if one.name == dtype and one.itemsize < 4), None)
+        if narrow is not None:
+            lost = adapters.lost_to(narrow, whole)
+            say(f"warning: {dtype} loses {lost:.1%} of what the adapters change; without --dtype nothing is lost")
+        stored, dtype = adapters.without_adapters(whole), dtype or "float32"
     arrays = {path: _as(array, dtype) for path, array in stored.arrays.items()}
     save_hf(Outgoing(stored.config, arrays, stored.tokenizer_dir, stored.step), target, shard_bytes, layout)
     return sum(array.size for array in arrays.values())
+
+
+def _from_peft(source: Path, target: str | Path, dtype: str | None, beneath: str) -> int:
+    named = beneath or peft.base_named_by(source)
+    if not Path(named or "/nowhere").is_dir():
+        raise UserError(f"{source}: stands on {named or 'a model it does not name'}; give its directory as --base")
+    stored, base = adapters.stand_on(named)
+    adapter = peft.open_adapter(source, {path: array.shape for path, array in stored.arrays.items()})
+    arrays = {path: _as(_held(array), dtype) for path, array in adapter.arrays.items()}
+    config = stored.config
+    # How items were laid out and pooled in training; PEFT does not say.
+    encoder = read_json(source / ENCODER_FILE) if (source / ENCODER_FILE).exists() else {}
+    pooling = encoder.pop("pooling", config.model.pooling)
+    tokens = dataclasses.asdict(config.tokens) | encoder
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, lora=adapter.lora, pooling=pooling),
+        tokens=from_dict(tokens, str(source / ENCODER_FILE), TokensConfig),
+        optimizer=dataclasses.replace(config.optimizer, freeze=(), train=adapter.whole),
+        init=str(named),
+        output=str(target),
+    )
+    with tempfile.TemporaryDirectory() as tokenizer:
+        copy_tokenizer(stored.tokenizer_dir, Path(tokenizer))
+        checkpoint.save_model(target, config, unflatten(arrays), tokenizer, base)
+    return sum(array.size for array in arrays.values())
+
+
+def _base_name(stored: StoredModel) -> str:
+    """The Hugging Face directory beneath adapters: they stand on it, or on what was imported from it."""
+    beneath = base_lib.read(stored.tokenizer_dir.parent)
+    if (beneath.path / "config.json").is_file():
+        return str(beneath.path)
+    place = Path(checkpoint.open_model(beneath.path).config.tokens.tokenizer).absolute()
+    # It may have been trained since, or the directory be another's.
+    if (place / "config.json").is_file():
+        try:
+            same = base_lib.fingerprint_of_stored(open_hf(place).arrays) == beneath.fingerprint
+        except UserError:
+            same = False
+        return str(place) if same else ""
+    return ""
+
+
+def _held(array: np.ndarray) -> StreamedArray:
+    return StreamedArray(array.shape, array.dtype, array.__getitem__)
 
 
 def parse_bytes(text: str) -> int:

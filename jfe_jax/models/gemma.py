@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jfe_jax.config import TextConfig
-from jfe_jax.models.layers import attend, project, run_stack, stack, weight, zeros
+from jfe_jax.models.layers import Adaptable, attend, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
 
 # Far below any logit, yet finite: a row of nothing else still has a softmax.
@@ -36,7 +36,7 @@ class RMSNorm(nnx.Module):
         return (y * (1 + self.scale_d[...])).astype(x.dtype)
 
 
-class GemmaAttention(nnx.Module):
+class GemmaAttention(Adaptable):
     """Grouped-query attention with rotary positions and no biases."""
 
     def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
@@ -50,14 +50,14 @@ class GemmaAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
         """[G, R, S, D] → [G, R, S, D]; see `GemmaTower` for `angles` and `bias`."""
-        query = constrain(rotate(project(x, self.query_dnh[...]), *angles), HEADS)
-        key = constrain(rotate(project(x, self.key_dkh[...]), *angles), KV_HEADS)
-        value = constrain(project(x, self.value_dkh[...]), KV_HEADS)
+        query = constrain(rotate(self.project(x, "query_dnh"), *angles), HEADS)
+        key = constrain(rotate(self.project(x, "key_dkh"), *angles), KV_HEADS)
+        value = constrain(self.project(x, "value_dkh"), KV_HEADS)
         out = constrain(attend(query, key, value, bias, self.scale, self.softcap), HEADS)
-        return project(out, self.out_nhd[...], inner=2)
+        return self.project(out, "out_nhd", inner=2)
 
 
-class GemmaBlock(nnx.Module):
+class GemmaBlock(Adaptable):
     """Pre-norm transformer block with a gated tanh-GELU MLP; Gemma 2's normalises what it adds as well."""
 
     def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
@@ -85,9 +85,9 @@ class GemmaBlock(nnx.Module):
         y = self.attention(self.attention_norm(x), angles, bias)
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp_norm(x)
-        gate = jax.nn.gelu(project(y, self.gate_df[...]), approximate=True)
-        hidden = constrain(gate * project(y, self.up_df[...]), MLP)
-        y = project(hidden, self.down_fd[...])
+        gate = jax.nn.gelu(self.project(y, "gate_df"), approximate=True)
+        hidden = constrain(gate * self.project(y, "up_df"), MLP)
+        y = self.project(hidden, "down_fd")
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
 
 

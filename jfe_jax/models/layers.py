@@ -3,8 +3,8 @@
 A parameter's name ends in its axis letters, so `query_dnh` is [D, N, H]; `logical_axes` reads them back for sharding.
 
 Axes: L layers, D width, N heads, K kv heads, J = N/K query heads of a kv head, H head dim, F mlp width, V vocabulary,
-P patches, S tokens (T as keys), E embedding, C any input width, I one of several projections side by side. "…" are
-leading axes, G first.
+P patches, S tokens (T as keys), E embedding, C any input width, I one of several projections side by side, R rank of an
+adapter. "…" are leading axes, G first.
 """
 
 from collections.abc import Callable
@@ -28,6 +28,7 @@ LOGICAL = {
     "c": None,
     "e": None,
     "i": None,
+    "r": "rank",
     "x": None,
     "y": None,
 }
@@ -126,7 +127,19 @@ def _matmul_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-class Linear(nnx.Module):
+class Adaptable(nnx.Module):
+    """A module whose kernels may have low-rank adapters beside them (models/lora.py)."""
+
+    lora: nnx.Module | None = None
+
+    def project(self, x: jax.Array, name: str, inner: int = 1) -> jax.Array:
+        """`project` with the kernel of this name, plus what its adapter adds if it has one."""
+        y = project(x, getattr(self, name)[...], inner)
+        adapter = getattr(self.lora, name.rpartition("_")[0], None)
+        return y if adapter is None else y + adapter(x)
+
+
+class Linear(Adaptable):
     """x [..., C] → [..., D] with a bias; parameters float32, product in x's dtype."""
 
     def __init__(self, c: int, d: int, rngs: nnx.Rngs):
@@ -134,7 +147,7 @@ class Linear(nnx.Module):
         self.bias_d = zeros(d)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return matmul(x, self.kernel_cd[...].astype(x.dtype)) + self.bias_d[...].astype(x.dtype)
+        return self.project(x, "kernel_cd") + self.bias_d[...].astype(x.dtype)
 
 
 def project(x: jax.Array, kernel: jax.Array, inner: int = 1) -> jax.Array:

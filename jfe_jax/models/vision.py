@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jfe_jax.config import TextConfig, VisionConfig
-from jfe_jax.models.layers import attend, project, run_stack, stack, weight, zeros
+from jfe_jax.models.layers import Adaptable, attend, project, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
 
 # Layouts of what a block computes inside.
@@ -40,7 +40,7 @@ class LayerNorm(nnx.Module):
         return (y * self.scale_d[...] + self.bias_d[...]).astype(x.dtype)
 
 
-class VisionAttention(nnx.Module):
+class VisionAttention(Adaptable):
     """Every patch attends to every patch of its image; all projections have biases."""
 
     def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs):
@@ -53,15 +53,15 @@ class VisionAttention(nnx.Module):
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """[G, M, P, D] → [G, M, P, D]; `bias` as in `attend`."""
-        query = project(x, self.query_dnh[...]) + self.query_bias_nh[...].astype(x.dtype)
-        key = project(x, self.key_dnh[...]) + self.key_bias_nh[...].astype(x.dtype)
-        value = project(x, self.value_dnh[...]) + self.value_bias_nh[...].astype(x.dtype)
+        query = self.project(x, "query_dnh") + self.query_bias_nh[...].astype(x.dtype)
+        key = self.project(x, "key_dnh") + self.key_bias_nh[...].astype(x.dtype)
+        value = self.project(x, "value_dnh") + self.value_bias_nh[...].astype(x.dtype)
         query, key, value = (constrain(heads, HEADS) for heads in (query, key, value))
         out = constrain(attend(query, key, value, bias), HEADS)
-        return project(out, self.out_nhd[...], inner=2) + self.out_bias_d[...].astype(x.dtype)
+        return self.project(out, "out_nhd", inner=2) + self.out_bias_d[...].astype(x.dtype)
 
 
-class VisionBlock(nnx.Module):
+class VisionBlock(Adaptable):
     """Pre-norm transformer block."""
 
     def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs):
@@ -78,9 +78,9 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
         """[G, M, P, D] → [G, M, P, D]; `bias` as in `attend`."""
         x = x + self.attention(self.attention_norm(x), bias)
-        hidden = project(self.mlp_norm(x), self.up_df[...]) + self.up_bias_f[...].astype(x.dtype)
+        hidden = self.project(self.mlp_norm(x), "up_df") + self.up_bias_f[...].astype(x.dtype)
         hidden = constrain(ACTIVATIONS[self.activation](hidden), MLP)
-        return x + project(hidden, self.down_fd[...]) + self.down_bias_d[...].astype(x.dtype)
+        return x + self.project(hidden, "down_fd") + self.down_bias_d[...].astype(x.dtype)
 
 
 class VisionTower(nnx.Module):

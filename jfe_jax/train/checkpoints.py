@@ -204,7 +204,8 @@ def _names(tree: Any) -> set[str]:
 
 def _refuse_other_state(saved: Config, wanted: Config, place: str) -> None:
     # What decides which parameters there are, and which moments they have.
-    keys = ["optimizer.name", "optimizer.freeze", "loss.kind", "loss.learn_temperature", "loss.learn_bias"]
+    keys = ["optimizer.name", "optimizer.freeze", "optimizer.train"]
+    keys += ["loss.kind", "loss.learn_temperature", "loss.learn_bias"]
     for key in keys:
         section, name = key.split(".")
         one, other = getattr(getattr(saved, section), name), getattr(getattr(wanted, section), name)

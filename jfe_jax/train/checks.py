@@ -71,6 +71,10 @@ def check(config: Config) -> None:
             f"val_every_steps is {config.val_every_steps}, but data.val_split names no split",
         ),
         (config.val_steps < 1, f"val_steps is {config.val_steps}; it has to be 1 or more"),
+        (
+            config.model.lora.rank > 0 and not config.init,
+            "model.lora: adapters stand on trained weights; give a checkpoint as init",
+        ),
         (data.pairs < 2, f"data.pairs is {data.pairs}; contrast needs 2 or more"),
     ):
         if bad:

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
-from jfe_jax import checkpoint, sharding
+from jfe_jax import base, checkpoint, sharding, trees
 from jfe_jax import config as configs
 from jfe_jax.config import Config
 from jfe_jax.data.loader import training_batches
@@ -22,6 +22,7 @@ from jfe_jax.train import state as states
 from jfe_jax.train.checkpoints import RunCheckpoints
 from jfe_jax.train.logging import MetricsLog, Progress
 from jfe_jax.train.prefetch import Prefetcher
+from jfe_jax.train.start import start_from
 from jfe_jax.train.state import Training, TrainState
 from jfe_jax.train.step import make_eval_step, make_train_step
 
@@ -95,20 +96,31 @@ def with_tokenizer(config: Config) -> Config:
 def starting_point(
     training: Training, checkpoints: RunCheckpoints, batches: Any, say: Callable[[str], None]
 ) -> tuple[int, TrainState]:
-    """Step and state to go on from: the run's own checkpoint (`batches` is set to its place), `init`, or random."""
-    abstract = training.abstract
-    saved = checkpoints.restore(training.config, abstract.params, abstract._replace(params={})._asdict())
+    """Step and state to go on from: the run's own checkpoint (`batches` is set to its place), `init`, or random.
+
+    With adapters the run directory gets its `base.json`.
+    """
+    config, abstract = training.config, training.abstract
+    kept = trees.select(abstract.params, training.kept)
+    saved = checkpoints.restore(config, kept, abstract._replace(params={})._asdict())
     if saved is not None:
+        params = saved.params
+        if config.model.lora.rank:
+            params = trees.overlay(checkpoint.base_parameters(Path(config.output), training.mesh), params)
         batches.set_state(saved.data)
         say(f"continuing from step {saved.step}")
-        changed = configs.differing_keys(saved.config, training.config)
+        changed = configs.differing_keys(saved.config, config)
         if changed:
             say(f"other settings than the checkpoint's: {'; '.join(changed)}")
-        return saved.step, TrainState(**saved.train | {"params": saved.params})
-    if training.config.init:
-        params = checkpoint.load_parameters(training.config.init, training.config.model, training.model)
-        return 0, states.initialise(training, params)
-    return 0, states.initialise(training)
+        return saved.step, TrainState(**saved.train | {"params": params})
+    if not config.init:
+        return 0, states.initialise(training)
+    start = start_from(config.init, training)
+    if start.base is not None and jax.process_index() == 0:
+        base.write(Path(config.output), start.base)
+    if start.note:
+        say(start.note)
+    return 0, states.initialise(training, start.params)
 
 
 class _Run:
@@ -203,7 +215,8 @@ class _Run:
     def _save(self, step: int, state: TrainState, position: Any, loss: float | None = None) -> None:
         # Not before it is known that training goes on.
         self._settle(0)
-        self.checkpoints.save(step, self.config, state.params, state._replace(params={})._asdict(), position, loss)
+        params = trees.select(state.params, self.training.kept)
+        self.checkpoints.save(step, self.config, params, state._replace(params={})._asdict(), position, loss)
         self.saved = step
 
     def _validate(self, step: int, state: TrainState) -> float:

@@ -5,12 +5,14 @@ from typing import Any
 import jax
 import optax
 
-from jfe_jax.config import Config
+from jfe_jax.config import Config, LoraConfig
 from jfe_jax.errors import UserError
+from jfe_jax.models import lora
 from jfe_jax.sharding import path_name
 from jfe_jax.train import losses
 from jfe_jax.train.rules import direction
 from jfe_jax.train.schedules import learning_rate
+from jfe_jax.trees import flatten
 
 # Weights that multiply nothing wide: decay would pull gains and offsets to zero without regularising anything.
 UNDECAYED = ("bias", "norm", "scale")
@@ -48,16 +50,22 @@ def make_optimizer(config: Config, axes: Any) -> optax.GradientTransformation:
 
 
 def trained_mask(config: Config, axes: Any) -> dict[str, Any]:
-    """True where a leaf of the optimizer's tree moves.
+    """True where a leaf of the optimizer's tree moves: with adapters they and `optimizer.train`, else all but `freeze`.
 
     Raises:
-      UserError: `optimizer.freeze` names no group of parameters.
+      UserError: `optimizer.freeze` or `optimizer.train` names no group of parameters, or one that cannot be trained.
     """
-    frozen = frozen_mask(axes, config.optimizer.freeze)
-    return {
-        "model": jax.tree.map(lambda stays: not stays, frozen),
-        "loss": losses.learnt(config.loss),
-    }
+    settings, adapters = config.optimizer, config.model.lora
+    moves = jax.tree.map(lambda stays: not stays, frozen_mask(axes, settings.freeze))
+    if adapters.rank:
+        chosen = frozen_mask(axes, settings.train, "train")
+        _refuse_doubled(chosen, adapters)
+        moves = jax.tree_util.tree_map_with_path(
+            lambda path, moves, chosen: moves and (chosen or lora.is_adapter(path_name(path))), moves, chosen
+        )
+    elif settings.train:
+        raise UserError("optimizer.train goes with model.lora.rank above 0; without adapters all trains but freeze")
+    return {"model": moves, "loss": losses.learnt(config.loss)}
 
 
 def decay_mask(axes: Any) -> Any:
@@ -71,13 +79,13 @@ def decay_mask(axes: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, axes, is_leaf=_is_names)
 
 
-def frozen_mask(axes: Any, groups: tuple[str, ...]) -> Any:
+def frozen_mask(axes: Any, groups: tuple[str, ...], key: str = "freeze") -> Any:
     """True where a parameter lies in one of `groups`: a key of its path, or several, "vision" or "tower.norm".
 
     Raises:
-      UserError: a group holds no parameter.
+      UserError: a group holds no parameter; `key` of `optimizer` named it.
     """
-    _refuse_unknown(axes, groups, "freeze")
+    _refuse_unknown(axes, groups, key)
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(_within(path_name(path), group) for group in groups), axes, is_leaf=_is_names
     )
@@ -115,6 +123,16 @@ def _refuse_unknown(names: Any, groups: tuple[str, ...], key: str) -> None:
         if not any(_within(path, group) for path in paths):
             known = sorted({part for path in paths for part in path.split(".")})
             raise UserError(f"optimizer.{key}: no parameters under {group!r}; there are {', '.join(known)}")
+
+
+def _refuse_doubled(chosen: Any, adapters: LoraConfig) -> None:
+    flat = flatten(chosen)
+    doubled = [kernel.path for kernel in lora.kernels(adapters) if flat[kernel.path]]
+    if doubled:
+        raise UserError(
+            f"optimizer.train: {', '.join(doubled)} would be trained both whole and by an adapter; take it out of "
+            "optimizer.train or out of model.lora.targets"
+        )
 
 
 def _within(path: str, group: str) -> bool:

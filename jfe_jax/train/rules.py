@@ -99,7 +99,7 @@ def matrix_sides(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNu
     A weight that begins with the model's width takes that in, any other gives its last axis.
     """
     axes = [place for place, name in enumerate(names) if name != "layers"]
-    cut = 1 if axes and names[axes[0]] == "embed" else len(axes) - 1
+    cut = 1 if axes and names[axes[0]] in ("embed", "rank") else len(axes) - 1
     return optax.contrib.MuonDimensionNumbers(tuple(axes[:cut]), tuple(axes[cut:]))
 
 

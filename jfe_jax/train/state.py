@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jfe_jax import sharding
+from jfe_jax import sharding, trees
 from jfe_jax.blueprint import Blueprint, blueprint, random_parameters, shardings_of
 from jfe_jax.config import Config
 from jfe_jax.models import dual_logits
+from jfe_jax.sharding import path_name
 from jfe_jax.train import losses
-from jfe_jax.train.optimizer import make_optimizer
+from jfe_jax.train.optimizer import make_optimizer, trained_mask
 
 
 class TrainState(NamedTuple):
@@ -45,6 +46,7 @@ class Training(NamedTuple):
       model: blueprint of the model.
       optimizer: over {"model": params, "loss": loss parameters}.
       abstract: TrainState of ShapeDtypeStructs with their shardings.
+      kept: a bool for each parameter: whether checkpoints hold it. With adapters only what is trained.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class Training(NamedTuple):
     model: Blueprint
     optimizer: optax.GradientTransformation
     abstract: TrainState
+    kept: dict[str, Any]
 
 
 def prepare(config: Config, mesh: Mesh) -> Training:
@@ -61,17 +64,29 @@ def prepare(config: Config, mesh: Mesh) -> Training:
     shapes = jax.eval_shape(lambda params: _first(config, optimizer, params), model.abstract)
     rest = sharding.like_parameters(shapes._replace(params={}), {"model": shardings_of(model.abstract)}, mesh)
     shardings = rest._replace(params=shardings_of(model.abstract))
-    return Training(config, mesh, model, optimizer, sharding.abstract_arrays(shapes, shardings))
+    moves = trained_mask(config, model.axes)["model"]
+    kept = moves if config.model.lora.rank else jax.tree.map(lambda _: True, moves)
+    return Training(config, mesh, model, optimizer, sharding.abstract_arrays(shapes, shardings), kept)
 
 
 def initialise(training: Training, params: dict[str, Any] | None = None) -> TrainState:
-    """The state before step 0, from `params` or from random weights, every array made where it is to lie."""
-    config, shardings = training.config, shardings_of(training.abstract)
-    if params is None:
-        return sharding.initialise(
-            lambda: _first(config, training.optimizer, random_parameters(config.model, config.seed)), shardings
-        )
-    return sharding.initialise(lambda params: _first(config, training.optimizer, params), shardings, params)
+    """The state before step 0, every array made where it is to lie.
+
+    Args:
+      params: parameters on the mesh, which become the state's own; what they lack, or all, is random.
+    """
+    config, given = training.config, params or {}
+    have = trees.flatten(given)
+    lacking = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) not in have, training.model.abstract)
+
+    def fresh() -> TrainState:
+        random = random_parameters(config.model, config.seed)
+        return _first(config, training.optimizer, random)._replace(params=trees.select(random, lacking))
+
+    shardings = shardings_of(training.abstract)
+    shardings = shardings._replace(params=trees.select(shardings.params, lacking))
+    state = sharding.initialise(fresh, shardings)
+    return state._replace(params=trees.overlay(state.params, given))
 
 
 def trainable(params: dict[str, Any], loss: dict[str, jax.Array]) -> dict[str, Any]:
