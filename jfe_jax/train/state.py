@@ -79,13 +79,14 @@ def initialise(training: Training, params: dict[str, Any] | None = None) -> Trai
     have = trees.flatten(given)
     lacking = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) not in have, training.model.abstract)
 
-    def fresh() -> TrainState:
-        random = random_parameters(config.model, config.seed)
-        return _first(config, training.optimizer, random)._replace(params=trees.select(random, lacking))
+    def fresh(given: dict[str, Any]) -> TrainState:
+        # The numbers of what is given count too: a temperature may come from them.
+        whole = trees.overlay(random_parameters(config.model, config.seed), given)
+        return _first(config, training.optimizer, whole)._replace(params=trees.select(whole, lacking))
 
     shardings = shardings_of(training.abstract)
     shardings = shardings._replace(params=trees.select(shardings.params, lacking))
-    state = sharding.initialise(fresh, shardings)
+    state = sharding.initialise(fresh, shardings, given)
     return state._replace(params=trees.overlay(state.params, given))
 
 
