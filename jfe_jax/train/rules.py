@@ -96,7 +96,7 @@ def _muon(settings: OptimizerConfig, axes: Any, matrices: Any) -> optax.Gradient
 def matrix_sides(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers:
     """Which axes of a weight are contracted and which come out; `layers` is neither, each layer being its own matrix.
 
-    A weight that begins with the model's width takes that in, any other gives its last axis.
+    A weight that begins with the model's width, or an adapter's rank, takes that in; any other gives its last axis.
     """
     axes = [place for place, name in enumerate(names) if name != "layers"]
     cut = 1 if axes and names[axes[0]] in ("embed", "rank") else len(axes) - 1
