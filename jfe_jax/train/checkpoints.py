@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jfe_jax import checkpoint
@@ -150,20 +151,23 @@ class RunCheckpoints:
         new.replace(link)
 
     def _set_aside(self, path: Path, error: Exception) -> None:
-        self._damaged.mkdir(exist_ok=True)
         target = self._damaged / path.name
-        if target.exists():
-            shutil.rmtree(target)
-        path.rename(target)
+        if jax.process_index() == 0:
+            self._damaged.mkdir(exist_ok=True)
+            if target.exists():
+                shutil.rmtree(target)
+            path.rename(target)
+        _wait_for_all("set aside")
         self._checkpointer.reload()
         why = checkpoint.one_line(error)
         self._warn(f"warning: checkpoint {path} is damaged ({why}); moved to {target}, using the one before")
 
     def _remove_half_written(self) -> None:
-        for path in sorted(self._directory.iterdir()):
+        for path in sorted(self._directory.iterdir()) if jax.process_index() == 0 else ():
             if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
                 self._warn(f"warning: checkpoint {path} is half-written; removed, using the one before")
                 shutil.rmtree(path, ignore_errors=True)
+        _wait_for_all("half-written checkpoints removed")
 
     def _failed(self, error: Exception) -> UserError:
         # Other threads may still be writing their parts of what cannot be finished.
@@ -180,6 +184,11 @@ class RunCheckpoints:
 def _loss(metrics: dict[str, float]) -> float:
     # What is no number is the worst.
     return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf
+
+
+def _wait_for_all(what: str) -> None:
+    # Every process does so at the same place, or the first that gets here waits for ever.
+    multihost_utils.sync_global_devices(what)
 
 
 def _read_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """One stage of training, from a config to a finished run directory; stops and continues anywhere."""
 
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -20,6 +17,7 @@ from jfe_jax.errors import UserError
 from jfe_jax.train import checks
 from jfe_jax.train import state as states
 from jfe_jax.train.checkpoints import RunCheckpoints
+from jfe_jax.train.ending import told_to_end
 from jfe_jax.train.logging import MetricsLog, Progress
 from jfe_jax.train.prefetch import Prefetcher
 from jfe_jax.train.start import start_from
@@ -143,8 +141,8 @@ class _Run:
         source = Prefetcher(batches, self.training.mesh, self.config.loss.grad_cache_chunks)
         step = start
         try:
-            with _told_to_end() as ended:
-                while step < steps and not ended.is_set():
+            with told_to_end() as ended:
+                while step < steps and not ended(step):
                     before = time.monotonic()
                     batch, position = next(source)
                     self.waited += time.monotonic() - before
@@ -254,17 +252,3 @@ def _batches(config: Config, groups: int, split: str) -> Any:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-@contextmanager
-def _told_to_end() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, so that the step in hand ends and is saved."""
-    ended = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield ended
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    try:
-        yield ended
-    finally:
-        signal.signal(signal.SIGTERM, before)
