@@ -86,7 +86,7 @@ def losses(run: Path) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-@pytest.mark.parametrize(("processes", "again"), [(4, 4)])
+@pytest.mark.parametrize(("processes", "again"), [(4, 2)])
 def test_processes_train_as_one_and_one_may_be_killed(config, whole, tmp_path, processes, again):
     run = tmp_path / "run"
     status, said = start(config, run, processes, "kill", step=4)
