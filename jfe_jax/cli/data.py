@@ -30,9 +30,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     check.set_defaults(run=_check)
 
-    purpose = "M-BEIR directory → TFDS ArrayRecord shards, which `jfe train` reads"
+    purpose = "M-BEIR directory, or pairs in another format → TFDS ArrayRecord shards, which `jfe train` reads"
     prepare = verbs.add_parser("prepare", help=purpose, description=f"{purpose}. Finished parts are kept.")
-    prepare.add_argument("dir", type=Path, help="M-BEIR directory")
+    prepare.add_argument("dir", type=Path, help="M-BEIR directory; with --format, a file or directory of that format")
+    prepare.add_argument(
+        "--format",
+        choices=("mbeir", "mmeb", "captions", "webdataset", "tfds", "triplets"),
+        default="mbeir",
+        help="mmeb: MMEB-train's rows; captions: JSON lines of image and caption; webdataset: tar shards; tfds: a data "
+        "set with image and text; triplets: anchor, positive, negative as CSV or JSON lines",
+    )
+    prepare.add_argument("--name", help="other formats: name of the data set; its units are NAME_task{t}")
+    prepare.add_argument("--number", type=int, default=100, help="other formats: its number, its own in --out (100)")
+    prepare.add_argument("--images", type=Path, metavar="DIR", help="mmeb, captions: what image paths are relative to")
     prepare.add_argument("--out", type=Path, required=True, help="where the shards go")
     prepare.add_argument("--units", nargs="+", metavar="UNIT", help="only these, e.g. mscoco_task0 (default: all)")
     prepare.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all but test*)")
@@ -63,9 +73,21 @@ def _prepare(args: argparse.Namespace) -> None:
     from jfe_jax.data.mbeir import Mbeir
     from jfe_jax.data.prepare import prepare
 
+    images = None
+    if args.format == "mbeir":
+        mbeir = Mbeir(args.dir)
+    else:
+        from jfe_jax.data.import_pairs import import_pairs
+
+        if not args.name:
+            raise UserError(f"--format {args.format} needs --name, the data set's name")
+        mbeir, images = import_pairs(
+            args.dir, args.out, kind=args.format, name=args.name, number=args.number, images=args.images
+        )
     parts = prepare(
-        Mbeir(args.dir),
+        mbeir,
         args.out,
+        images=images,
         splits=args.splits,
         units=args.units,
         short_side=args.short_side,
