@@ -71,7 +71,8 @@ class FileRows:
             os.close(self._file)
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
-        stop = min(stop, self.shape[0])
+        # Python's integers: byte 2^31 of a file is beyond int32.
+        start, stop = int(start), min(int(stop), self.shape[0])
         rows = np.empty((stop - start, self.shape[1]), self.dtype)
         left, at = memoryview(rows.reshape(-1).view(np.uint8)), self._offset + start * self._row_bytes
         while left:

@@ -22,7 +22,7 @@ from jfe_jax.sharding import group_count, make_mesh
 
 QUERY_BLOCK = 1024
 # Rows of a block on one device.
-CANDIDATE_BLOCK = 8192
+CANDIDATE_BLOCK = 4096
 # Candidates are kept on the devices between searches if each device has no more of them than this.
 RESIDENT_BYTES = 4 << 30
 

@@ -103,6 +103,19 @@ def test_rows_in_a_file(tmp_path, dtype):
         FileRows(tmp_path / "pool.npy")
 
 
+def test_rows_beyond_two_gigabytes(tmp_path):
+    shape = (70_000, 16384)
+    with open(tmp_path / "pool.npy", "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        # A hole, which takes no place on the disk.
+        stream.seek(shape[0] * shape[1] * 2 - shape[1] * 2, 1)
+        stream.write(np.arange(shape[1], dtype=np.float16) % 7)
+    rows = FileRows(tmp_path / "pool.npy")
+    taken = rows.take(np.array([0, 69_999], np.int32))
+    assert not taken[0].any() and taken[1].max() == 6
+    np.testing.assert_array_equal(rows.read(np.int32(69_999), np.int32(70_000))[0][0], taken[1])
+
+
 def test_approximate_selection_says_what_it_found(hard_pool):
     queries, pool, _, order = hard_pool
     # On the CPU approx_max_k is exact; what is tested is that its way through leads to the exact scores.
