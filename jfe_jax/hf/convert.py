@@ -122,11 +122,11 @@ def _from_peft(source: Path, target: str | Path, dtype: str | None, beneath: str
     config = stored.config
     # How items were laid out and pooled in training; PEFT does not say.
     encoder = read_json(source / ENCODER_FILE) if (source / ENCODER_FILE).exists() else {}
-    pooling = encoder.pop("pooling", config.model.pooling)
+    how = {name: encoder.pop(name, getattr(config.model, name)) for name in ("pooling", "dtype")}
     tokens = dataclasses.asdict(config.tokens) | encoder
     config = dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, lora=adapter.lora, pooling=pooling),
+        model=dataclasses.replace(config.model, lora=adapter.lora, **how),
         tokens=from_dict(tokens, str(source / ENCODER_FILE), TokensConfig),
         optimizer=dataclasses.replace(config.optimizer, freeze=(), train=adapter.whole),
         init=str(named),

@@ -104,6 +104,7 @@ def read_config(directory: Path) -> Config:
         },
         "image_token": image_token,
         "pooling": encoder.pop("pooling", "last"),
+        "dtype": encoder.pop("dtype", "float32"),
     }
     return from_dict({"model": model, "tokens": {"tokenizer": str(directory), **encoder}}, str(path))
 
@@ -171,7 +172,9 @@ def encoder_json(model: ModelConfig, tokens: TokensConfig) -> dict[str, Any]:
     """What `read_config` takes from ENCODER_FILE."""
     if model.kind == "dual":
         return dual_encoder_json(tokens)
-    return {"pooling": model.pooling, "max_text_tokens": tokens.max_text_tokens, "newline": tokens.newline}
+    tree = {"pooling": model.pooling, "max_text_tokens": tokens.max_text_tokens, "newline": tokens.newline}
+    # Of the computation; config.json's is that of the stored weights.
+    return tree | {"dtype": model.dtype}
 
 
 def processor_json(model: ModelConfig) -> dict[str, Any]:

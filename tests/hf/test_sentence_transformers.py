@@ -4,6 +4,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 
@@ -76,6 +77,16 @@ def test_a_prompt_is_an_instruction(both):
     ]
     for given, item in zip(("a house", picture("RGB")), items, strict=True):
         agree(theirs.encode([given], prompt="find an image that matches "), ours.encode([item]))
+
+
+def test_weights_stored_in_bfloat16_are_computed_with_in_float32(tmp_path):
+    source = oracle.save(oracle.tiny().to(torch.bfloat16), tmp_path / "source")
+    weights = open_hf(source)
+    save_hf(Outgoing(weights.config, weights.arrays, source, 0), tmp_path / "half", layout="sentence-transformers")
+    theirs = SentenceTransformer(str(tmp_path / "half"), trust_remote_code=True, device="cpu")
+    agree(
+        theirs.encode(["a small red house"]), Retriever.load(tmp_path / "half").encode([Item(text="a small red house")])
+    )
 
 
 def test_it_is_saved_again_and_opened(both, tmp_path):

@@ -70,7 +70,10 @@ class JointFusionEncoder(InputModule):
             "local_files_only": local_files_only,
         }
         directory = Path(load_dir_path(model_name_or_path, subfolder, **hub))
-        return cls(PaliGemmaForConditionalGeneration.from_pretrained(directory, **(model_kwargs or {})), directory)
+        settings = json.loads((directory / SETTINGS).read_text(encoding="utf-8"))
+        # Computed in what the model was trained in, whatever its weights are stored in, unless asked otherwise.
+        given = {"dtype": settings["dtype"], **(model_kwargs or {})}
+        return cls(PaliGemmaForConditionalGeneration.from_pretrained(directory, **given), directory)
 
     def save(self, output_path: str, *args, safe_serialization: bool = True, **kwargs) -> None:
         self.auto_model.save_pretrained(output_path, safe_serialization=safe_serialization)
