@@ -33,7 +33,7 @@ from jfe_jax.streaming import StreamedArray, chunked, stored_arrays, stored_name
 
 CHECKPOINTS, TOKENIZER, CONFIG, BEST = "checkpoints", "tokenizer", "config.yaml", "best"
 # What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
-FREE = ("dtype", "remat")
+FREE = ("dtype", "remat", "attention")
 
 
 class LoadedModel(NamedTuple):
@@ -139,7 +139,8 @@ def load_model(
             config = read_config(place)
             if accept:
                 accept(config, place)
-            plan = blueprint(config.model, mesh)
+            # How training attends may need its accelerator, and its length of rows.
+            plan = blueprint(dataclasses.replace(config.model, attention="xla"), mesh)
             if dtype:
                 plan = plan._replace(abstract=_in_dtype(plan.abstract, dtype))
             params = nnx.State(_load_params(place, plan, mesh))

@@ -163,17 +163,54 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
     Without a mesh in context (`jax.set_mesh`), and for mesh axes that a surrounding `shard_map` already took, it does
     nothing; so models call it freely and run anywhere.
     """
+    spec = activation_spec(axes, x.shape)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def activation_spec(axes: Sequence[str | None], shape: Sequence[int]) -> P | None:
+    """Partition of an activation by logical names over the mesh axes that are open; None if none is."""
     mesh = jax.sharding.get_abstract_mesh()
-    open_axes = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
+    open_axes = _open_axes(mesh)
     if not open_axes:
-        return x
+        return None
     spec = []
-    for axis, size in zip(axes, x.shape, strict=True):
+    for axis, size in zip(axes, shape, strict=True):
         target = None if axis is None else ACTIVATION_RULES[axis]
         names = tuple(name for name in ((target,) if isinstance(target, str) else target or ()) if name in open_axes)
         whole = axis in OPTIONAL and size % math.prod(mesh.shape[name] for name in names)
         spec.append(None if whole or not names else names)
-    return jax.lax.with_sharding_constraint(x, P(*spec))
+    return P(*spec)
+
+
+def per_device(
+    function: Callable[..., jax.Array], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]
+) -> Callable[..., jax.Array]:
+    """`function` run by every device on its own part of arguments and result, for what the compiler cannot split.
+
+    Args:
+      function: of arrays, whose first has the result's shape.
+      in_axes, out_axes: logical names of each argument's and of the result's axes.
+    """
+
+    def run(*args: jax.Array) -> jax.Array:
+        specs = tuple(activation_spec(axes, x.shape) for axes, x in zip(in_axes, args, strict=True))
+        if specs[0] is None:
+            return function(*args)
+        mapped = jax.shard_map(
+            function,
+            in_specs=specs,
+            out_specs=activation_spec(out_axes, args[0].shape),
+            axis_names=_open_axes(jax.sharding.get_abstract_mesh()),
+            # A kernel does not say on which devices its results differ.
+            check_vma=False,
+        )
+        return mapped(*args)
+
+    return run
+
+
+def _open_axes(mesh: Any) -> set[str]:
+    return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
 
 
 def batch_sharding(mesh: Mesh, chunks: int = 1) -> NamedSharding:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from jfe_jax.config import ModelConfig
 from jfe_jax.errors import UserError
-from jfe_jax.models import lora
+from jfe_jax.models import attention, lora
 from jfe_jax.models.dual import DualEncoder, dual_logits
 from jfe_jax.models.fusion import FusionEncoder
 from jfe_jax.models.layers import count_parameters, logical_axes
@@ -25,6 +25,7 @@ def build_model(cfg: ModelConfig, rngs: nnx.Rngs) -> nnx.Module:
       UserError: the sizes in `cfg` do not fit together.
     """
     _check(cfg)
+    attention.check(cfg)
     model = {"fusion": FusionEncoder, "two_tower": TwoTowerEncoder, "dual": DualEncoder}[cfg.kind](cfg, rngs)
     # After everything else is drawn: the same seed gives the same model beneath.
     lora.attach(model, cfg.lora, rngs)

@@ -25,7 +25,7 @@ class FusionEncoder(nnx.Module):
         self.vision = VisionTower(cfg.vision, dtype, cfg.remat, rngs)
         self.projector = Linear(cfg.vision.width, cfg.text.width, rngs)
         self.embedder = Embedder(cfg.text, dtype, rngs)
-        self.tower = GemmaTower(cfg.text, cfg.remat, rngs)
+        self.tower = GemmaTower(cfg.text, cfg.remat, rngs, attention=cfg.attention)
 
     def __call__(self, packed: PackedBatch) -> jax.Array:
         return unit(pool(self.hidden(packed), packed, self.cfg.pooling))

@@ -4,12 +4,15 @@ Axes: G groups, R rows, S tokens of a row (T as keys), D width, N heads, K kv he
 V vocabulary.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jfe_jax.config import TextConfig
-from jfe_jax.models.layers import Adaptable, attend, run_stack, stack, weight, zeros
+from jfe_jax.models.attention import Segments, attend
+from jfe_jax.models.layers import Adaptable, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
 
 # Far below any logit, yet finite: a row of nothing else still has a softmax.
@@ -39,7 +42,7 @@ class RMSNorm(nnx.Module):
 class GemmaAttention(Adaptable):
     """Grouped-query attention with rotary positions and no biases."""
 
-    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs, attention: str = "xla"):
         d, n, k, h = cfg.width, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
         self.query_dnh = weight(rngs, d, n, h, fan_in=d)
         self.key_dkh = weight(rngs, d, k, h, fan_in=d)
@@ -47,23 +50,24 @@ class GemmaAttention(Adaptable):
         self.out_nhd = weight(rngs, n, h, d, fan_in=n * h)
         self.scale = (cfg.query_pre_attn_scalar or h) ** -0.5
         self.softcap = cfg.attn_logit_softcap
+        self.how = attention
 
     def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
         """[G, R, S, D] → [G, R, S, D]; see `GemmaTower` for `angles` and `bias`."""
         query = constrain(rotate(self.project(x, "query_dnh"), *angles), HEADS)
         key = constrain(rotate(self.project(x, "key_dkh"), *angles), KV_HEADS)
         value = constrain(self.project(x, "value_dkh"), KV_HEADS)
-        out = constrain(attend(query, key, value, bias, self.scale, self.softcap), HEADS)
+        out = constrain(attend(self.how, query, key, value, bias, self.scale, self.softcap), HEADS)
         return self.project(out, "out_nhd", inner=2)
 
 
 class GemmaBlock(Adaptable):
     """Pre-norm transformer block with a gated tanh-GELU MLP; Gemma 2's normalises what it adds as well."""
 
-    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: TextConfig, rngs: nnx.Rngs, attention: str = "xla"):
         d, f = cfg.width, cfg.mlp_dim
         self.attention_norm = RMSNorm(d, cfg.norm_eps)
-        self.attention = GemmaAttention(cfg, rngs)
+        self.attention = GemmaAttention(cfg, rngs, attention)
         self.mlp_norm = RMSNorm(d, cfg.norm_eps)
         self.gate_df = weight(rngs, d, f, fan_in=d)
         self.up_df = weight(rngs, d, f, fan_in=d)
@@ -81,7 +85,7 @@ class GemmaBlock(Adaptable):
     ) -> jax.Array:
         """[G, R, S, D] → [G, R, S, D]; where the bool `near` is true, `near_bias` takes the place of `bias`."""
         if near is not None:
-            bias = jnp.where(near, near_bias, bias)
+            bias = bias._replace(near=near) if isinstance(bias, Segments) else jnp.where(near, near_bias, bias)
         y = self.attention(self.attention_norm(x), angles, bias)
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp_norm(x)
@@ -97,10 +101,10 @@ class GemmaTower(nnx.Module):
     Also runs the feature-fusion layers of the late-fusion baseline, with another depth.
     """
 
-    def __init__(self, cfg: TextConfig, remat: str, rngs: nnx.Rngs, depth: int | None = None):
-        self.cfg, self.remat = cfg, remat
+    def __init__(self, cfg: TextConfig, remat: str, rngs: nnx.Rngs, depth: int | None = None, attention: str = "xla"):
+        self.cfg, self.remat, self.how = cfg, remat, attention
         self.depth = cfg.depth if depth is None else depth
-        self.blocks = stack(lambda rngs: GemmaBlock(cfg, rngs), rngs, self.depth)
+        self.blocks = stack(lambda rngs: GemmaBlock(cfg, rngs, attention), rngs, self.depth)
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
 
     def __call__(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
@@ -112,17 +116,24 @@ class GemmaTower(nnx.Module):
           positions: int32 [G, R, S], from 0; PaliGemma counts from 1.
         """
         angles = rotary_angles(positions + 1, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
-        # Padding attends to padding: no row is empty, and no item sees it.
-        bias = jnp.where(segments[..., :, None] == segments[..., None, :], 0.0, MASKED)
         window = self.cfg.sliding_window
         # A window that no row is longer than hides nothing.
-        if not 0 < window < x.shape[2] - 1:
-            return self.norm(run_stack(self.blocks, x, angles, bias, depth=self.depth, remat=self.remat))
+        windowed = 0 < window < x.shape[2] - 1
+        bias, near_bias = self._masks(segments, positions, windowed)
+        near = (jnp.arange(self.depth) % 2 == 0,) if windowed else ()
+        masks = (bias, near_bias) if windowed else (bias,)
+        return self.norm(run_stack(self.blocks, x, angles, *masks, depth=self.depth, remat=self.remat, per_layer=near))
+
+    def _masks(self, segments: jax.Array, positions: jax.Array, windowed: bool) -> tuple[Any, Any]:
+        # Padding attends to padding: no row is empty, and no item sees it.
+        window = self.cfg.sliding_window
+        if self.how == "splash":
+            return Segments(segments, window if windowed else 0, None), None
+        bias = jnp.where(segments[..., :, None] == segments[..., None, :], 0.0, MASKED)
+        if not windowed:
+            return bias, None
         distance = jnp.abs(positions[..., :, None] - positions[..., None, :])
-        near_bias = jnp.where(distance <= window, bias, MASKED)
-        near = jnp.arange(self.depth) % 2 == 0
-        x = run_stack(self.blocks, x, angles, bias, near_bias, depth=self.depth, remat=self.remat, per_layer=(near,))
-        return self.norm(x)
+        return bias, jnp.where(distance <= window, bias, MASKED)
 
 
 class Embedder(nnx.Module):

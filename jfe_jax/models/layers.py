@@ -89,7 +89,8 @@ def run_stack(
       x: [G, …, D].
       *args: what every block gets besides, unchanged from layer to layer.
       depth: number of blocks.
-      remat: what the backward pass recomputes: "none", "full" (all of a block) or "dots" (all but matrix products).
+      remat: what the backward pass recomputes: "none", "full" (all of a block), "dots" (all but matrix products) or
+        "offload" (the same, with the products in the host's memory).
       per_layer: arrays [L, …], of which each block gets its own.
     """
     graphdef, params = nnx.split(blocks)
@@ -100,7 +101,11 @@ def run_stack(
         return constrain(nnx.merge(graphdef, params)(x, *args, *extra), groups), None
 
     if remat != "none":
-        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+        policy = {
+            "full": None,
+            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+            "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+        }[remat]
         layer = jax.checkpoint(layer, policy=policy, prevent_cse=depth <= UNROLLED_DEPTH)
     return jax.lax.scan(layer, x, (params, per_layer), unroll=depth if depth <= UNROLLED_DEPTH else 1)[0]
 

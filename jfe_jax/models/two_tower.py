@@ -57,13 +57,13 @@ class TwoTowerEncoder(nnx.Module):
         e = cfg.embed_dim or d
         self.vision = VisionTower(cfg.vision, dtype, cfg.remat, rngs)
         self.embedder = Embedder(cfg.text, dtype, rngs)
-        self.tower = GemmaTower(cfg.text, cfg.remat, rngs)
+        self.tower = GemmaTower(cfg.text, cfg.remat, rngs, attention=cfg.attention)
         if cfg.fusion == "score":
             self.image_pool = AttentionPool(cfg.vision, e, rngs)
         else:
             self.projector = Linear(cfg.vision.width, d, rngs)
             self.image_mark_d, self.text_mark_d = zeros(d), zeros(d)
-            self.fusion = GemmaTower(cfg.text, cfg.remat, rngs, depth=cfg.fusion_depth)
+            self.fusion = GemmaTower(cfg.text, cfg.remat, rngs, depth=cfg.fusion_depth, attention=cfg.attention)
         self.projection = Linear(d, e, rngs)
 
     def __call__(self, packed: PackedBatch) -> jax.Array:

@@ -1,0 +1,158 @@
+"""Every way to attend gives what `layers.attend` gives; what one cannot do is refused by name.
+
+Splash runs interpreted here. cuDNN needs a GPU: of it the call is tested with XLA behind it, and itself where one is.
+"""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jfe_jax import sharding
+from jfe_jax.config import MeshConfig, TextConfig
+from jfe_jax.errors import UserError
+from jfe_jax.models import attention, build_model, layers
+from jfe_jax.models.attention import Segments, dot_product
+from jfe_jax.models.gemma import MASKED, GemmaTower
+from tests.models import tiny
+
+G, R, S, N, H = 2, 1, 128, 4, 128
+
+
+def given(k: int, seed: int = 0):
+    """Query, key, value, segments of different lengths with padding behind them, and positions in them."""
+    random = np.random.default_rng(seed)
+    shapes = ((G, R, S, heads, H) for heads in (N, k, k))
+    query, key, value = (random.normal(size=shape).astype(np.float32) for shape in shapes)
+    lengths = [(40, 3, 70), (100, 17)]
+    segments = np.zeros((G, R, S), np.int32)
+    positions = np.zeros((G, R, S), np.int32)
+    for group, parts in enumerate(lengths):
+        start = 0
+        for number, length in enumerate(parts, 1):
+            segments[group, 0, start : start + length] = number
+            positions[group, 0, start : start + length] = np.arange(length)
+            start += length
+    return query, key, value, segments, positions
+
+
+def bias_of(segments, positions=None, window=0):
+    same = segments[..., :, None] == segments[..., None, :]
+    if window:
+        same &= np.abs(positions[..., :, None] - positions[..., None, :]) <= window
+    return jnp.where(same, 0.0, MASKED)
+
+
+def value_and_gradients(function, query, key, value, real):
+    """Output and gradients at tokens that are no padding."""
+
+    def loss(query, key, value):
+        out = function(query, key, value)
+        return jnp.sum(jnp.where(real, jnp.sin(out), 0.0)), jnp.where(real, out, 0.0)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(query, key, value)
+
+
+@pytest.mark.parametrize(
+    "k, softcap, window, sizes",
+    [(1, 0.0, 0, None), (1, 2.0, 0, (2, 1, 2)), (2, 0.0, 5, (1, 2, 2)), (2, 2.0, 5, None)],
+)
+def test_splash_attends_as_xla_does(k, softcap, window, sizes):
+    query, key, value, segments, positions = given(k)
+    real = (segments > 0)[..., None, None]
+    expected = value_and_gradients(
+        lambda *qkv: layers.attend(*qkv, bias_of(segments, positions, window), 0.1, softcap), query, key, value, real
+    )
+    near = jnp.array(True) if window else None
+
+    def splash(*qkv):
+        return attention.attend("splash", *qkv, Segments(jnp.asarray(segments), window, near), 0.1, softcap)
+
+    if sizes is None:
+        found = value_and_gradients(splash, query, key, value, real)
+    else:
+        mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+        with jax.set_mesh(mesh):
+            found = value_and_gradients(splash, query, key, value, real)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, expected)
+
+
+def test_a_tower_with_alternating_windows_gives_the_same_either_way():
+    cfg = TextConfig(
+        width=8, depth=2, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=H, sliding_window=4, attn_logit_softcap=3.0
+    )
+    _, _, _, segments, positions = given(1)
+    x = np.random.default_rng(1).normal(size=(G, R, S, 8)).astype(np.float32)
+    real = (segments > 0)[..., None]
+
+    def hidden(how, cfg=cfg):
+        tower = GemmaTower(cfg, "full", nnx.Rngs(0), attention=how)
+        graphdef, params = nnx.split(tower)
+        return jax.jit(lambda params: jnp.where(real, nnx.merge(graphdef, params)(x, segments, positions), 0))(params)
+
+    splash = hidden("splash")
+    np.testing.assert_allclose(splash, hidden("xla"), atol=2e-5)
+    assert np.abs(splash - hidden("xla", replace(cfg, sliding_window=0))).max() > 1e-3
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_call_of_cudnn_means_what_ours_does(k):
+    query, key, value, segments, positions = given(k)
+    real = (segments > 0)[..., None, None]
+    bias = bias_of(segments, positions, 5)
+    expected = value_and_gradients(lambda *qkv: layers.attend(*qkv, bias, 0.1), query, key, value, real)
+    found = value_and_gradients(lambda *qkv: dot_product(*qkv, bias, 0.1, "xla"), query, key, value, real)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
+def test_cudnn_attends_as_xla_does():
+    query, key, value, segments, positions = given(1)
+    query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in (query, key, value))
+    real, bias = (segments > 0)[..., None, None], bias_of(segments, positions)
+    expected = value_and_gradients(lambda *qkv: layers.attend(*qkv, bias, 0.1), query, key, value, real)
+    found = value_and_gradients(lambda *qkv: attention.attend("cudnn", *qkv, bias, 0.1, 0.0), query, key, value, real)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0.05, atol=0.05), found, expected)
+
+
+@pytest.mark.parametrize(
+    "how, text, dtype, says",
+    [
+        ("cudnn", {"attn_logit_softcap": 50.0}, "bfloat16", r"cudnn has no soft-cap, which model\.text\.attn_logit"),
+        ("cudnn", {}, "float32", r"cudnn needs model\.dtype bfloat16"),
+        ("cudnn", {"head_dim": 260}, "bfloat16", r"head_dim to be a multiple of 8 up to 256, not 260"),
+        ("splash", {}, "float32", r"splash needs model\.text\.head_dim to be a multiple of 128, not 8"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(how, text, dtype, says):
+    config = tiny.config("fusion", attention=how, dtype=dtype)
+    with pytest.raises(UserError, match=says):
+        build_model(replace(config, text=replace(config.text, **text)), nnx.Rngs(0))
+
+
+def test_rows_and_heads_that_splash_cannot_split_are_refused():
+    query, key, value, segments, _ = given(2)
+    mask = Segments(jnp.asarray(segments), 0, None)
+    with pytest.raises(UserError, match=r"splash needs data\.row_tokens to be a multiple of 128, not 96"):
+        attention.attend("splash", query[:, :, :96], key, value, mask, 1.0, 0.0)
+    with (
+        jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))),
+        pytest.raises(UserError, match=r"splash needs mesh\.tensor to divide model\.text\.num_kv_heads, 2"),
+    ):
+        jax.jit(lambda: attention.attend("splash", query, key, value, mask, 1.0, 0.0))()
+
+
+def test_for_a_tpu_splash_is_its_kernel():
+    query, key, value, segments, _ = given(1)
+
+    def loss(query, key, value):
+        return jnp.sum(attention.attend("splash", query, key, value, Segments(segments, 0, None), 0.1, 0.0))
+
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2))):
+        lowered = jax.jit(jax.grad(loss)).trace(query, key, value).lower(lowering_platforms=("tpu",)).as_text()
+    # Forward, and backward to queries and to keys and values.
+    assert lowered.count("@tpu_custom_call") == 3
