@@ -62,30 +62,53 @@ PROMPTS = (
     "Which of the entries matches the given description best?",
     "Identify the entry that fits.",
 )
+_WORDS = """
+the of and a in to is was for on with as by at from his her it that an are were has be this which or also had its one
+two first new not they after their city during during time years most other some where into between known used state
+world many there only three later than made over part american national team while when who season film found became
+about water high school university house river family group south north building near street people war series
+century called music team life church company large under small number old white red black blue green long light
+player station born career game album song system area north west east district local county town village island
+road line bridge park mountain lake sea coast ship train car aircraft engine bird dog cat horse fish tree flower
+plant forest leaf stone wood metal glass paper table chair window door wall roof room kitchen garden field farm
+woman man child girl boy friend king queen president minister soldier officer artist writer teacher student doctor
+dress shirt sleeve collar skirt jacket shoe hat bag stripe pattern cotton leather floral shorter longer brighter
+standing sitting walking holding wearing looking playing riding eating cooking reading writing speaking running
+photograph portrait picture painting sculpture museum gallery exhibition festival ceremony award election
+government parliament court police military army navy hospital airport market restaurant hotel store office
+"""
 # File systems allow a file some ten thousand names.
 _NAMES_PER_FILE = 20_000
 
 
-def write(path: Path, rows: int, *, images: Literal["none", "files", "tar", "parts"] = "files", seed: int = 0) -> int:
+def write(
+    path: Path,
+    rows: int,
+    *,
+    images: Literal["none", "files", "tar", "parts"] = "files",
+    distinct: int = 0,
+    seed: int = 0,
+) -> int:
     """Writes about `rows` rows of training queries and local candidates in all; returns how many.
 
     Args:
+      distinct: the queries of a data set share so many images, and so do its candidates; 0 for an image a row.
       images: "files" makes a file for each path (names of a few JPEG of short side 256); "tar" one mbeir_images.tar.gz,
         "parts" the same cut in four as published; "none" leaves the images out.
     """
     rng = np.random.default_rng(seed)
     scale = rows / sum(1000 * (unit.queries + unit.candidates) for unit in UNITS)
-    words = _vocabulary(rng)
+    words = vocabulary(rng)
     counts = [[max(1, round(1000 * scale * n)) for n in (unit.queries, unit.candidates)] for unit in UNITS]
     first = dict.fromkeys((unit.dataset for unit in UNITS), 0)
     asked = dict(first)
-    names: list[str] = []
+    names: dict[str, None] = {}
     for unit, (queries, candidates) in zip(UNITS, counts, strict=True):
         pool = f"cand_pool/local/mbeir_{unit.dataset}_task{unit.task}_cand_pool.jsonl"
-        _write_lines(path / pool, _candidates(unit, first[unit.dataset], candidates, words, rng, names))
+        _write_lines(path / pool, _candidates(unit, first[unit.dataset], candidates, words, rng, names, distinct))
         stem = f"mbeir_{unit.dataset}_task{unit.task}_train"
         pairs = rng.integers(first[unit.dataset], first[unit.dataset] + candidates, queries)
-        rows_ = _queries(unit, asked[unit.dataset], pairs, words, rng, names)
+        rows_ = _queries(unit, asked[unit.dataset], pairs, words, rng, names, distinct)
         _write_lines(path / f"query/train/{stem}.jsonl", rows_)
         qrels = (
             b"%d:%d 0 %d:%d 1 %d" % (unit.number, asked[unit.dataset] + i, unit.number, did, unit.task)
@@ -97,7 +120,8 @@ def write(path: Path, rows: int, *, images: Literal["none", "files", "tar", "par
     _write_lines(path / "instructions/query_instructions.tsv", _instructions())
     if images != "none":
         pictures = [_jpeg(rng) for _ in range(64)]
-        _write_files(path, names, pictures) if images == "files" else _write_archive(path, names, pictures, images)
+        make = _write_files if images == "files" else _write_archive
+        make(path, list(names), pictures, images)
     return sum(map(sum, counts))
 
 
@@ -110,9 +134,10 @@ def texts(count: int, mean_words: int, rng: np.random.Generator, words: np.ndarr
     return [" ".join(drawn[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
 
 
-def _vocabulary(rng: np.random.Generator) -> np.ndarray:
-    letters = np.array(list("etaoinshrdlucmfwypvbgk"))
-    return np.array(["".join(letters[rng.integers(0, len(letters), n)]) for n in rng.integers(2, 10, 20_000)])
+def vocabulary(rng: np.random.Generator) -> np.ndarray:
+    """Words for `texts`."""
+    # Frequent ones first, as `texts` draws them; the numbers make texts differ.
+    return np.array([*_WORDS.split(), *map(str, rng.integers(0, 3000, 40))])
 
 
 def _texts(mean: int, count: int, words: np.ndarray, rng: np.random.Generator) -> Iterator[str | None]:
@@ -123,27 +148,41 @@ def _texts(mean: int, count: int, words: np.ndarray, rng: np.random.Generator) -
 
 
 def _candidates(
-    unit: UnitShape, first: int, count: int, words: np.ndarray, rng: np.random.Generator, names: list[str]
+    unit: UnitShape,
+    first: int,
+    count: int,
+    words: np.ndarray,
+    rng: np.random.Generator,
+    names: dict[str, None],
+    distinct: int,
 ) -> Iterator[bytes]:
     kind = MODALITIES[unit.task][1]
     for i, text in enumerate(_texts(unit.candidate_words, count, words, rng)):
         image = None
         if "image" in kind:
-            image = f"mbeir_images/{unit.dataset}_images/{(first + i) // 1000:04d}/c{first + i}.jpg"
-            names.append(image)
+            number = (first + i) % distinct if distinct else first + i
+            image = f"mbeir_images/{unit.dataset}_images/{number // 1000:04d}/c{number}.jpg"
+            names[image] = None
         did = f"{unit.number}:{first + i}"
         yield orjson.dumps({"txt": text, "img_path": image, "modality": kind, "did": did, "src_content": None})
 
 
 def _queries(
-    unit: UnitShape, first: int, pairs: np.ndarray, words: np.ndarray, rng: np.random.Generator, names: list[str]
+    unit: UnitShape,
+    first: int,
+    pairs: np.ndarray,
+    words: np.ndarray,
+    rng: np.random.Generator,
+    names: dict[str, None],
+    distinct: int,
 ) -> Iterator[bytes]:
     kind = MODALITIES[unit.task][0]
     for i, (text, did) in enumerate(zip(_texts(unit.query_words, len(pairs), words, rng), pairs.tolist(), strict=True)):
         image = None
         if "image" in kind:
-            image = f"mbeir_images/{unit.dataset}_images/query/{(first + i) // 1000:04d}/q{first + i}.jpg"
-            names.append(image)
+            number = (first + i) % distinct if distinct else first + i
+            image = f"mbeir_images/{unit.dataset}_images/query/{number // 1000:04d}/q{number}.jpg"
+            names[image] = None
         row = {
             "qid": f"{unit.number}:{first + i}",
             "query_txt": text,
@@ -165,18 +204,19 @@ def _instructions() -> Iterator[bytes]:
 
 
 def _jpeg(rng: np.random.Generator) -> bytes:
-    # Noise of several scales compresses about as photographs do: some 20 KB at 256 × 341.
+    # Noise of several scales compresses about as M-BEIR's photographs do: 40 KB each.
     height, width = 256, int(rng.integers(256, 400))
     picture = np.zeros((height, width, 3))
     for cells in (4, 16, 64):
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8)).resize((width, height))
         picture += np.asarray(noise) / (3 * np.log2(cells) / 2)
+    picture += rng.normal(0, 12, (height, width, 1))
     out = io.BytesIO()
     Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(out, "JPEG", quality=90)
     return out.getvalue()
 
 
-def _write_files(path: Path, names: list[str], pictures: list[bytes]) -> None:
+def _write_files(path: Path, names: list[str], pictures: list[bytes], form: str) -> None:
     made: set[str] = set()
     named: dict[int, str] = {}
     for number, name in enumerate(names):

@@ -36,6 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gradcache.add_argument("--batches", default="512,1024,2048,4096,8192,16384", help="pairs of the memory table")
     gradcache.add_argument("--chunk", type=int, default=256, help="pairs of a chunk in the memory table")
     gradcache.set_defaults(run=_gradcache)
+    inputs = names.add_parser("input", help="our loader beside torch's DataLoader with PaliGemmaProcessor")
+    inputs.add_argument("--items", type=int, default=1500, help="of each side in each round")
+    inputs.add_argument("--rounds", type=int, default=5)
+    inputs.add_argument("--workers", type=int, default=2, help="reader processes of each side")
+    inputs.set_defaults(run=_input)
+    data = names.add_parser("data", help="check, prepare, a kill, a resume and memory on a generated M-BEIR directory")
+    data.add_argument("--rows", type=int, default=1_000_000, help="queries and candidates")
+    data.add_argument("--distinct", type=int, default=2000, help="images that a data set's queries or candidates share")
+    data.add_argument("--steps", type=int, default=10_000, help="before the iterator is saved and restored")
+    data.add_argument(
+        "--candidates", type=int, default=5_600_000, help="of the data that memory is measured on; 0: none"
+    )
+    data.add_argument("--dir", type=Path, help="where to make it: 3 GB")
+    data.set_defaults(run=_data)
+    packing = names.add_parser("packing", help="real tokens in each layout, on M-BEIR's training mix")
+    packing.add_argument("--steps", type=int, default=100)
+    packing.set_defaults(run=_packing)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -122,3 +139,38 @@ def _versions(*packages: str) -> str:
 
     named = ", ".join(f"{package} {version(package)}" for package in packages)
     return f"{named}; {len(os.sched_getaffinity(0))} threads"
+
+
+def _input(args: argparse.Namespace) -> None:
+    from jfe_jax.bench import input as inputs
+    from jfe_jax.cli.progress import bar
+
+    print(inputs.machine())
+    result = inputs.run(args.items, args.rounds, args.workers, bar)
+    print(
+        f"{result.compared} items compared, equal; {result.images:.0%} have an image; {args.workers} workers a side; "
+        f"medians of {args.rounds} rounds of {args.items} items, by turns (least to most)"
+    )
+    for name, values, unit in (
+        ("jfe", result.ours, "items/s"),
+        ("torch", result.theirs, "items/s"),
+        ("jfe / torch", result.ratios, "x"),
+    ):
+        median, least, most = inputs.median_and_spread(values)
+        print(f"{name:12}{median:8.2f} {unit} ({least:.2f} to {most:.2f})")
+
+
+def _packing(args: argparse.Namespace) -> None:
+    from jfe_jax.bench import packing
+
+    print(f"{'layout':48} real tokens  pairs a step")
+    for row in packing.run(args.steps):
+        print(f"{row.layout:48} {row.real:11.1%}  {row.pairs:12.1f}", flush=True)
+
+
+def _data(args: argparse.Namespace) -> None:
+    from jfe_jax.bench import data
+
+    print(data.machine())
+    for line in data.run(args.rows, args.distinct, args.steps, args.candidates, args.dir):
+        print(line, flush=True)

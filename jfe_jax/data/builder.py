@@ -15,8 +15,11 @@ task, positives, positive_modalities, negatives, negative_modalities. Image reco
 query part's metadata holds its instructions as [query modality, candidate modality, prompts…].
 """
 
+import contextlib
 import dataclasses
+import io
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging as absl_logging
 
 from jfe_jax.data.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, dataset_id
 from jfe_jax.data.numbering import CandidateIndex, CandidateIndices, image_id
@@ -236,6 +240,25 @@ class MbeirImages(_ShardedBuilder, skip_registration=True):
 
     def _generate_examples(self) -> Iterator[Record]:
         raise NotImplementedError("the shards are there before the builder")
+
+
+def build(kind: type[_ShardedBuilder], config: _Config, out: Path, part: str) -> None:
+    """Writes the part OUT/{part}/{VERSION}, in place of any other source's or version's."""
+    # Also what a killed run left half moved.
+    for leftover in (out / part).glob("[0-9]*"):
+        shutil.rmtree(leftover)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        # TFDS announces itself on standard output, which is the command line's.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = kind(data_dir=out, config=config, file_format="array_record")
+            builder.download_and_prepare(download_dir=out / "downloads")
+    finally:
+        absl_logging.set_verbosity(verbosity)
+        shutil.rmtree(out / "downloads", ignore_errors=True)
+    shutil.rmtree(config.staging, ignore_errors=True)
 
 
 def _task(unit: Unit, query: Query, modalities: Iterable[int]) -> int:

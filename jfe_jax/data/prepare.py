@@ -2,15 +2,12 @@
 
 import contextlib
 import hashlib
-import io
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging as absl_logging
 
 from jfe_jax.data.builder import (
     CANDIDATES,
@@ -23,6 +20,7 @@ from jfe_jax.data.builder import (
     MbeirImages,
     MbeirQueries,
     QueriesConfig,
+    build,
 )
 from jfe_jax.data.image_parts import ImagePart, write_images
 from jfe_jax.data.image_sources import ImageSource, of_mbeir
@@ -153,7 +151,7 @@ class _Prepare:
                 metadata={"instructions": table, "max_positives": {}},
                 tick=tick,
             )
-            self._build(MbeirQueries, config, part)
+            build(MbeirQueries, config, self._out, part)
         counts, seen = config.counts, config.datasets
         self._query_images(name, by_split, rows, self._with_pools(source, seen), seen)
         return Part(part, "written", counts["records"], counts["dropped"], counts["dangling"]), seen
@@ -181,7 +179,7 @@ class _Prepare:
                 expected=len(index),
                 tick=tick,
             )
-            self._build(MbeirCandidates, config, part)
+            build(MbeirCandidates, config, self._out, part)
         return Part(part, "written", len(index))
 
     def _query_images(
@@ -230,7 +228,7 @@ class _Prepare:
                 ids=np.array(part.written, np.int64),
                 missing=part.missing,
             )
-            self._build(MbeirImages, config, part.name)
+            build(MbeirImages, config, self._out, part.name)
             yield Part(part.name, "written", len(part.written), missing=len(part.missing))
 
     def _with_pools(self, source: bytes, datasets: set[int]) -> str:
@@ -244,23 +242,6 @@ class _Prepare:
         """What TFDS knows of a part, if it was finished."""
         place = self._out / part / VERSION
         return tfds.builder_from_directory(place).info if (place / "dataset_info.json").is_file() else None
-
-    def _build(self, kind: type[tfds.core.GeneratorBasedBuilder], config: tfds.core.BuilderConfig, part: str) -> None:
-        # A part of another source or version, and what a killed run left half moved beside it.
-        for leftover in (self._out / part).glob("[0-9]*"):
-            shutil.rmtree(leftover)
-        verbosity = absl_logging.get_verbosity()
-        absl_logging.set_verbosity(absl_logging.ERROR)
-        tfds.disable_progress_bar()
-        try:
-            # TFDS announces itself on standard output, which is the command line's.
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder = kind(data_dir=self._out, config=config, file_format="array_record")
-                builder.download_and_prepare(download_dir=self._out / "downloads")
-        finally:
-            absl_logging.set_verbosity(verbosity)
-            shutil.rmtree(self._out / "downloads", ignore_errors=True)
-        shutil.rmtree(config.staging, ignore_errors=True)
 
 
 def _digest(mbeir: Mbeir, by_split: dict[str, Unit], table: list[list[str]]) -> tuple[bytes, dict[str, int]]:

@@ -1,0 +1,244 @@
+"""Our loader beside torch's DataLoader with PaliGemmaProcessor: items a second, from files to what a step takes.
+
+Both read the queries and positives of the same generated M-BEIR directory with the same number of worker processes:
+ours from shards to packed batches, theirs from files to padded ones. Texts alone, which the processor does not take, go
+through its tokenizer. A side is started, gives one batch, and is then timed; the sides take turns.
+"""
+
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jfe_jax.bench import mbeir_like
+from jfe_jax.bench.tokenizer import IMAGE_TOKEN, VOCABULARY, paligemma_tokenizer
+from jfe_jax.config import Config, from_dict
+from jfe_jax.data.items import Item
+from jfe_jax.data.loader import training_batches
+from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.npm import cache_directory
+from jfe_jax.data.prepare import Progress, prepare
+from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.errors import UserError
+
+ROWS, THEIR_BATCH = 3000, 32
+
+
+class Result(NamedTuple):
+    """Items per second of each round, and how often pixels and ids of both sides were the same.
+
+    Attributes:
+      ours, theirs: one number a round.
+      images: share of items with an image.
+      compared: items whose pixels (to 1/255) and ids were compared, and were equal.
+    """
+
+    ours: list[float]
+    theirs: list[float]
+    images: float
+    compared: int
+
+    @property
+    def ratios(self) -> list[float]:
+        return [one / other for one, other in zip(self.ours, self.theirs, strict=True)]
+
+
+def machine() -> str:
+    """What a result has to be read with: cores and versions."""
+    import tokenizers
+    import torch
+    import transformers
+    from PIL import __version__ as pillow
+
+    python = ".".join(map(str, sys.version_info[:3]))
+    return (
+        f"{len(os.sched_getaffinity(0))} cores, Python {python}, Pillow {pillow}, tokenizers {tokenizers.__version__}, "
+        f"transformers {transformers.__version__} (its Pillow image processor), torch {torch.__version__}"
+    )
+
+
+def run(items: int, rounds: int, workers: int, progress: Progress) -> Result:
+    """Times `items` items of each side, `rounds` times by turns; `progress` is prepare's.
+
+    Raises:
+      UserError: transformers or torch is not there, or both sides do not compute the same.
+    """
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise UserError("transformers is not installed: pip install 'jfe-jax[hf]'") from error
+    tokenizer = paligemma_tokenizer(cache_directory(), lambda line: print(line, file=sys.stderr))
+    with tempfile.TemporaryDirectory() as folder:
+        raw, out = Path(folder) / "mbeir", Path(folder) / "prepared"
+        mbeir_like.write(raw, ROWS)
+        for _ in prepare(Mbeir(raw), out, progress=progress):
+            pass
+        pairs = _items(raw)
+        cfg = _config(out, tokenizer, workers)
+        processor = _processor(tokenizer)
+        compared = _compare(pairs, cfg, processor)
+        loader = _loader(pairs, processor, workers, items)
+        ours, theirs = [], []
+        for turn in range(rounds):
+            sides = [(ours, lambda: _ours(cfg)), (theirs, lambda: _theirs(loader))]
+            for rates, side in sides if turn % 2 else sides[::-1]:
+                rates.append(_rate(side(), items, rates is ours))
+        share = sum(image is not None for image, _ in pairs) / len(pairs)
+    return Result(ours, theirs, share, compared)
+
+
+def _items(raw: Path) -> list[tuple[str | None, str]]:
+    """Image file and text of every query, with an instruction, and of its positive."""
+    mbeir, items = Mbeir(raw), []
+    for unit in mbeir.units("train"):
+        pool = {one.did: one for one in mbeir.pool("train", unit, "local")}
+        for query in mbeir.queries("train", unit):
+            candidate = pool[query.pos[0]]
+            prompt = mbeir.instructions(unit.dataset, query.modality, candidate.modality)[0]
+            items.append((query.image and str(query.image), f"{prompt} {query.text}" if query.text else prompt))
+            items.append((candidate.image and str(candidate.image), candidate.text or ""))
+    return items
+
+
+def _config(prepared: Path, tokenizer: Path, workers: int) -> Config:
+    # 16 pairs of each kind of item fill rows of 1,280 tokens to more than 90 %, see `jfe bench packing`.
+    return from_dict(
+        {
+            "model": {"image_token": IMAGE_TOKEN, "text": {"vocab_size": VOCABULARY}},
+            "tokens": {"tokenizer": str(tokenizer), "max_text_tokens": 380},
+            "data": {
+                "path": str(prepared),
+                "pairs": 48,
+                "rows": 14,
+                "row_tokens": 1280,
+                "image_slots": 64,
+                "workers": workers,
+            },
+        }
+    )
+
+
+def _ours(cfg: Config) -> Iterator[int]:
+    batches = training_batches(cfg, groups=1, split="train")
+    try:
+        for batch in batches:
+            yield int(batch.packed.valid.sum())
+    finally:
+        batches.close()
+
+
+def _processor(tokenizer: Path) -> Any:
+    from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    images = SiglipImageProcessorPil(size={"height": 224, "width": 224})
+    images.image_seq_length = 256
+    return PaliGemmaProcessor(images, PreTrainedTokenizerFast.from_pretrained(tokenizer, padding_side="right"))
+
+
+class Files:
+    """The items as a torch data set: decoded image or None, text."""
+
+    def __init__(self, items: list[tuple[str | None, str]]):
+        self._items = items
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image | None, str]:
+        file, text = self._items[index]
+        if file is None:
+            return None, text
+        with Image.open(file) as image:
+            return image.convert("RGB"), text
+
+
+class Collate:
+    """Items → the processor's tensors, for those with an image and those without."""
+
+    def __init__(self, processor: Any):
+        self._processor = processor
+
+    def __call__(self, items: list[tuple[Image.Image | None, str]]) -> tuple[int, Any, Any]:
+        images = [(image, f"<image>{text}") for image, text in items if image is not None]
+        texts = [f"<bos>{text}\n" for image, text in items if image is None]
+        with_image = without = None
+        if images:
+            pictures, prompts = zip(*images, strict=True)
+            with_image = self._processor(
+                images=list(pictures), text=list(prompts), return_tensors="pt", padding="longest"
+            )
+        if texts:
+            without = self._processor.tokenizer(texts, return_tensors="pt", padding="longest", add_special_tokens=False)
+        return len(items), with_image, without
+
+
+def _loader(items: list[tuple[str | None, str]], processor: Any, workers: int, count: int) -> Any:
+    """A DataLoader of at least `count` items, whose workers are there for all rounds."""
+    import torch
+
+    shuffled = random.Random(0).sample(items, len(items))
+    return torch.utils.data.DataLoader(
+        Files([shuffled[i % len(shuffled)] for i in range(count + (2 * workers + 2) * THEIR_BATCH)]),
+        batch_size=THEIR_BATCH,
+        num_workers=workers,
+        collate_fn=Collate(processor),
+        # The process has threads by now, which a fork does not survive.
+        multiprocessing_context="spawn" if workers else None,
+        persistent_workers=workers > 0,
+    )
+
+
+def _theirs(loader: Any) -> Iterator[int]:
+    # To the end: workers that are stopped half way abort.
+    for count, _, _ in loader:
+        yield count
+
+
+def _rate(batches: Iterator[int], items: int, endless: bool) -> float:
+    next(batches)
+    start, done = time.monotonic(), 0
+    while done < items:
+        done += next(batches)
+    seconds = time.monotonic() - start
+    if endless:
+        batches.close()
+    else:
+        for _ in batches:
+            pass
+    return done / seconds
+
+
+def _compare(items: list[tuple[str | None, str]], cfg: Config, processor: Any) -> int:
+    """How many items were compared.
+
+    Raises:
+      UserError: the sides differ.
+    """
+    encoder = ItemEncoder(cfg.tokens, cfg.model.vision, cfg.model.image_token)
+    files, chosen = Files(items), random.Random(0).sample(range(len(items)), 64)
+    for index in chosen:
+        file, text = items[index]
+        ours = encoder.encode(Item(text=text or None, image=file and Path(file)) if file or text else Item(text=" "))
+        _, with_image, without = Collate(processor)([files[index]])
+        theirs = with_image if with_image is not None else without
+        same = np.array_equal(ours.tokens[:-1], theirs["input_ids"][0].numpy())
+        if file:
+            pixels = theirs["pixel_values"][0].numpy().transpose(1, 2, 0)
+            same = same and np.abs(ours.pixels / 255 - (pixels + 1) / 2).max() <= 1 / 255
+        if not same:
+            raise UserError(f"both sides differ on {file or text!r}: there is nothing to compare")
+    return len(chosen)
+
+
+def median_and_spread(values: list[float]) -> tuple[float, float, float]:
+    """Median, least and largest."""
+    return statistics.median(values), min(values), max(values)

@@ -1,0 +1,120 @@
+"""How many of the tokens that a step computes are real, in each layout, on M-BEIR's training mix.
+
+Units come as often as in M-BEIR's up-sampled training union, texts are as long as `mbeir_like` draws them, in ids of
+PaliGemma's tokenizer, and an image takes 256 tokens. The packed layouts are the loader's own batches.
+"""
+
+import logging
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jfe_jax.bench import mbeir_like
+from jfe_jax.bench.tokenizer import IMAGE_TOKEN, paligemma_tokenizer
+from jfe_jax.config import DataConfig, TokensConfig, VisionConfig
+from jfe_jax.data import mixture
+from jfe_jax.data.contrastive import BatchShape, PairBatches
+from jfe_jax.data.items import EncodedItem
+from jfe_jax.data.npm import cache_directory
+from jfe_jax.data.pairs import EncodedPair
+from jfe_jax.data.tokens import ItemEncoder
+
+# M-BEIR's, see configs/mbeir.yaml.
+UPSAMPLE = {"webqa": 100_000.0, "edis": 50_000.0, "nights": 50_000.0, "fashioniq": 50_000.0, "cirr": 50_000.0}
+BUCKETS = (32, 64, 128, 192, 256, 288, 320, 384, 512, 640)
+GROUPS, GROUP_TOKENS = 4, 10_240
+_ONE_PIXEL = np.zeros((1, 1, 3), np.uint8)
+
+
+class Row(NamedTuple):
+    """A layout: the share of its tokens that are real, and pairs a step."""
+
+    layout: str
+    real: float
+    pairs: float
+
+
+def run(steps: int, pairs: int = 20_000) -> Iterator[Row]:
+    """Measures `steps` steps of each layout, each of GROUPS groups of GROUP_TOKENS tokens."""
+    drawn = draw(pairs)
+    lengths = np.array([len(item.tokens) for pair in drawn for item in pair.items])
+    images = np.mean([item.pixels is not None for pair in drawn for item in pair.items])
+    batch = round(GROUPS * GROUP_TOKENS / (2 * lengths.mean()))
+    whole = lengths[: len(lengths) // (2 * batch) * 2 * batch].reshape(-1, 2 * batch)
+    yield Row("an item a row, rows of the longest there is", lengths.mean() / lengths.max(), batch)
+    yield Row("an item a row, rows of the batch's longest", whole.sum() / (whole.max(1) * 2 * batch).sum(), batch)
+    bucketed = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)]
+    yield Row(f"an item a row, {len(BUCKETS)} buckets of lengths", lengths.sum() / bucketed.sum(), batch)
+    # The rows are what runs out: that a step has no room for more pairs is what is wanted here.
+    logging.disable(logging.WARNING)
+    try:
+        for row_tokens in (640, 1024, 1280, 2048):
+            rows = GROUP_TOKENS // row_tokens
+            shape = BatchShape(
+                groups=GROUPS,
+                pairs=round(1.5 * batch / GROUPS),
+                negatives=0,
+                positives=1,
+                rows=rows,
+                row_tokens=row_tokens,
+                image_slots=round(1.25 * 2 * images * batch / GROUPS),
+                image_size=1,
+                layout="packed",
+            )
+            batches = PairBatches(_Drawn(drawn), shape, 0, 1, 0.0)
+            made = [next(batches) for _ in range(steps)]
+            real = np.mean([(one.packed.segments > 0).mean() for one in made])
+            count = np.mean([one.packed.valid.sum() / 2 for one in made])
+            yield Row(f"packed, rows of {row_tokens}", float(real), float(count))
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def draw(count: int, seed: int = 0) -> list[EncodedPair]:
+    """Pairs of M-BEIR's mix with their tokens; the pixels stand for an image."""
+    rng = np.random.default_rng(seed)
+    tokenizer = paligemma_tokenizer(cache_directory(), lambda line: print(line, file=sys.stderr))
+    encoder = ItemEncoder(TokensConfig(tokenizer=str(tokenizer), max_text_tokens=380), VisionConfig(), IMAGE_TOKEN)
+    sizes = {f"{unit.dataset}_task{unit.task}": 1000 * unit.queries for unit in mbeir_like.UNITS}
+    shares = mixture.weights(DataConfig(upsample=UPSAMPLE), sizes, "M-BEIR")
+    weights = np.array([shares[f"{unit.dataset}_task{unit.task}"] for unit in mbeir_like.UNITS])
+    chosen = rng.choice(len(mbeir_like.UNITS), count, p=weights / weights.sum())
+    words = mbeir_like.vocabulary(rng)
+    pairs: list[EncodedPair] = [None] * count
+    for number, unit in enumerate(mbeir_like.UNITS):
+        places = np.flatnonzero(chosen == number)
+        sides = []
+        for kind, mean, prompt in zip(
+            mbeir_like.MODALITIES[unit.task],
+            (unit.query_words, unit.candidate_words),
+            (mbeir_like.PROMPTS[number % 4], None),
+            strict=True,
+        ):
+            texts = mbeir_like.texts(len(places), mean, rng, words) if mean else [None] * len(places)
+            image = "image" in kind
+            sides.append([EncodedItem(encoder.tokens(t, prompt, image), _ONE_PIXEL if image else None) for t in texts])
+        for place, query, candidate in zip(places, *sides, strict=True):
+            pairs[place] = EncodedPair(f"{unit.number}:{place}", (query, candidate), (int(place),), (0,), (int(place),))
+    return pairs
+
+
+class _Drawn:
+    """Pairs by index, over and over, in place of `reading.PairReader`."""
+
+    def __init__(self, pairs: list[EncodedPair]):
+        self._pairs, self._next, self._stride = pairs, 0, 1
+
+    def at(self, index: int) -> EncodedPair:
+        return self._pairs[index % len(self._pairs)]
+
+    def start(self, start: int, stride: int) -> None:
+        self._next, self._stride = start, stride
+
+    def __next__(self) -> EncodedPair:
+        self._next += self._stride
+        return self.at(self._next - self._stride)
+
+    def close(self) -> None:
+        pass
