@@ -39,9 +39,9 @@ class Archive:
           UserError: it is no tar archive, is damaged, or ends too soon.
         """
         self.done = 0
-        found = False
+        found, raw = False, _Joined(self)
         try:
-            joined = io.BufferedReader(_Joined(self), _READ_BYTES)
+            joined = io.BufferedReader(raw, _READ_BYTES)
             gzipped = joined.peek(2)[:2] == b"\x1f\x8b"
             stream = io.BufferedReader(gzip.GzipFile(fileobj=joined), _READ_BYTES) if gzipped else joined
             with tarfile.open(fileobj=stream, mode="r|") as archive:
@@ -59,6 +59,8 @@ class Archive:
             short = found or isinstance(error, EOFError)
             what = "ends too soon; is a part missing or cut short" if short else "cannot be read as a tar archive"
             raise UserError(f"{self}: {what} ({' '.join(str(error).split()) or type(error).__name__})") from error
+        finally:
+            raw.close()
 
 
 class _Joined(io.RawIOBase):
@@ -67,6 +69,11 @@ class _Joined(io.RawIOBase):
     def __init__(self, archive: Archive):
         self._archive, self._left = archive, iter(archive.parts)
         self._file: io.RawIOBase | None = None
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        super().close()
 
     def readable(self) -> bool:
         return True
