@@ -3,6 +3,8 @@
 Each figure is the largest over both layouts, packed and padded, and over what the column's items have in common.
 """
 
+import contextlib
+import io
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -38,8 +40,10 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     for models, measures in ((oracle.MODELS, parity), (oracle_dual.MODELS, parity_dual)):
         for name in models:
-            with tempfile.TemporaryDirectory() as directory:
-                print(f"| {' | '.join(row(name, Path(directory), measures))} |", flush=True)
+            # transformers prints empty lines as it saves.
+            with tempfile.TemporaryDirectory() as directory, contextlib.redirect_stdout(io.StringIO()):
+                cells = row(name, Path(directory), measures)
+            print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
