@@ -14,7 +14,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=EVAL_DIR[,EVAL_DIR…]",
         help="a model and the --out of `jfe eval` for each of its seeds; gains are the first model's",
     )
-    parser.add_argument("-k", type=int, default=1, metavar="N", help="compare hit@N (default 1)")
+    parser.add_argument("-k", type=int, metavar="N", help="compare hit@N (default 1)")
+    parser.add_argument(
+        "--metric", metavar="M", help="instead of hit@N: recall@5, ndcg@10, mrr@10, map …, or the protocol's headline"
+    )
     parser.add_argument("--replicates", type=int, default=2000, metavar="N", help="of the bootstrap (default 2000)")
 
 
@@ -33,17 +36,21 @@ def run(args: argparse.Namespace) -> None:
         if name in named:
             raise UserError(f"{word}: the name {name} is given twice; list its evaluations with commas")
         named[name] = [Path(directory) for directory in directories.split(",") if directory]
-    if args.k < 1 or args.replicates < 1:
+    k = 1 if args.k is None else args.k
+    if k < 1 or args.replicates < 1:
         raise UserError("-k and --replicates are at least 1")
+    if args.metric and args.k is not None:
+        raise UserError("-k and --metric: give one of them")
+    metric = args.metric or f"hit@{k}"
     models = load_models(named)
-    told = compare(models, k=args.k, replicates=args.replicates)
+    told = compare(models, metric=metric, replicates=args.replicates)
     args.out.mkdir(parents=True, exist_ok=True)
     table = comparison_report.markdown(told)
     (args.out / "table.md").write_text(table, encoding="utf-8")
     (args.out / "compare.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     pool = list(told["pools"])[-1]
     entry = told["pools"][pool]["with_source"]
-    plots.comparison(args.out / "comparison.png", entry, f"hit@{args.k}, {pool} pool")
+    plots.comparison(args.out / "comparison.png", entry, f"{metric}, {pool} pool")
     comparison_report.write(args.out / "report.html", told, models)
     print(table)
     if said := comparison_report.claim(entry):

@@ -1,4 +1,4 @@
-"""`jfe eval`: the M-BEIR protocol on any M-BEIR directory."""
+"""`jfe eval`: the protocols of M-BEIR and MMEB, and a benchmark of one's own."""
 
 import argparse
 from pathlib import Path
@@ -6,38 +6,50 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, metavar="C", help="run, step or Hugging Face directory")
-    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="an M-BEIR directory")
+    parser.add_argument(
+        "--data",
+        required=True,
+        type=Path,
+        metavar="DIR",
+        help="an M-BEIR or MMEB directory, or one with queries.jsonl, candidates.jsonl and qrels.txt",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="results.json, report.html, run files")
-    parser.add_argument("--pool", default="local,global", help="local, global or both (default local,global)")
-    parser.add_argument("--split", default="test", help="a folder under query/ (default test)")
+    parser.add_argument("--pool", help="M-BEIR's local, global or both (default local,global)")
+    parser.add_argument("--split", help="of M-BEIR: a folder under query/ (default test)")
     parser.add_argument("--units", default="", metavar="U,U", help="only these, such as cirr_task7 (default all)")
     parser.add_argument(
-        "--instruction", default="0", metavar="N", help="which of the prompts, from 0, or none (default 0)"
+        "--instruction",
+        default="0",
+        metavar="N",
+        help="which prompt, from 0 (default 0); all: the mean over all; none",
     )
     parser.add_argument(
         "--queries", choices=("all", "text", "image"), default="all", help="give only half of the image+text queries"
     )
     parser.add_argument("--controls", action="store_true", help="give both halves alone, too, in the same run")
     parser.add_argument(
-        "--depth", type=int, default=10, metavar="K", help="results a query in the run files (default 10)"
+        "--depth", type=int, default=50, metavar="K", help="results a query in the run files (default 50)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.cli.progress import bar
-    from jfe_jax.data.mbeir import Mbeir
     from jfe_jax.retrieval import evaluation_report, results
-    from jfe_jax.retrieval.evaluate import evaluate
+    from jfe_jax.retrieval.evaluate import ask
     from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.retrieval.sources import read_questions
 
-    mbeir = Mbeir(args.data)
-    evaluation = evaluate(
-        Retriever.load(args.checkpoint),
-        mbeir,
+    # The data first: what is wrong with it is known before a model is loaded.
+    questions = read_questions(
+        args.data,
         split=args.split,
-        pools=_listed(args.pool, ("local", "global")),
+        pools=() if args.pool is None else _listed(args.pool, ("local", "global")),
         units=_listed(args.units),
         instruction=_instruction(args.instruction),
+    )
+    evaluation = ask(
+        Retriever.load(args.checkpoint),
+        questions,
         given=list(dict.fromkeys([args.queries, *(("text", "image") if args.controls else ())])),
         depth=args.depth,
         progress=bar,
@@ -62,11 +74,13 @@ def _listed(text: str, known: tuple[str, ...] = ()) -> list[str]:
     return names
 
 
-def _instruction(text: str) -> int | None:
+def _instruction(text: str) -> int | str | None:
     from jfe_jax.errors import UserError
 
     if text == "none":
         return None
+    if text == "all":
+        return text
     if not text.isdecimal():
-        raise UserError(f"--instruction {text}: a number from 0, or none")
+        raise UserError(f"--instruction {text}: a number from 0, all, or none")
     return int(text)

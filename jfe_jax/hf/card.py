@@ -127,7 +127,8 @@ def known_results(run: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _results(tree: dict[str, Any]) -> list[str]:
-    lines = [f"## Results on {tree['data']}, {tree['split']}", "", "| pool | queries | hit@1 | hit@5 | hit@10 |"]
+    data = ", ".join(filter(None, (tree["data"], tree["split"])))
+    lines = [f"## Results on {data}", "", "| pool | queries | hit@1 | hit@5 | hit@10 |"]
     lines.append("|---|---|---:|---:|---:|")
     for pool, groups in tree["groups"].items():
         for group, values in groups.items():

@@ -9,14 +9,25 @@ Axes: M models, R runs, U units, C clusters, Q queries.
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jfe_jax.errors import UserError
-from jfe_jax.retrieval.groups import DOES_NOT_NEED_FUSION, NEEDS_FUSION
+from jfe_jax.retrieval.groups import FUSION
+from jfe_jax.retrieval.slices import (
+    Slice,
+    does_not,
+    needs_fusion,
+    of_rank,
+    of_unit,
+    of_units,
+    of_value,
+    query_key,
+    value_of,
+)
 
 REPLICATES = 2000
 
@@ -28,14 +39,6 @@ class Run:
     path: Path
     results: dict
     queries: list[dict]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """The queries that a number is about: `wanted` chooses among the lines of queries.jsonl."""
-
-    name: str
-    wanted: Callable[[dict], bool]
 
 
 def load_run(path: Path) -> Run:
@@ -66,11 +69,10 @@ def load_models(named: dict[str, Sequence[Path]]) -> dict[str, list[Run]]:
             )
         for one, other in zip(first, runs, strict=True):
             left, right = (
-                {(line["unit"], line["qid"], line["pool"], line["given"]) for line in run.queries}
-                for run in (one, other)
+                {(*query_key(line), line["pool"], line["given"]) for line in run.queries} for run in (one, other)
             )
             if left != right:
-                unit, qid, pool, given = min(left ^ right)
+                unit, qid, _, pool, given = min(left ^ right)
                 raise UserError(
                     f"{one.path} and {other.path} are not of the same queries (such as {qid} of {unit}, {pool} "
                     f"pool, given {given}): list each model's evaluations in the same order, made with the same options"
@@ -79,7 +81,12 @@ def load_models(named: dict[str, Sequence[Path]]) -> dict[str, list[Run]]:
 
 
 class Comparison:
-    """Hit@k of several models on one pool, sliced and with intervals; `rank_key` names the rank that counts."""
+    """A metric of several models on one pool, sliced and with intervals.
+
+    Args:
+      rank_key: which rank counts; only hit@k, mrr@k and the headline come from a rank alone.
+      metric: as in results.json; "headline" is the protocol's, hit@k with a k for each data set.
+    """
 
     def __init__(
         self,
@@ -88,20 +95,24 @@ class Comparison:
         *,
         rank_key: str = "rank",
         given: str = "all",
-        k: int = 1,
+        metric: str = "hit@1",
         replicates: int = REPLICATES,
         seed: int = 0,
     ):
         self.names = list(models)
+        first = next(iter(models.values()))[0].results
+        self._order = {unit: number for number, unit in enumerate(first["units"])}
+        self.members: dict[str, list[str]] = first.get("members", {})
+        value = value_of(metric, rank_key, first)
         self.runs = len(next(iter(models.values())))
         lines = [
             [[line for line in run.queries if line["pool"] == pool and line["given"] == given] for run in runs]
             for runs in models.values()
         ]
         # Run i of every model has the same queries; in one order they are one array.
-        self._queries = [sorted(run, key=_key) for run in lines[0]]
+        self._queries = [sorted(run, key=query_key) for run in lines[0]]
         self._hits = [
-            np.array([[_hit(line[rank_key], k) for line in sorted(model[run], key=_key)] for model in lines])
+            np.array([[value(line) for line in sorted(model[run], key=query_key)] for model in lines])
             for run in range(self.runs)
         ]
         self._clusters = sorted({line["cluster"] for run in self._queries for line in run})
@@ -112,19 +123,20 @@ class Comparison:
 
     @functools.cached_property
     def units(self) -> list[str]:
-        """Units in the order of task, then name."""
-        return [unit for _, unit in sorted({(line["task"], line["unit"]) for run in self._queries for line in run})]
+        """Units in the order of the evaluation."""
+        there = {(line["task"], line["unit"]) for run in self._queries for line in run}
+        return [unit for _, unit in sorted(there, key=lambda pair: (self._order.get(pair[1], 0), *pair))]
 
     def values(self, key: str) -> list[str]:
         """The values that the queries have under `key` ("kind", "edit"), sorted; None left out."""
         return sorted({line[key] for run in self._queries for line in run if line.get(key)})
 
     def counts(self, slice_: Slice) -> int:
-        """Queries in a slice, over all runs."""
-        return int(self._sums(slice_)[1].sum())
+        """Queries in a slice, over all runs; one asked with several prompts is one."""
+        return sum(len({query_key(line)[:2] for line in run if slice_.wanted(line)}) for run in self._queries)
 
     def means(self, slice_: Slice) -> np.ndarray:
-        """float64 [M, R]: mean over units of hit@k, each unit weighing the same; NaN where a slice is empty."""
+        """float64 [M, R]: mean over units of the metric, each unit weighing the same; NaN where a slice is empty."""
         hits, counts = self._sums(slice_)
         with np.errstate(invalid="ignore", divide="ignore"):
             return _mean_of_units(hits.sum(-1) / counts.sum(-1))
@@ -170,27 +182,13 @@ class Comparison:
         return hits, counts
 
 
-def needs_fusion() -> Slice:
-    return Slice("needs fusion", lambda line: line["task"] in NEEDS_FUSION)
-
-
-def does_not() -> Slice:
-    return Slice("does not", lambda line: line["task"] in DOES_NOT_NEED_FUSION)
-
-
-def of_unit(unit: str) -> Slice:
-    return Slice(unit, lambda line: line["unit"] == unit)
-
-
-def of_value(key: str, value: str) -> Slice:
-    return Slice(value, lambda line: line.get(key) == value)
-
-
-def compare(models: dict[str, list[Run]], *, k: int = 1, replicates: int = REPLICATES) -> dict:
+def compare(models: dict[str, list[Run]], *, metric: str = "hit@1", replicates: int = REPLICATES) -> dict:
     """All pools, with and without the query's own image, and the controls; ready for JSON.
 
+    Without the query's own image only what comes from a rank alone is known: hit@k, mrr@k and the headline.
+
     Raises:
-      UserError: the evaluations have no pool in common.
+      UserError: the evaluations have no pool in common, or do not tell the metric.
     """
     every = [run for runs in models.values() for run in runs]
     pools = [pool for pool in every[0].results["pools"] if all(pool in run.results["pools"] for run in every)]
@@ -198,14 +196,17 @@ def compare(models: dict[str, list[Run]], *, k: int = 1, replicates: int = REPLI
         raise UserError("the evaluations have no pool in common; run `jfe eval --pool local,global` for each")
     # A control run (`--queries text`) is compared by what it was given.
     main, *controls = every[0].results["given"]
-    told = {"k": k, "replicates": replicates, "pools": {}}
+    told = {"metric": metric, "replicates": replicates, "pools": {}}
+    keys = {"with_source": "rank", "without_source": "rank_without_source"}
+    if not of_rank(metric):
+        del keys["without_source"]
     for pool in pools:
         settings = {
-            name: summary(Comparison(models, pool, rank_key=key, given=main, k=k, replicates=replicates))
-            for name, key in (("with_source", "rank"), ("without_source", "rank_without_source"))
+            name: summary(Comparison(models, pool, rank_key=key, given=main, metric=metric, replicates=replicates))
+            for name, key in keys.items()
         }
         settings["controls"] = {
-            given: summary(Comparison(models, pool, given=given, k=k, replicates=replicates), details=False)
+            given: summary(Comparison(models, pool, given=given, metric=metric, replicates=replicates), details=False)
             for given in controls
         }
         told["pools"][pool] = settings
@@ -221,11 +222,14 @@ def summary(comparison: Comparison, *, details: bool = True) -> dict:
     """
     groups = [group for group in (needs_fusion(), does_not()) if comparison.counts(group)]
     families = {"groups": groups, "units": [of_unit(unit) for unit in comparison.units]}
+    others = [of_units(name, units) for name, units in comparison.members.items() if name not in FUSION]
+    families["forms"] = [group for group in others if comparison.counts(group)]
     for family, key in (("kinds", "kind"), ("edits", "edit")) if details else ():
         families[family] = [of_value(key, value) for value in comparison.values(key)]
     drawn = iter(comparison.replicates([member for members in families.values() for member in members]))
     drawn = {family: {member.name: next(drawn) for member in members} for family, members in families.items()}
-    ranking = comparison.means(groups[0]).mean(1) if groups else np.zeros(len(comparison.names))
+    ranked = [*groups[:1], *(group for group in families["forms"] if group.name == "all units")]
+    ranking = comparison.means(ranked[0]).mean(1) if ranked else np.zeros(len(comparison.names))
     others = comparison.names[1:]
     best = max(others, key=lambda name: ranking[comparison.names.index(name)]) if others else None
     told = {"models": comparison.names, "runs": comparison.runs, "best_other": best}
@@ -264,14 +268,6 @@ def _gains(comparison: Comparison, means: np.ndarray, replicates: np.ndarray) ->
             "high": float(high),
         }
     return gains
-
-
-def _key(line: dict) -> tuple[str, str]:
-    return line["unit"], line["qid"]
-
-
-def _hit(rank: int | None, k: int) -> float:
-    return float(rank is not None and rank <= k)
 
 
 def _mean_of_units(rates: np.ndarray) -> np.ndarray:

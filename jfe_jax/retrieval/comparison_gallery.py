@@ -1,14 +1,16 @@
 """Queries that tell two models apart, with what each found, read back from their evaluations and the data."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from jfe_jax.data.mbeir import Candidate, Mbeir
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.compare import Run
 from jfe_jax.retrieval.gallery import SHOWN, Card, Ranking
+from jfe_jax.retrieval.groups import MBEIR, MMEB
 from jfe_jax.retrieval.page import text
-from jfe_jax.retrieval.protocol import Asked
+from jfe_jax.retrieval.protocol import ALL_PROMPTS, Asked
+from jfe_jax.retrieval.sources import read_questions
 
 _PICKS = {"only {first} right": 5, "only {other} right": 4, "both wrong": 2, "both right": 2}
 
@@ -29,7 +31,12 @@ def cards(models: dict[str, list[Run]], pool: str, other: str | None) -> tuple[l
 
 def _pick(runs: list[Run], names: list[str], pool: str) -> list[Card]:
     lines = [
-        {(line["unit"], line["qid"]): line for line in run.queries if line["pool"] == pool and line["given"] == "all"}
+        # The first prompt comes last, so it stays, if a query was asked with several.
+        {
+            (line["unit"], line["qid"]): line
+            for line in reversed(run.queries)
+            if line["pool"] == pool and line["given"] == "all"
+        }
         for run in runs
     ]
     left = {}
@@ -50,31 +57,52 @@ def _pick(runs: list[Run], names: list[str], pool: str) -> list[Card]:
 
 
 def _shown(runs: list[Run], names: list[str], pool: str, lines: list[dict], chosen: dict) -> list[Card]:
-    results = runs[0].results
-    mbeir = Mbeir(results["data"])
-    split, number = results["split"], results["instruction"]
     found = [{unit: _read_run(run.path, unit, pool) for unit in {unit for unit, _ in chosen}} for run in runs]
-    cards, needed = [], {did for tops in found for unit, qid in chosen for did, _ in tops[unit].get(qid, ())}
-    for name in dict.fromkeys(unit for unit, _ in chosen):
+    wanted = {did for tops in found for unit, qid in chosen for did, _ in tops[unit].get(qid, ())}
+    cards = []
+    for unit, asked, candidates in _questions(runs[0].results, pool, chosen, wanted, lines[0]):
+        key = unit, asked.query.qid
+        right = next((candidates[did] for did in asked.relevant if did in candidates), None)
+        rankings = [
+            Ranking(model, by_key[key]["rank"], _candidates(tops[unit].get(key[1], ()), candidates))
+            for model, by_key, tops in zip(names, lines, found, strict=True)
+        ]
+        cards.append(Card(unit, chosen[key], asked, rankings, right))
+    return cards
+
+
+def _questions(
+    results: dict, pool: str, chosen: dict, wanted: set[str], lines: dict
+) -> Iterator[tuple[str, Asked, dict[str, Candidate]]]:
+    """Each chosen query again: its unit, itself, and the candidates wanted of its pool."""
+    names = list(dict.fromkeys(unit for unit, _ in chosen))
+    if results.get("protocol", MBEIR.name) != MBEIR.name:
+        instruction = None if results["instruction"] is None else 0
+        units = names if results["protocol"] == MMEB.name else ()
+        questions = read_questions(Path(results["data"]), units=units, instruction=instruction)
+        known = {one.did: one for one in questions.table.candidates}
+        for unit in questions.units:
+            for asked in unit.asked:
+                if (unit.unit.name, asked.query.qid) in chosen:
+                    yield unit.unit.name, asked, known
+        return
+    mbeir, split = Mbeir(results["data"]), results["split"]
+    number = 0 if results["instruction"] == ALL_PROMPTS else results["instruction"]
+    for name in names:
         unit = mbeir.unit(split, name)
         qrels = mbeir.qrels(split, unit)
-        needed |= {did for key in chosen if key[0] == name for did in qrels.get(key[1], ())}
-        candidates = {one.did: one for one in mbeir.candidates(mbeir.pool_file(split, unit, pool)) if one.did in needed}
+        wanted = wanted | {did for key in chosen if key[0] == name for did in qrels.get(key[1], ())}
+        # Of a large pool only what is shown.
+        candidates = {one.did: one for one in mbeir.candidates(mbeir.pool_file(split, unit, pool)) if one.did in wanted}
         for query in mbeir.iter_queries(split, unit):
             if (name, query.qid) not in chosen:
                 continue
-            line = lines[0][name, query.qid]
+            line = lines[name, query.qid]
             relevant = {did: gain for did, gain in qrels.get(query.qid, {}).items() if gain > 0}
             right = next((candidates[did] for did in relevant if did in candidates), None)
             prompts = mbeir.instructions(unit.dataset, query.modality, right.modality, required=False) if right else ()
             instruction = prompts[number] if number is not None and prompts else None
-            asked = Asked(query, relevant, instruction, line["cluster"], line["kind"], line["edit"])
-            rankings = [
-                Ranking(model, by_key[name, query.qid]["rank"], _candidates(tops[name].get(query.qid, ()), candidates))
-                for model, by_key, tops in zip(names, lines, found, strict=True)
-            ]
-            cards.append(Card(name, chosen[name, query.qid], asked, rankings, right))
-    return cards
+            yield name, Asked(query, relevant, instruction, line["cluster"], line["kind"], line["edit"]), candidates
 
 
 def _candidates(found: Sequence[tuple[str, float]], known: dict[str, Candidate]) -> list[tuple[Candidate, float]]:
@@ -83,7 +111,8 @@ def _candidates(found: Sequence[tuple[str, float]], known: dict[str, Candidate])
 
 def _read_run(path: Path, unit: str, pool: str) -> dict[str, list[tuple[str, float]]]:
     tops: dict[str, list[tuple[str, float]]] = {}
-    with (path / "runs" / f"{unit}.{pool}.trec").open(encoding="utf-8") as lines:
+    files = [path / "runs" / f"{unit}.{pool}{part}.trec" for part in ("", ".prompt0")]
+    with (files[0] if files[0].exists() else files[1]).open(encoding="utf-8") as lines:
         for line in lines:
             qid, _, did, rank, score, _ = line.split()
             if int(rank) <= SHOWN:

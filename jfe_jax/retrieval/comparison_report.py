@@ -16,19 +16,19 @@ def markdown(told: dict) -> str:
     """The tables of every pool: units, groups and kinds, and the first model's gains with their intervals."""
     blocks = []
     for pool, settings in told["pools"].items():
-        for setting, suffix in SETTINGS.items():
+        for setting, suffix in _settings(settings):
             entry = settings[setting]
             names = entry["models"]
             lines = [
-                f"**hit@{told['k']}, {pool} pool{suffix}** (mean ± sd of {entry['runs']} runs; gains of {names[0]} "
+                f"**{told['metric']}, {pool} pool{suffix}** (mean ± sd of {entry['runs']} runs; gains of {names[0]} "
                 "with their 95 % intervals)",
                 "",
                 f"| | queries | {' | '.join(names)} | {' | '.join(f'gain over {name}' for name in names[1:])} |",
                 "|---|---:|" + "---:|" * (2 * len(names) - 1),
             ]
-            for family in ("units", "kinds", "groups"):
+            for family in ("units", "kinds", "forms", "groups"):
                 for name, row in entry[family].items():
-                    shown = f"**{name}**" if family == "groups" else name
+                    shown = f"**{name}**" if family in ("forms", "groups") else name
                     cells = [_mean(row["models"][model], "±") for model in names]
                     cells += [_gain(row["gains"][model]) for model in names[1:]]
                     lines.append(f"| {shown} | {row['queries']} | {' | '.join(cells)} |")
@@ -62,9 +62,13 @@ def write(path: Path, told: dict, models: dict[str, list[Run]]) -> None:
     training = charts.training_charts(runs)
     sections = [
         ("claim", "Where fusion is needed, and where not", _claims(told)),
-        ("bars", f"hit@{told['k']} by unit, {main} pool", _bars(told["pools"][main]["with_source"], names)),
+        ("bars", f"{told['metric']} by group and unit, {main} pool", _bars(told["pools"][main]["with_source"], names)),
         *(
-            (f"pool-{pool}", f"{pool.capitalize()} pool", "".join(_tables(told, pool, setting) for setting in SETTINGS))
+            (
+                f"pool-{pool}",
+                f"{pool.capitalize()} pool",
+                "".join(_tables(told, pool, setting) for setting, _ in _settings(told["pools"][pool])),
+            )
             for pool in pools
         ),
         ("kinds", f"Kinds of query, {main} pool", _kinds(told, main)),
@@ -77,10 +81,15 @@ def write(path: Path, told: dict, models: dict[str, list[Run]]) -> None:
     path.write_text(page.page(f"{' against '.join(names)}", sections, _lead(told)), encoding="utf-8")
 
 
+def _settings(settings: dict) -> list[tuple[str, str]]:
+    """The settings there are, each with what is written behind the pool's name."""
+    return [(name, suffix) for name, suffix in SETTINGS.items() if name in settings]
+
+
 def _lead(told: dict) -> str:
     lines = []
     for pool, settings in list(told["pools"].items())[-1:]:
-        for setting, suffix in SETTINGS.items():
+        for setting, suffix in _settings(settings):
             if said := claim(settings[setting]):
                 lines.append(f"<p><b>{text(pool)} pool{suffix}:</b> {text(said)}</p>")
     return "".join(lines)
@@ -92,7 +101,7 @@ def _claims(told: dict) -> str:
     names = first["models"]
     # The largest pool first: it is what the claim is about.
     for pool, settings in reversed(told["pools"].items()):
-        for setting, suffix in SETTINGS.items():
+        for setting, suffix in _settings(settings):
             entry = settings[setting]
             rows = [[text(name), *_cells(row, names)] for name, row in entry["groups"].items()]
             sums = []
@@ -100,10 +109,10 @@ def _claims(told: dict) -> str:
                 sums.append(len(rows))
                 cells = [_gain_cell(entry["difference_of_gains"][name]) for name in names[1:]]
                 rows.append(["difference of the gains", *[""] * len(names), *cells])
-            table = page.table([f"hit@{told['k']}", *_heads(names)], rows, sums)
+            table = page.table([f"{told['metric']}", *_heads(names)], rows, sums)
             blocks.append(f"<h3>{text(pool.capitalize())} pool{suffix}</h3>{table}" if rows else "")
     note = (
-        f"hit@{told['k']} in %, mean over units (each weighs the same) and runs, ± standard deviation over "
+        f"{told['metric']} in %, mean over units (each weighs the same) and runs, ± standard deviation over "
         f"{first['runs']} runs. Gain: {text(names[0])} minus the other, in points, with a 95 % interval from "
         f"{told['replicates']} bootstrap replicates that draw clusters of queries about the same thing, and runs, "
         "alike for all models. Needs fusion: tasks 6, 7, 8; does not: 0, 1, 3, 4. Without source: the query's own "
@@ -112,19 +121,24 @@ def _claims(told: dict) -> str:
     return "".join(blocks) + f'<p class="note">{note}</p>'
 
 
+def _pool(told: dict, pool: str) -> str:
+    return "".join(_tables(told, pool, setting) for setting, _ in _settings(told["pools"][pool]))
+
+
 def _tables(told: dict, pool: str, setting: str) -> str:
     entry = told["pools"][pool][setting]
     names = entry["models"]
     rows = [[text(name), *_cells(row, names), str(row["queries"])] for name, row in entry["units"].items()]
-    sums = [len(rows) + i for i in range(len(entry["groups"]))]
-    rows += [[text(name), *_cells(row, names), str(row["queries"])] for name, row in entry["groups"].items()]
+    groups = [*entry["forms"].items(), *entry["groups"].items()]
+    sums = [len(rows) + i for i in range(len(groups))]
+    rows += [[text(name), *_cells(row, names), str(row["queries"])] for name, row in groups]
     heading = f"<h3>{'without source' if setting == 'without_source' else 'all candidates'}</h3>"
-    return heading + page.table([f"hit@{told['k']}", *_heads(names), "queries"], rows, sums)
+    return heading + page.table([f"{told['metric']}", *_heads(names), "queries"], rows, sums)
 
 
 def _kinds(told: dict, pool: str) -> str:
     blocks = []
-    for setting in SETTINGS:
+    for setting, _ in _settings(told["pools"][pool]):
         entry = told["pools"][pool][setting]
         names = entry["models"]
         for family in ("kinds", "edits"):
@@ -148,7 +162,7 @@ def _controls(told: dict) -> str:
                 for name, row in entry[family].items()
             ]
             sums = range(len(entry["units"]), len(rows))
-            table = page.table([f"hit@{told['k']}", *_heads(names)], rows, sums)
+            table = page.table([f"{told['metric']}", *_heads(names)], rows, sums)
             blocks.append(page.folded(f"{given} only, {pool} pool", table, shown=pool == list(told["pools"])[-1]))
     return "".join(blocks)
 
@@ -177,7 +191,7 @@ def _two_way(models: dict[str, list[Run]], pools: Sequence[str]) -> str:
 def _bars(entry: dict, names: Sequence[str]) -> str:
     rows = [
         (name, [(row["models"][model]["mean"], row["models"][model]["sd"]) for model in names])
-        for family in ("groups", "units")
+        for family in ("groups", "forms", "units")
         for name, row in entry[family].items()
     ]
     note = f'<p class="note">Whiskers: standard deviation over {entry["runs"]} runs.</p>' if entry["runs"] > 1 else ""
@@ -192,7 +206,7 @@ def _runs(models: dict[str, list[Run]]) -> str:
             text(run.results["checkpoint"]),
             str(run.results["step"]),
             f"{run.results['parameters']:,}",
-            text(f"{run.results['data']}, {run.results['split']}"),
+            text(", ".join(filter(None, (run.results["data"], run.results["split"])))),
         ]
         for name, runs in models.items()
         for run in runs

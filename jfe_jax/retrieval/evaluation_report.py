@@ -5,14 +5,18 @@ from pathlib import Path
 import numpy as np
 
 from jfe_jax.retrieval import charts, page
+from jfe_jax.retrieval.beside import beside
 from jfe_jax.retrieval.evaluate import Evaluation
 from jfe_jax.retrieval.gallery import SHOWN, Card, Ranking, gallery
-from jfe_jax.retrieval.metrics import NOT_RETRIEVED
+from jfe_jax.retrieval.metrics import CUTOFFS, NOT_RETRIEVED
+from jfe_jax.retrieval.mistakes import MISTAKES
 from jfe_jax.retrieval.page import percent, text
-from jfe_jax.retrieval.results import HEADLINE, Answers
+from jfe_jax.retrieval.protocol import once
+from jfe_jax.retrieval.results import Answers
 
 _MISSES = _SUCCESSES = 6
-_COLUMNS = ("hit@1", "hit@5", "hit@10", "recall@1", "recall@5", "recall@10", "ndcg@10", "mrr@10", "map")
+_HITS = ("hit@1", "hit@5", "hit@10")
+_COLUMNS = (*(f"{name}@{k}" for name in ("hit", "recall") for k in CUTOFFS), "ndcg@10", "mrr@10", "map")
 OUTCOMES = ("miss", "success")
 
 
@@ -20,13 +24,26 @@ def headline(results: dict) -> str:
     """A Markdown table of hit@k for the groups and units, each pool."""
     lines = ["| pool | queries | hit@1 | hit@5 | hit@10 | hit@1 without source |", "|---|---|---:|---:|---:|---:|"]
     for pool in results["pools"]:
-        rows = [(name, entry) for name, entry in results["groups"][pool].items() if name != HEADLINE]
+        rows = [(name, entry) for name, entry in results["groups"][pool].items()]
         rows += [(name, unit["pools"][pool]) for name, unit in results["units"].items()]
         for name, entry in rows:
             cells = [percent(entry["metrics"][f"hit@{k}"]) for k in (1, 5, 10)]
             cells.append(percent(entry["without_source"]["hit@1"]))
             lines.append(f"| {pool} | {name} ({entry['queries']}) | {' | '.join(cells)} |")
+    lines += ["", *headlines(results)] if results["headline"] else []
     return "\n".join(lines)
+
+
+def headlines(results: dict) -> list[str]:
+    """The protocol's headline of each pool, or which of its units are missing."""
+    lines = []
+    for pool, told in results["headline"].items():
+        if told["missing"]:
+            which = ", ".join(told["missing"])
+            lines.append(f"{pool} pool: no {told['name']}; {len(told['missing'])} units are missing: {which}")
+        else:
+            lines.append(f"{pool} pool, {told['name']}: {percent(told['value'])}{_spread(told['spread'])}")
+    return lines
 
 
 def write(path: Path, evaluation: Evaluation) -> None:
@@ -35,8 +52,11 @@ def write(path: Path, evaluation: Evaluation) -> None:
     pools = results["pools"]
     sections = [
         ("summary", "Summary", _summary(results)),
-        ("bars", f"hit@1 by unit, {pools[-1]} pool", _bars(results, pools[-1])),
+        ("published", "Beside published figures", beside(results)),
+        ("bars", f"hit@1 by group and unit, {pools[-1]} pool", _bars(results, pools[-1])),
         *((f"pool-{pool}", f"{pool.capitalize()} pool", _pool(results, pool)) for pool in pools),
+        ("mistakes", "Where the first result is wrong", "".join(_mistakes(results, pool) for pool in pools)),
+        ("prompts", "From prompt to prompt", "".join(_prompts(results, pool) for pool in pools)),
         ("kinds", "Kinds of query", "".join(_kinds(results, pool) for pool in pools)),
         ("controls", "Half of the query alone", "".join(_controls(results, pool) for pool in pools)),
         ("training", "Training", charts.training_charts([("training", 0, Path(results["checkpoint"]))])),
@@ -47,12 +67,14 @@ def write(path: Path, evaluation: Evaluation) -> None:
 
 
 def _lead(results: dict) -> str:
-    instruction = "none" if results["instruction"] is None else f"prompt {results['instruction']}"
+    instruction = {None: "none", "all": "mean over all prompts", "own": "each query's own"}.get(
+        results["instruction"], f"prompt {results['instruction']}"
+    )
     return page.facts(
         [
             ("model", f"{results['model']}, {results['parameters']:,} parameters"),
             ("step", results["step"]),
-            ("data", f"{results['data']}, {results['split']}"),
+            ("data", ", ".join(filter(None, (results["data"], results["split"])))),
             ("candidates", f"{results['candidates']:,}"),
             ("instruction", instruction),
             ("query", results["given"][0]),
@@ -61,11 +83,11 @@ def _lead(results: dict) -> str:
 
 
 def _summary(results: dict) -> str:
-    rows = []
-    for pool in results["pools"]:
-        for name, entry in results["groups"][pool].items():
-            if name != HEADLINE:
-                rows.append([f"{text(name)}, {pool} pool", str(entry["units"]), *_metric_cells(entry, _COLUMNS[:3])])
+    rows = [
+        [f"{text(name)}, {pool} pool", str(entry["units"]), *_metric_cells(entry, _HITS)]
+        for pool in results["pools"]
+        for name, entry in results["groups"][pool].items()
+    ]
     head = [
         "mean over units",
         "units",
@@ -76,14 +98,14 @@ def _summary(results: dict) -> str:
         "two-way<br>own image",
         "two-way<br>foil",
     ]
-    headlines = "; ".join(f"{pool} pool {percent(results['groups'][pool][HEADLINE])}" for pool in results["pools"])
     note = (
         "hit@k: a right candidate is among the first k (M-BEIR's “Recall@k”). Needs fusion: tasks 6, 7, 8. Does not: "
         "tasks 0, 1, 3, 4. Without source: candidates that show the query's own image are taken out of the pool. "
         "Two-way: the best right candidate stands before all of those, or before the foil, a wrong candidate that the "
         "data set names for the query."
     )
-    return f"{page.table(head, rows)}<p>{text(HEADLINE)}: {headlines}.</p><p class='note'>{note}</p>"
+    said = "".join(f"<p>{text(line)}</p>" for line in headlines(results))
+    return f"{page.table(head, rows)}{said}<p class='note'>{note}</p>"
 
 
 def _metric_cells(entry: dict, names: tuple[str, ...]) -> list[str]:
@@ -96,9 +118,53 @@ def _metric_cells(entry: dict, names: tuple[str, ...]) -> list[str]:
 
 
 def _bars(results: dict, pool: str) -> str:
+    entries = [(name, entry) for name, entry in results["groups"][pool].items()]
+    entries += [(name, unit["pools"][pool]) for name, unit in results["units"].items()]
     return charts.bars(
-        [(name, [(unit["pools"][pool]["metrics"]["hit@1"], None)]) for name, unit in results["units"].items()]
+        [
+            (name, [(entry["metrics"]["hit@1"], entry["spread"]["hit@1"] if "spread" in entry else None)])
+            for name, entry in entries
+        ]
     )
+
+
+def _mistakes(results: dict, pool: str) -> str:
+    entries = [(name, entry) for name, entry in results["groups"][pool].items()]
+    first = len(results["units"])
+    entries = [(name, unit["pools"][pool]) for name, unit in results["units"].items()] + entries
+    rows = [
+        [text(name), percent(entry["metrics"]["hit@1"]), *(percent(entry["mistakes"][kind]) for kind in MISTAKES)]
+        for name, entry in entries
+    ]
+    head = [f"{text(pool)} pool", "right", *MISTAKES]
+    note = (
+        "What stands first, in % of queries. Wrong modality: the instruction was not followed; the right item is then "
+        "the one that shows or says the same as a right candidate or the query itself."
+    )
+    table = page.table(head, rows, range(first, len(rows)))
+    return table + (f"<p class='note'>{note}</p>" if pool == results["pools"][-1] else "")
+
+
+def _prompts(results: dict, pool: str) -> str:
+    entries = [(name, unit["pools"][pool]) for name, unit in results["units"].items()]
+    entries += [(name, entry) for name, entry in results["groups"][pool].items()]
+    entries = [(name, entry) for name, entry in entries if "prompts" in entry]
+    numbers = list(dict.fromkeys(number for _, entry in entries for number in entry["prompts"]))
+    rows = [
+        [
+            text(name),
+            percent(entry["metrics"]["hit@1"]) + _spread(entry["spread"]["hit@1"]),
+            percent(entry["metrics"]["hit@5"]) + _spread(entry["spread"]["hit@5"]),
+            *(percent(entry["prompts"].get(number, {}).get("hit@1")) for number in numbers),
+        ]
+        for name, entry in entries
+    ]
+    head = [f"{text(pool)} pool", "hit@1, mean ± sd", "hit@5, mean ± sd", *(f"hit@1, prompt {one}" for one in numbers)]
+    return page.table(head, rows)
+
+
+def _spread(value: float | None) -> str:
+    return "" if value is None else f" ± {percent(value)}"
 
 
 def _pool(results: dict, pool: str) -> str:
@@ -108,9 +174,8 @@ def _pool(results: dict, pool: str) -> str:
         about = [f"{entry['size']:,}", str(entry["dangling"]), text(unit["task_name"])]
         rows.append([text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS), *about])
     for name, entry in results["groups"][pool].items():
-        if name != HEADLINE:
-            sums.append(len(rows))
-            rows.append([text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS), "", "", ""])
+        sums.append(len(rows))
+        rows.append([text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS), "", "", ""])
     head = [
         "unit",
         "queries",
@@ -127,7 +192,7 @@ def _pool(results: dict, pool: str) -> str:
 
 def _kinds(results: dict, pool: str) -> str:
     def row(name: str, entry: dict) -> list[str]:
-        return [text(name), str(entry["queries"]), *_metric_cells(entry, _COLUMNS[:3])[:-2]]
+        return [text(name), str(entry["queries"]), *_metric_cells(entry, _HITS)[:-2]]
 
     head = [f"{pool} pool", "queries", "hit@1", "hit@5", "hit@10", "hit@1<br>without source"]
     kinds = [row(kind, entry) for kind, entry in results["kinds"][pool].items()]
@@ -142,10 +207,7 @@ def _kinds(results: dict, pool: str) -> str:
 def _controls(results: dict, pool: str) -> str:
     rows = []
     entries = [(name, unit["pools"][pool]) for name, unit in results["units"].items()]
-    for name, entry in [
-        *entries,
-        *((name, entry) for name, entry in results["groups"][pool].items() if name != HEADLINE),
-    ]:
+    for name, entry in [*entries, *results["groups"][pool].items()]:
         controls = entry.get("controls")
         if controls and name != "all units":
             shown = [entry["metrics"]["hit@1"], *(controls[given]["metrics"]["hit@1"] for given in controls)]
@@ -156,10 +218,12 @@ def _controls(results: dict, pool: str) -> str:
 
 def _cards(evaluation: Evaluation, pool: str) -> list[Card]:
     cards = []
-    first = evaluation.results["given"][0]
+    main = evaluation.results["given"][0]
     for one in evaluation.answers:
-        if one.pool == pool and one.given == first:
-            cards += [_card(one, number, outcome, evaluation) for outcome, number in picked(one.best)]
+        if one.pool == pool and one.given == main:
+            # With the first prompt, if it was asked with several.
+            first = np.array(once(one.asked))
+            cards += [_card(one, int(first[at]), outcome, evaluation) for outcome, at in picked(one.best[first])]
     return cards
 
 
@@ -177,5 +241,5 @@ def _card(one: Answers, number: int, outcome: str, evaluation: Evaluation) -> Ca
     rank = None if one.best[number] == NOT_RETRIEVED else int(one.best[number])
     found = zip(one.rows[number][:SHOWN], one.scores[number].tolist(), strict=False)
     right = next((candidates[evaluation.pools.row[did]] for did in asked.relevant if did in evaluation.pools.row), None)
-    ranking = Ranking("", rank, [(candidates[row], score) for row, score in found])
+    ranking = Ranking("", rank, [(candidates[row], score) for row, score in found if row >= 0])
     return Card(one.unit.unit.name, outcome, asked, [ranking], right)

@@ -13,13 +13,14 @@ import numpy as np
 
 PADDING = 0
 NOT_RETRIEVED = np.iinfo(np.int32).max
+CUTOFFS = (1, 5, 10, 20, 50)
 
 
 def per_query(
     ranks: np.ndarray,
     gains: np.ndarray | None = None,
     *,
-    cutoffs: Sequence[int] = (1, 5, 10),
+    cutoffs: Sequence[int] = CUTOFFS,
     depth: int = 10,
 ) -> dict[str, np.ndarray]:
     """Every metric of every query.

@@ -1,4 +1,4 @@
-"""What M-BEIR asks: which queries, against which pools, with what right.
+"""What is asked: which queries, against which pools, with what right; M-BEIR's read from its directory.
 
 Candidates stand in falling order of their ids, which is trec_eval's order among equal scores: the run files give the
 same figures there as here.
@@ -8,7 +8,7 @@ Axes: Q queries, N candidates of a pool, T right candidates of a query, X candid
 
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -18,8 +18,10 @@ import numpy as np
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import TASKS, Candidate, Mbeir, Query, Unit
 from jfe_jax.errors import UserError
+from jfe_jax.retrieval.groups import MBEIR, Protocol
 
 GIVEN = ("all", "text", "image")
+ALL_PROMPTS = "all"
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,9 @@ class Asked:
       cluster: the bootstrap's unit of drawing; queries about the same thing share it.
       kind, edit: as the data set calls them, if it does.
       foil: id of the wrong candidate that a two-way choice is made against, if the data set names one.
+      wanted: the modality of what it asks for.
+      prompt: the number of its instruction among the data set's prompts, if that is where it is from.
+      among: the candidates it is asked against, if they are its own and not the pool's.
     """
 
     query: Query
@@ -41,6 +46,9 @@ class Asked:
     kind: str | None
     edit: str | None
     foil: str | None = None
+    wanted: str = "text"
+    prompt: int | None = None
+    among: tuple[str, ...] | None = None
 
     def item(self, given: str) -> Item | None:
         """The whole query, or with only its "text" or "image" (None if it does not have both); always instructed."""
@@ -72,12 +80,49 @@ class Targets(NamedTuple):
 
 @dataclass
 class UnitQueries:
-    """One unit's judged queries; those without any right candidate are only counted."""
+    """One unit's judged queries; those without any right candidate are only counted.
+
+    With several prompts a query stands in `asked` once for each, one after the other.
+    """
 
     unit: Unit
     task: int
     asked: list[Asked]
     unjudged: int
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def queries(self) -> int:
+        """Different queries."""
+        return len(once(self.asked))
+
+
+def once(asked: Sequence[Asked]) -> list[int]:
+    """Where each query stands first, however often it is asked."""
+    first: dict[str, int] = {}
+    for number, one in enumerate(asked):
+        first.setdefault(one.query.qid, number)
+    return list(first.values())
+
+
+@dataclass
+class Questions:
+    """All that an evaluation asks.
+
+    Attributes:
+      path, split, instruction: what was read, for the report.
+      pools: names of the pools in use.
+      table: their candidates.
+      units: in the protocol's order.
+    """
+
+    protocol: Protocol
+    path: Path
+    split: str | None
+    instruction: int | str | None
+    pools: tuple[str, ...]
+    table: "Pools"
+    units: list[UnitQueries]
 
 
 @dataclass
@@ -115,11 +160,26 @@ class Pools:
             foil = self.row.get(one.foil, -2) if one.foil not in one.relevant else -2
             foils.append([max(_position(rows, foil), -1) if foil >= 0 else -1])
         return Targets(
-            _rectangle(right, -1, np.int32),
-            _rectangle(gains, 0, np.float32),
-            _rectangle(own, -1, np.int32),
-            _rectangle(foils, -1, np.int32),
+            rectangle(right, -1, np.int32),
+            rectangle(gains, 0, np.float32),
+            rectangle(own, -1, np.int32),
+            rectangle(foils, -1, np.int32),
         )
+
+
+def read_mbeir(
+    mbeir: Mbeir, split: str, pools: Sequence[str], units: Sequence[str], instruction: int | str | None
+) -> Questions:
+    """The units of a split (all of them, if none is named) on the named pools.
+
+    Raises:
+      UserError: as read_pools and read_queries.
+    """
+    chosen = [mbeir.unit(split, name) for name in units] if units else mbeir.units(split)
+    table = read_pools(mbeir, split, chosen, pools)
+    asked = [read_queries(mbeir, split, unit, table, instruction) for unit in chosen]
+    asked.sort(key=lambda unit: MBEIR.order(unit.unit.name, unit.task))
+    return Questions(MBEIR, mbeir.path, split, instruction, tuple(pools), table, asked)
 
 
 def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[str]) -> Pools:
@@ -146,15 +206,16 @@ def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[
     return Pools([known[did] for did in order], {key: by_file[file] for key, file in files.items()})
 
 
-def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction: int | None) -> UnitQueries:
-    """A unit's queries with the prompt of number `instruction` (None: without); prompts are () where there are none.
+def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction: int | str | None) -> UnitQueries:
+    """A unit's queries with the prompt of number `instruction` (None: without; ALL_PROMPTS: with each of them).
 
     Raises:
       UserError: there are fewer prompts.
     """
     qrels = mbeir.qrels(split, unit)
-    asked, unjudged, task = [], 0, unit.task
+    asked, unjudged, task, known = [], 0, unit.task, set()
     for query in mbeir.iter_queries(split, unit):
+        known.add(query.qid)
         relevant = {did: gain for did, gain in qrels.get(query.qid, {}).items() if gain > 0}
         if not relevant:
             unjudged += 1
@@ -166,21 +227,35 @@ def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction
         prompts = (
             () if instruction is None else mbeir.instructions(unit.dataset, query.modality, wanted, required=False)
         )
-        if prompts and instruction >= len(prompts):
+        numbers = range(len(prompts)) if instruction == ALL_PROMPTS else [instruction]
+        if prompts and numbers[-1] >= len(prompts):
             raise UserError(f"{unit.name}: no instruction {instruction}; there are {len(prompts)}, from 0")
         about = _about(query.src_content)
-        asked.append(
+        asked += [
             Asked(
                 query,
                 relevant,
-                prompts[instruction] if prompts else None,
+                prompts[number] if prompts else None,
                 cluster=str(about.get("group", query.qid)),
                 kind=about.get("kind"),
                 edit=about.get("edit"),
                 foil=about.get("foil"),
+                wanted=wanted,
+                prompt=number if prompts else None,
             )
-        )
-    return UnitQueries(unit, -1 if task is None else task, asked, unjudged)
+            for number in (numbers if prompts else [None])
+        ]
+    warnings = []
+    if strange := qrels.keys() - known:
+        warnings.append(not_asked(unit.name, strange))
+    if instruction is not None and any(one.instruction is None for one in asked):
+        warnings.append(f"{unit.name}: the data has no instructions for it; queries were given none")
+    return UnitQueries(unit, -1 if task is None else task, asked, unjudged, warnings)
+
+
+def not_asked(unit: str, strange: Set[str]) -> str:
+    """The warning about queries that only the qrels know."""
+    return f"{unit}: the qrels judge {len(strange)} queries that are not asked, such as {min(strange)}"
 
 
 def _about(source: str | None) -> dict:
@@ -201,6 +276,7 @@ def _position(rows: np.ndarray, number: int) -> int:
     return at if at < len(rows) and rows[at] == number else -2
 
 
-def _rectangle(ragged: list[list], filler: int, dtype: type) -> np.ndarray:
+def rectangle(ragged: list[list], filler: int, dtype: type) -> np.ndarray:
+    """Lists of unequal length → an array, filled up on the right."""
     width = max(map(len, ragged), default=0)
     return np.array([[*row, *[filler] * (width - len(row))] for row in ragged], dtype).reshape(len(ragged), width)

@@ -1,14 +1,19 @@
 """Ranks → the numbers of `results.json`, the lines of `queries.jsonl`, and TREC run files.
 
     results.json
-      units.{unit}.pools.{pool}       size, dangling, metrics, without_source, two_way, two_way_foil, controls,
-                                      kinds.{kind} and edits.{edit} (metrics and without_source of those queries)
-      groups.{pool}.{group}           the same metrics, mean over the group's units; "all units" and "headline" too
+      units.{unit}.pools.{pool}       size, dangling, metrics, without_source, two_way, two_way_foil, mistakes,
+                                      controls, kinds.{kind} and edits.{edit} (metrics and without_source of those
+                                      queries); asked with several prompts: prompts.{number} (metrics), spread
+      groups.{pool}.{group}           the same, mean over the group's units; "all units" too
+      members.{group}                 the names of those units
+      headline.{pool}                 name, value, units, missing (the value is null until none is missing)
       kinds.{pool}.{kind}             mean over the units that have such queries
 
 Metrics are fractions of 1. `without_source` is what they are once the candidates that show the query's own image are
 taken out of the pool; `two_way` is how often the best right candidate stands before all of those, `two_way_foil` before
-the wrong candidate that the data set names as the query's foil.
+the wrong candidate that the data set names as the query's foil. `mistakes` are the shares of queries whose first result
+is wrong in that way (see mistakes.py). Asked with several prompts, `metrics` are their mean and `spread` the standard
+deviation over the prompts.
 """
 
 import functools
@@ -20,10 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from jfe_jax.retrieval import metrics
-from jfe_jax.retrieval.groups import GROUPS, TASK_NAMES, headline_cutoff
-from jfe_jax.retrieval.protocol import Asked, Pools, UnitQueries
+from jfe_jax.retrieval.groups import TASK_NAMES
+from jfe_jax.retrieval.means import spread
+from jfe_jax.retrieval.mistakes import MISTAKES
+from jfe_jax.retrieval.protocol import Asked, Pools, UnitQueries, once
+from jfe_jax.retrieval.storage import write_json
 
-HEADLINE = "headline: mean hit@5, of Fashion data sets hit@10"
+# What a query's line says besides ranks, which give hit@k and mrr.
+_TOLD = ("recall@", "ndcg@", "map")
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class Answers:
       ranks: int [Q, T] of what is right, as in metrics.py; `gains` float [Q, T].
       own_ranks: int [Q, X] of the candidates that show the query's own image; `foil_ranks` int [Q, 1] of the foil.
       dangling: right candidates that are not in the pool.
-      rows, scores: [Q, depth] of the best candidates, positions in Pools.candidates.
+      rows, scores: [Q, depth] of the best candidates, positions in Pools.candidates, -1 where there are no more.
+      mistakes: int8 [Q]; what is wrong with the first result, see mistakes.py.
     """
 
     unit: UnitQueries
@@ -49,6 +59,7 @@ class Answers:
     dangling: int
     rows: np.ndarray
     scores: np.ndarray
+    mistakes: np.ndarray
 
     @functools.cached_property
     def best(self) -> np.ndarray:
@@ -87,36 +98,10 @@ def unit_results(unit: UnitQueries, answers: list[Answers]) -> dict:
         "dataset": unit.unit.dataset,
         "task": unit.task,
         "task_name": TASK_NAMES.get(unit.task, "mixed"),
-        "queries": len(unit.asked),
+        "queries": unit.queries,
         "unjudged": unit.unjudged,
         "pools": pools,
     }
-
-
-def with_means(units: list[dict]) -> dict:
-    """Adds the means over units, each unit weighing the same."""
-    units = [unit for unit in units if unit["pools"]]
-    pools = list(dict.fromkeys(pool for unit in units for pool in unit["pools"]))
-    groups, kinds = {}, {}
-    for pool in pools:
-        members = [unit for unit in units if pool in unit["pools"]]
-        by_group = {name: [unit for unit in members if unit["task"] in tasks] for name, tasks in GROUPS.items()}
-        groups[pool] = {
-            name: _mean([unit["pools"][pool] for unit in chosen])
-            for name, chosen in (*by_group.items(), ("all units", members))
-            if chosen
-        }
-        groups[pool][HEADLINE] = float(
-            np.mean([unit["pools"][pool]["metrics"][f"hit@{headline_cutoff(unit['dataset'])}"] for unit in members])
-        )
-        names = sorted({kind for unit in members for kind in unit["pools"][pool]["kinds"]})
-        kinds[pool] = {
-            kind: _mean(
-                [unit["pools"][pool]["kinds"][kind] for unit in members if kind in unit["pools"][pool]["kinds"]]
-            )
-            for kind in names
-        }
-    return {"groups": groups, "kinds": kinds, "units": {unit["unit"]: unit for unit in units}}
 
 
 def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
@@ -127,17 +112,25 @@ def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
     for one in answers:
         best_without = metrics.best_rank(one.ranks_without_source)
         own, foil = metrics.best_rank(one.own_ranks), metrics.best_rank(one.foil_ranks)
+        several = len(_by_prompt(one.asked)) > 1
         for number, asked in enumerate(one.asked):
             yield {
                 "unit": one.unit.unit.name,
                 "task": one.unit.task,
                 "qid": asked.query.qid,
+                "prompt": asked.prompt if several else None,
                 "pool": one.pool,
                 "given": one.given,
                 "rank": _rank(one.best[number]),
                 "rank_without_source": _rank(best_without[number]),
                 "source_rank": _rank(own[number]),
                 "foil_rank": _rank(foil[number]),
+                "mistake": MISTAKES[one.mistakes[number] - 1] if one.mistakes[number] else None,
+                "metrics": {
+                    name: round(float(values[number]), 6)
+                    for name, values in one.metrics.items()
+                    if name.startswith(_TOLD)
+                },
                 "cluster": asked.cluster,
                 "kind": asked.kind,
                 "edit": asked.edit,
@@ -145,7 +138,10 @@ def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
 
 
 def write(out: Path, results: dict, answers: list[Answers], pools: Pools) -> None:
-    """Writes results.json (last), queries.jsonl, runs/{unit}.{pool}.trec and qrels/{unit}.qrels."""
+    """Writes results.json (last), queries.jsonl, runs/{unit}.{pool}.trec and qrels/{unit}.qrels.
+
+    Asked with several prompts, there is a run for each, {unit}.{pool}.prompt{number}.trec.
+    """
     for folder in ("runs", "qrels"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     (out / "results.json").unlink(missing_ok=True)
@@ -157,22 +153,28 @@ def write(out: Path, results: dict, answers: list[Answers], pools: Pools) -> Non
         if one.given != answers[0].given:
             continue
         name = one.unit.unit.name
-        with (out / "runs" / f"{name}.{one.pool}.trec").open("w", encoding="utf-8") as file:
-            for asked, rows, scores in zip(one.asked, one.rows, one.scores.tolist(), strict=True):
-                for rank, (row, score) in enumerate(zip(rows, scores, strict=True), 1):
-                    # Nine digits give a float32 back exactly.
-                    file.write(f"{asked.query.qid} Q0 {dids[row]} {rank} {score:.9g} jfe\n")
+        for prompt, numbers in _by_prompt(one.asked).items():
+            part = f".prompt{prompt}" if len(_by_prompt(one.asked)) > 1 else ""
+            with (out / "runs" / f"{name}.{one.pool}{part}.trec").open("w", encoding="utf-8") as file:
+                for number in numbers:
+                    qid, found = one.asked[number].query.qid, one.rows[number]
+                    for rank, (row, score) in enumerate(zip(found, one.scores[number].tolist(), strict=True), 1):
+                        if row < 0:
+                            break
+                        # Nine digits give a float32 back exactly.
+                        file.write(f"{qid} Q0 {dids[row]} {rank} {score:.9g} jfe\n")
         with (out / "qrels" / f"{name}.qrels").open("w", encoding="utf-8") as file:
-            for asked in one.asked:
+            for number in once(one.asked):
+                asked = one.asked[number]
                 for did, gain in asked.relevant.items():
                     file.write(f"{asked.query.qid} 0 {did} {gain}\n")
-    (out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / "results.json", results)
 
 
 def _entry(one: Answers) -> dict:
     return {
         "size": one.pool_size,
-        "queries": len(one.asked),
+        "queries": len(once(one.asked)),
         "dangling": one.dangling,
         "metrics": metrics.means(one.metrics),
         "without_source": metrics.means(one.metrics_without_source),
@@ -180,9 +182,29 @@ def _entry(one: Answers) -> dict:
         "two_way": _two_way(one.best, one.own_ranks),
         "foil_in_pool": int(one.foil_ranks.any(1).sum()),
         "two_way_foil": _two_way(one.best, one.foil_ranks),
+        "mistakes": {name: float((one.mistakes == code).mean()) for code, name in enumerate(MISTAKES, 1)},
+        **_prompts(one),
         "kinds": _of(one, [asked.kind for asked in one.asked]),
         "edits": _of(one, [asked.edit for asked in one.asked]),
     }
+
+
+def _by_prompt(asked: list[Asked]) -> dict[int | None, list[int]]:
+    numbers: dict[int | None, list[int]] = {}
+    for number, one in enumerate(asked):
+        numbers.setdefault(one.prompt, []).append(number)
+    return numbers
+
+
+def _prompts(one: Answers) -> dict:
+    by_prompt = _by_prompt(one.asked)
+    if len(by_prompt) == 1:
+        return {}
+    told = {
+        str(prompt): metrics.means({name: values[numbers] for name, values in one.metrics.items()})
+        for prompt, numbers in by_prompt.items()
+    }
+    return {"prompts": told, "spread": spread(list(told.values()))}
 
 
 def _two_way(best: np.ndarray, others: np.ndarray) -> float | None:
@@ -195,30 +217,13 @@ def _of(one: Answers, values: list[str | None]) -> dict:
     for value in sorted({value for value in values if value}):
         chosen = np.array([other == value for other in values])
         entries[value] = {
-            "queries": int(chosen.sum()),
+            "queries": len(once([asked for asked, wanted in zip(one.asked, chosen, strict=True) if wanted])),
             "metrics": metrics.means({name: numbers[chosen] for name, numbers in one.metrics.items()}),
             "without_source": metrics.means(
                 {name: numbers[chosen] for name, numbers in one.metrics_without_source.items()}
             ),
         }
     return entries
-
-
-def _mean(entries: list[dict]) -> dict:
-    mean = {"units": len(entries), "queries": sum(entry["queries"] for entry in entries)}
-    for key in ("metrics", "without_source"):
-        mean[key] = {name: float(np.mean([entry[key][name] for entry in entries])) for name in entries[0][key]}
-    for key in ("two_way", "two_way_foil"):
-        values = [entry[key] for entry in entries if entry.get(key) is not None]
-        if values:
-            mean[key] = float(np.mean(values))
-    controls = dict.fromkeys(given for entry in entries for given in entry.get("controls", ()))
-    if controls:
-        mean["controls"] = {
-            given: _mean([entry["controls"][given] for entry in entries if given in entry.get("controls", ())])
-            for given in controls
-        }
-    return mean
 
 
 def _rank(rank: np.integer) -> int | None:

@@ -150,6 +150,32 @@ def test_kinds_edits_controls_and_the_source_are_told_apart(tmp_path):
     assert told["with_source"]["best_other"] is None and "difference_of_gains" not in told["with_source"]
 
 
+def test_other_metrics_prompts_and_groups(tmp_path):
+    rows = {}
+    for name, ndcg, ranks in (("jfe", 0.75, (1, 2)), ("late", 0.5, (4, 20))):
+        rows[name] = [
+            line("a_task7", 0, False) | {"prompt": prompt, "rank": rank, "metrics": {"ndcg@10": ndcg}}
+            for prompt, rank in enumerate(ranks)
+        ]
+    models = load_models({name: [written(tmp_path / name, lines)] for name, lines in rows.items()})
+    for run in [run for runs in models.values() for run in runs]:
+        run.results.update(members={"conditional": ["a_task7"], "cross-modal": []}, protocol="mbeir")
+        run.results["units"]["a_task7"] = {"dataset": "fashioniq"}
+
+    def means(metric):
+        told = compare(models, metric=metric, replicates=10)["pools"]["global"]
+        entry = told["with_source"]["forms"]["conditional"]
+        assert entry["queries"] == 1 and list(told["with_source"]["forms"]) == ["conditional"]
+        return [one["mean"] for one in entry["models"].values()], sorted(told)
+
+    assert means("hit@1") == ([0.5, 0], ["controls", "with_source", "without_source"])
+    assert means("mrr@10")[0] == [0.75, 0.125]
+    assert means("headline")[0] == [1, 0.5], "hit@10 of Fashion data sets"
+    assert means("ndcg@10") == ([0.75, 0.5], ["controls", "with_source"])
+    with pytest.raises(UserError, match=r"does not tell recall@7.*ndcg@10"):
+        means("recall@7")
+
+
 def test_replicates_are_the_same_draws_for_every_slice(tmp_path):
     models = load_models({"jfe": [written(tmp_path / "j", units({"a_task7": (5, 9)}))]})
     comparison = Comparison(models, "global", replicates=30)

@@ -2,16 +2,23 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import ir_measures
 import jax
 import numpy as np
 import pytest
 import pytrec_eval
 
-from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.mbeir import Candidate, Mbeir, Query
 from jfe_jax.errors import UserError
-from jfe_jax.retrieval import results
+from jfe_jax.retrieval import published, results
 from jfe_jax.retrieval.evaluate import evaluate
+from jfe_jax.retrieval.groups import FORMS, MBEIR, MBEIR_UNITS
+from jfe_jax.retrieval.means import with_means
+from jfe_jax.retrieval.metrics import CUTOFFS
+from jfe_jax.retrieval.mistakes import MISTAKES, mistakes
+from jfe_jax.retrieval.protocol import Asked, Pools
 from jfe_jax.retrieval.retriever import Retriever
 from tests.data.mbeir_maker import edit_line, edit_row
 from tests.retrieval.tiny import quiet
@@ -99,6 +106,101 @@ def test_groups_are_means_over_units(evaluation):
     needs = [unit["pools"]["global"]["metrics"]["hit@5"] for unit in units.values() if unit["task"] in (6, 7, 8)]
     assert len(needs) == 3 and groups["needs fusion"]["metrics"]["hit@5"] == pytest.approx(np.mean(needs))
     assert groups["does not"]["units"] == 4 and groups["all units"]["units"] == 8
+    forms = {name: units for name, units in evaluation.results["members"].items() if name in FORMS}
+    assert sorted(unit for members in forms.values() for unit in members) == sorted(units), "each in one form"
+    assert forms["conditional"] == ["shapes_task7"] and forms["multi-modal"] == ["facts_task6", "facts_task8"]
+    assert evaluation.results["headline"] == {}, "no unit of M-BEIR's"
+
+
+def test_ir_measures_reads_the_files_and_finds_our_figures(evaluation, written):
+    at = {f"hit@{k}": ir_measures.Success @ k for k in CUTOFFS} | {f"recall@{k}": ir_measures.R @ k for k in CUTOFFS}
+    at |= {"ndcg@10": ir_measures.nDCG @ 10, "map": ir_measures.AP}
+    for name, unit in evaluation.results["units"].items():
+        qrels = list(ir_measures.read_trec_qrels(str(written / "qrels" / f"{name}.qrels")))
+        for pool, entry in unit["pools"].items():
+            run = list(ir_measures.read_trec_run(str(written / "runs" / f"{name}.{pool}.trec")))
+            theirs = ir_measures.calc_aggregate(at.values(), qrels, run)
+            # Its RR@10 orders ties the other way round than trec_eval, so RR of the first ten.
+            queries = {one.query_id: [] for one in run}
+            for one in run:
+                queries[one.query_id].append(one)
+            ten = [one for found in queries.values() for one in found[:10]]
+            mrr = ir_measures.calc_aggregate([ir_measures.RR], qrels, ten)[ir_measures.RR]
+            expected = {key: theirs[one] for key, one in at.items()} | {"mrr@10": mrr}
+            assert entry["metrics"] == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_headline_wants_every_unit_in_the_published_order():
+    def unit(name):
+        dataset, _, task = name.partition("_task")
+        at_10 = dataset in ("fashion200k", "fashioniq")
+        metrics = {"hit@5": 0.0 if at_10 else 0.5, "hit@10": 1.0 if at_10 else 0.0}
+        entry = {"queries": 1, "metrics": metrics, "without_source": metrics, "kinds": {}}
+        return {"unit": name, "dataset": dataset, "task": int(task), "pools": {"local": entry}}
+
+    told = with_means([unit(name) for name in MBEIR_UNITS], MBEIR)
+    assert told["headline"]["local"]["value"] == pytest.approx((3 * 1.0 + 13 * 0.5) / 16)
+    assert sum(len(told["members"][form]) for form in FORMS) == 16
+    part = with_means([unit(name) for name in MBEIR_UNITS[1:]], MBEIR)["headline"]["local"]
+    assert part["value"] is None and part["missing"] == ["visualnews_task0"]
+    assert sorted(reversed(MBEIR_UNITS), key=lambda name: MBEIR.order(name, 0)) == list(MBEIR_UNITS)
+
+
+def test_published_rows_have_the_published_means():
+    rows = [row for row in published.MBEIR if row.values]
+    assert {(row.model, row.pool) for row in rows} == {("CLIP_SF", "global"), ("BLIP_FF", "global")}
+    for row in rows:
+        assert list(row.values) == list(MBEIR_UNITS)
+        assert np.mean(list(row.values.values())) == pytest.approx(row.mean, abs=0.05)
+
+
+def test_mistakes_tell_a_wrong_modality_from_a_wrong_item():
+    def query(text, image, modality):
+        return Query("0:0", text, image, modality, None, (), ())
+
+    shown, other = Path("a.png"), Path("b.png")
+    candidates = [
+        Candidate("0:4", None, shown, "image"),
+        Candidate("0:3", "A dog.", None, "text"),
+        Candidate("0:2", "A cat.", None, "text"),
+        Candidate("0:1", "A cat.", shown, "image,text"),
+        Candidate("0:0", None, other, "image"),
+    ]
+    pools = Pools(candidates, {})
+    asked = Asked(query("a  cat.", None, "text"), {"0:4": 1}, None, "0:0", None, None, wanted="image")
+    assert mistakes([asked] * 5, np.arange(5), pools).tolist() == [0, 2, 1, 1, 3]
+    lost = Asked(query(None, shown, "image"), {"0:9": 1}, None, "0:0", None, None, wanted="text")
+    assert mistakes([lost] * 3, np.array([0, 1, 4]), pools).tolist() == [1, 3, 2]
+
+
+def test_mistakes_and_hits_are_all_there_is(evaluation):
+    for unit in evaluation.results["units"].values():
+        for entry in unit["pools"].values():
+            assert entry["metrics"]["hit@1"] + sum(entry["mistakes"].values()) == pytest.approx(1)
+    assert evaluation.results["groups"]["local"]["all units"]["mistakes"][MISTAKES[2]] > 0
+
+
+def test_all_prompts_are_asked_and_averaged(shapes_retriever, mbeir_path, tmp_path):
+    options = {"units": ["shapes_task0", "shapes_task7"], "pools": ["global"]}
+    alone = [ask(shapes_retriever, mbeir_path, instruction=number, **options).results for number in range(4)]
+    whole = ask(shapes_retriever, mbeir_path, instruction="all", **options)
+    for name, unit in whole.results["units"].items():
+        entry = unit["pools"]["global"]
+        assert unit["queries"] == entry["queries"] == 6
+        for metric in ("hit@1", "map"):
+            each = [one["units"][name]["pools"]["global"]["metrics"][metric] for one in alone]
+            assert entry["metrics"][metric] == pytest.approx(np.mean(each))
+            assert entry["spread"][metric] == pytest.approx(np.std(each, ddof=1))
+            assert [one[metric] for one in entry["prompts"].values()] == pytest.approx(each)
+    group = whole.results["groups"]["global"]["all units"]
+    assert group["spread"]["map"] == pytest.approx(
+        np.std([one["groups"]["global"]["all units"]["metrics"]["map"] for one in alone], ddof=1)
+    )
+    results.write(tmp_path, whole.results, whole.answers, whole.pools)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        f"{unit}.global.prompt{number}.trec" for unit in options["units"] for number in range(4)
+    }
+    assert len((tmp_path / "qrels/shapes_task0.qrels").read_text().splitlines()) == 7
 
 
 def test_controls_leave_out_half_of_the_composed_queries_only(evaluation):

@@ -12,7 +12,7 @@ from jfe_jax.retrieval import metrics
 @st.composite
 def runs(draw):
     """A query's run (few distinct scores, so that most tie) and its graded judgements."""
-    count = draw(st.integers(1, 25))
+    count = draw(st.integers(1, 70))
     scores = draw(st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=count, max_size=count))
     names = draw(st.permutations([f"d:{number}" for number in range(count)]))
     judged = draw(st.dictionaries(st.sampled_from([*names, "x:1", "x:2"]), st.integers(0, 3), max_size=12))
@@ -35,12 +35,12 @@ def test_equal_trec_eval(case):
     padded = np.pad(ranks, ((0, 0), (0, 3))), np.pad(gains, ((0, 0), (0, 3)))
     ours = {name: value[0] for name, value in metrics.per_query(*padded).items()}
     theirs = pytrec_eval.RelevanceEvaluator(
-        {"q": judged}, {"success.1,5,10", "recall.1,5,10", "ndcg_cut.10", "map"}
+        {"q": judged}, {"success.1,5,10,20,50", "recall.1,5,10,20,50", "ndcg_cut.10", "map"}
     ).evaluate({"q": run})["q"]
     first_ten = dict(sorted(run.items(), key=lambda pair: pair[::-1], reverse=True)[:10])
     reciprocal = pytrec_eval.RelevanceEvaluator({"q": judged}, {"recip_rank"}).evaluate({"q": first_ten})["q"]
-    expected = {f"hit@{k}": theirs[f"success_{k}"] for k in (1, 5, 10)}
-    expected |= {f"recall@{k}": theirs[f"recall_{k}"] for k in (1, 5, 10)}
+    expected = {f"hit@{k}": theirs[f"success_{k}"] for k in metrics.CUTOFFS}
+    expected |= {f"recall@{k}": theirs[f"recall_{k}"] for k in metrics.CUTOFFS}
     expected |= {"ndcg@10": theirs["ndcg_cut_10"], "map": theirs["map"], "mrr@10": reciprocal["recip_rank"]}
     assert ours == pytest.approx(expected, abs=1e-6)
 
