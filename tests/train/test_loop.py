@@ -118,6 +118,23 @@ def test_told_to_end_it_saves_and_continues_to_the_bit(config, whole, tmp_path):
     assert_same_run(tmp_path / "run", whole)
 
 
+@pytest.mark.slow
+def test_chunks_and_narrow_moments_of_another_rule_continue_to_the_bit(config, tmp_path):
+    optimizer = replace(config.optimizer, name="adafactor", steps=4, first_moment_dtype="bfloat16", schedule="wsd")
+    mine = replace(
+        config,
+        optimizer=optimizer,
+        loss=replace(config.loss, grad_cache_chunks=2),
+        val_every_steps=0,
+        checkpoint=CheckpointConfig(every_steps=2),
+    )
+    one, other = (replace(mine, output=str(tmp_path / name)) for name in ("one", "other"))
+    assert train(one, "auto", lambda line: None).step == 4
+    assert train(other, "auto", end_at("step 1/4")).step < 4
+    assert train(other, "auto", lambda line: None).step == 4
+    assert_same_run(tmp_path / "other", tmp_path / "one")
+
+
 def test_it_continues_on_another_mesh(config, whole, tmp_path):
     mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0, checkpoint=CheckpointConfig(every_steps=3))
     stopped = train(replace(mine, mesh=replace(config.mesh, fsdp=2)), "auto", end_at("step 1/8")).step

@@ -168,8 +168,8 @@ def test_adafactor_keeps_rows_and_columns():
     assert numbers < 0.4 * sum(leaf.size for leaf in jax.tree.leaves(training.abstract.params))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor", "muon"])
-def test_every_rule_learns_with_moments_in_bfloat16_on_a_mesh(name):
+@pytest.mark.parametrize("name", ["adafactor", "muon"])
+def test_other_rules_learn_with_moments_in_bfloat16_on_a_mesh(name):
     there = sharding.make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     settings = OptimizerConfig(
         name=name,
