@@ -170,46 +170,20 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 def activation_spec(axes: Sequence[str | None], shape: Sequence[int]) -> P | None:
     """Partition of an activation by logical names over the mesh axes that are open; None if none is."""
     mesh = jax.sharding.get_abstract_mesh()
-    open_axes = _open_axes(mesh)
-    if not open_axes:
+    free = open_axes(mesh)
+    if not free:
         return None
     spec = []
     for axis, size in zip(axes, shape, strict=True):
         target = None if axis is None else ACTIVATION_RULES[axis]
-        names = tuple(name for name in ((target,) if isinstance(target, str) else target or ()) if name in open_axes)
+        names = tuple(name for name in ((target,) if isinstance(target, str) else target or ()) if name in free)
         whole = axis in OPTIONAL and size % math.prod(mesh.shape[name] for name in names)
         spec.append(None if whole or not names else names)
     return P(*spec)
 
 
-def per_device(
-    function: Callable[..., jax.Array], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]
-) -> Callable[..., jax.Array]:
-    """`function` run by every device on its own part of arguments and result, for what the compiler cannot split.
-
-    Args:
-      function: of arrays, whose first has the result's shape.
-      in_axes, out_axes: logical names of each argument's and of the result's axes.
-    """
-
-    def run(*args: jax.Array) -> jax.Array:
-        specs = tuple(activation_spec(axes, x.shape) for axes, x in zip(in_axes, args, strict=True))
-        if specs[0] is None:
-            return function(*args)
-        mapped = jax.shard_map(
-            function,
-            in_specs=specs,
-            out_specs=activation_spec(out_axes, args[0].shape),
-            axis_names=_open_axes(jax.sharding.get_abstract_mesh()),
-            # A kernel does not say on which devices its results differ.
-            check_vma=False,
-        )
-        return mapped(*args)
-
-    return run
-
-
-def _open_axes(mesh: Any) -> set[str]:
+def open_axes(mesh: Any) -> set[str]:
+    """Axes of an abstract mesh that no surrounding `shard_map` has taken."""
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
 
 

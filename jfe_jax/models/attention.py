@@ -11,7 +11,8 @@ import jax
 from jfe_jax.config import ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.models import layers
-from jfe_jax.sharding import activation_spec, per_device
+from jfe_jax.per_device import per_device
+from jfe_jax.sharding import activation_spec
 
 # The lanes of a TPU's vector unit: rows are split into blocks of a multiple of it.
 LANES = 128

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from jfe_jax import sharding
 from jfe_jax.config import MeshConfig, TextConfig
@@ -77,6 +78,24 @@ def test_splash_attends_as_xla_does(k, softcap, window, sizes):
         mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
         with jax.set_mesh(mesh):
             found = value_and_gradients(splash, query, key, value, real)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, expected)
+
+
+def test_splash_attends_inside_a_shard_map_over_the_batch():
+    query, key, value, segments, _ = given(1)
+    real = (segments > 0)[..., None, None]
+
+    def spread(function):
+        batch = P(("data", "fsdp"))
+        run = jax.shard_map(function, in_specs=(batch,) * 4, out_specs=batch, axis_names=frozenset({"data", "fsdp"}))
+        return lambda *qkv: run(*qkv, segments)
+
+    def splash(query, key, value, ids):
+        return attention.attend("splash", query, key, value, Segments(ids, 0, None), 0.1, 0.0)
+
+    expected = value_and_gradients(lambda *qkv: layers.attend(*qkv, bias_of(segments), 0.1), query, key, value, real)
+    with jax.set_mesh(sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2))):
+        found = value_and_gradients(spread(splash), query, key, value, real)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, expected)
 
 
