@@ -34,7 +34,7 @@ start = time.monotonic()
 status = main(sys.argv[1:])
 seconds = time.monotonic() - start
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(f"\\n{status} {seconds} {peak}", file=sys.stderr)
+print(f"\\n{status} {seconds} {time.process_time()} {peak}", file=sys.stderr)
 """
 VOCABULARY = 4096
 
@@ -52,14 +52,13 @@ def run(rows: int, distinct: int, steps: int, candidates: int, directory: Path |
     with tempfile.TemporaryDirectory(dir=directory) as folder:
         raw, out = Path(folder) / "mbeir", Path(folder) / "prepared"
         count = mbeir_like.write(raw, rows, distinct=distinct)
-        seconds, peak = _measure("data", "check", raw)
-        yield f"check of {count} rows: {seconds:.1f} s, peak memory {peak:.2f} GiB"
+        yield f"check of {count} rows: {_measure('data', 'check', raw)}"
         yield _killed(raw, out, max(10, count // SHARD_RECORDS // 3))
         kept = {file.stat().st_ino for file in out.rglob("*") if file.suffix == ".shard" or "array_record" in file.name}
-        seconds, peak = _measure("data", "prepare", raw, "--out", out)
+        took = _measure("data", "prepare", raw, "--out", out)
         there = {file.stat().st_ino for file in out.rglob("*.array_record*")}
         yield (
-            f"restart, to the end: {seconds:.1f} s, peak memory {peak:.2f} GiB; {len(kept & there)} of the {len(kept)} "
+            f"restart, to the end: {took}; {len(kept & there)} of the {len(kept)} "
             f"finished shards were kept, {len(there - kept)} written"
         )
         yield _resumed(out, Path(folder) / "tokenizer", steps)
@@ -67,13 +66,13 @@ def run(rows: int, distinct: int, steps: int, candidates: int, directory: Path |
             yield _memory(Path(folder) / "many", candidates)
 
 
-def _measure(*words: Any) -> tuple[float, float]:
+def _measure(*words: Any) -> str:
     command = [sys.executable, "-c", _MEASURED, *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    status, seconds, peak = done.stderr.splitlines()[-1].split()
+    status, seconds, busy, peak = done.stderr.splitlines()[-1].split()
     if status != "0":
         raise RuntimeError(done.stderr)
-    return float(seconds), int(peak) / 2**20
+    return f"{float(seconds):.1f} s ({float(busy):.1f} s of CPU), peak memory {int(peak) / 2**20:.2f} GiB"
 
 
 def _killed(raw: Path, out: Path, wanted: int) -> str:

@@ -32,23 +32,34 @@ from jfe_jax.errors import UserError
 ROWS, THEIR_BATCH = 3000, 32
 
 
+class Rate(NamedTuple):
+    """Items per second, and per second of CPU time of this process and its workers: what other programs leave alone."""
+
+    second: float
+    cpu_second: float
+
+
 class Result(NamedTuple):
-    """Items per second of each round, and how often pixels and ids of both sides were the same.
+    """Rates of each round, and how often pixels and ids of both sides were the same.
 
     Attributes:
-      ours, theirs: one number a round.
+      ours, theirs: one a round.
       images: share of items with an image.
       compared: items whose pixels (to 1/255) and ids were compared, and were equal.
     """
 
-    ours: list[float]
-    theirs: list[float]
+    ours: list[Rate]
+    theirs: list[Rate]
     images: float
     compared: int
 
-    @property
-    def ratios(self) -> list[float]:
-        return [one / other for one, other in zip(self.ours, self.theirs, strict=True)]
+    def rows(self) -> Iterator[tuple[str, list[float], str]]:
+        """Name, a value for each round, and unit, of everything that was measured."""
+        for name, unit in (("second", "items/s"), ("cpu_second", "items per CPU second")):
+            ours, theirs = ([getattr(rate, name) for rate in side] for side in (self.ours, self.theirs))
+            yield "jfe", ours, unit
+            yield "torch", theirs, unit
+            yield "jfe / torch", [one / other for one, other in zip(ours, theirs, strict=True)], "x"
 
 
 def machine() -> str:
@@ -86,7 +97,8 @@ def run(items: int, rounds: int, workers: int, progress: Progress) -> Result:
         processor = _processor(tokenizer)
         compared = _compare(pairs, cfg, processor)
         loader = _loader(pairs, processor, workers, items)
-        ours, theirs = [], []
+        ours: list[Rate] = []
+        theirs: list[Rate] = []
         for turn in range(rounds):
             sides = [(ours, lambda: _ours(cfg)), (theirs, lambda: _theirs(loader))]
             for rates, side in sides if turn % 2 else sides[::-1]:
@@ -203,18 +215,31 @@ def _theirs(loader: Any) -> Iterator[int]:
         yield count
 
 
-def _rate(batches: Iterator[int], items: int, endless: bool) -> float:
+def _rate(batches: Iterator[int], items: int, endless: bool) -> Rate:
     next(batches)
-    start, done = time.monotonic(), 0
+    start, busy, done = time.monotonic(), _cpu_seconds(), 0
     while done < items:
         done += next(batches)
-    seconds = time.monotonic() - start
+    seconds, busy = time.monotonic() - start, _cpu_seconds() - busy
     if endless:
         batches.close()
     else:
         for _ in batches:
             pass
-    return done / seconds
+    return Rate(done / seconds, done / busy)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of its children that are alive."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(encoding="utf-8").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(stat.parent.name) == os.getpid() or int(fields[1]) == os.getpid():
+            ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _compare(items: list[tuple[str | None, str]], cfg: Config, processor: Any) -> int:

@@ -151,11 +151,7 @@ def _input(args: argparse.Namespace) -> None:
         f"{result.compared} items compared, equal; {result.images:.0%} have an image; {args.workers} workers a side; "
         f"medians of {args.rounds} rounds of {args.items} items, by turns (least to most)"
     )
-    for name, values, unit in (
-        ("jfe", result.ours, "items/s"),
-        ("torch", result.theirs, "items/s"),
-        ("jfe / torch", result.ratios, "x"),
-    ):
+    for name, values, unit in result.rows():
         median, least, most = inputs.median_and_spread(values)
         print(f"{name:12}{median:8.2f} {unit} ({least:.2f} to {most:.2f})")
 

@@ -115,17 +115,21 @@ class EncodePair(grain.transforms.MapWithIndex):
         instruction = None
         if prompts and with_instruction < self.instruction_probability:
             instruction = prompts[int(prompt * len(prompts))]
-        known = dict(zip(query.positives, query.positive_modalities, strict=True))
-        known |= zip(query.negatives, query.negative_modalities, strict=True)
-        left = list(query.negatives)
-        if self.wanted_modality:
-            left = [one for one in left if known[one] == query.positive_modalities[chosen]]
-        numbers = [query.positives[chosen], *(left.pop(int(other * len(left))) for other in others[: len(left)])]
+        wanted = query.positive_modalities[chosen]
+        numbers, modalities = [query.positives[chosen]], [wanted]
+        if self.negatives:
+            left = list(zip(query.negatives, query.negative_modalities, strict=True))
+            if self.wanted_modality:
+                left = [one for one in left if one[1] == wanted]
+            for other in others[: len(left)]:
+                number, modality = left.pop(int(other * len(left)))
+                numbers.append(number)
+                modalities.append(modality)
         items = (self._query(element, instruction), *map(self._candidate, numbers))
         if self.image_shift:
             ways = iter(drawn[3 + self.negatives :])
             items = tuple(self._shifted(item, next(ways), next(ways)) for item in items)
-        return EncodedPair(query.qid, items, tuple(numbers), tuple(known[one] for one in numbers), query.positives)
+        return EncodedPair(query.qid, items, tuple(numbers), tuple(modalities), query.positives)
 
     def _query(self, element: StoredQuery, instruction: str | None) -> EncodedItem:
         query = element.record
