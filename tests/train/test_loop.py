@@ -170,7 +170,7 @@ def test_a_loss_that_stays_not_finite_stops_and_keeps_what_was_there(config, bro
     assert json.loads((run / "logs" / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
 
 
-def test_a_program_compiled_again_is_said(config, tmp_path, monkeypatch):
+def test_a_program_compiled_again_and_skipped_pairs_are_said(config, tmp_path, monkeypatch):
     def widened(batch):
         # One more empty row in each group.
         more = [np.pad(x, [(0, 0), (0, 1), (0, 0)]) for x in batch.packed[:3]]
@@ -179,7 +179,10 @@ def test_a_program_compiled_again_is_said(config, tmp_path, monkeypatch):
     class Batches:
         def __init__(self, batches):
             self.batches, self.count = batches, 0
-            self.get_state, self.set_state, self.close = batches.get_state, batches.set_state, batches.close
+            self.set_state, self.close = batches.set_state, batches.close
+
+        def get_state(self):
+            return self.batches.get_state() | {"bad": {"facts_task1": self.count}}
 
         def __iter__(self):
             return self
@@ -195,6 +198,7 @@ def test_a_program_compiled_again_is_said(config, tmp_path, monkeypatch):
     train(replace(mine, optimizer=replace(config.optimizer, steps=3)), "auto", said.append)
     warned = [line for line in said if "compiled again" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: step 2 was compiled again")
+    assert [one["skipped_facts_task1"] for one in lines(tmp_path / "run")] == [1, 2, 3]
 
 
 def test_stage_two_starts_from_stage_one_and_inherits_its_tokenizer(config, whole, tmp_path):
