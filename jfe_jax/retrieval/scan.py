@@ -120,9 +120,11 @@ class HostTop:
         if not len(group):
             return
         values = scores.reshape(-1, GROUP, queries)[group, :, query]
-        rows = group[:, None] * GROUP + np.arange(GROUP)
-        which, place = np.nonzero((values > self._worst[query][:, None]) & (rows < count))
-        self._new.append((query[which], (start + rows[which, place]).astype(np.int32), values[which, place]))
+        which, place = np.divmod(np.flatnonzero(values > self._worst[query][:, None]), GROUP)
+        query, rows, values = query[which], group[which] * GROUP + place, values[which, place]
+        if count % GROUP:
+            query, rows, values = (part[rows < count] for part in (query, rows, values))
+        self._new.append((query, (start + rows).astype(np.int32), values))
         # Seldom: to sort in what is new costs as much as the K that are known.
         if sum(len(one[0]) for one in self._new) > queries * keep:
             self.settle()
