@@ -8,7 +8,7 @@ Axes: Q queries, N candidates, C candidates of a block, E embedding, T targets o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import jax
@@ -52,19 +52,25 @@ class QueryBlock:
                 for one in bounds
             ]
 
-    def ask(self, block: scan.Block) -> Callable[[], None]:
-        """Has the devices compute the scores; what it gives takes them."""
-        scores, maxima, finite = scan.scores_of(self._padded, block, self._searcher.mesh)
+    def ask(self, several: Sequence[scan.Block]) -> Callable[[], None]:
+        """Has the devices compute the scores of consecutive blocks; what it gives takes them."""
+        scores, maxima, finite = scan.scores_of(self._padded, several, self._searcher.mesh)
+        start, count = several[0].start, sum(block.count for block in several)
         if self._targets.shape[1]:
-            counts = scan.count_between(scores, block.count, *self._bounds)
+            counts = scan.count_between(scores, count, *self._bounds)
             self._counts = counts if self._counts is None else jax.tree.map(jax.numpy.add, self._counts, counts)
 
         def take() -> None:
             if not finite:
-                _refuse_not_finite(self._searcher.rows, block)
-            self._top.add(scores, maxima, block.start, block.count)
+                _refuse_not_finite(self._searcher.rows, start, count)
+            self._top.add(scores, maxima, start, count)
 
         return take
+
+    @property
+    def length(self) -> int:
+        """Queries with the padding."""
+        return len(self._padded)
 
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores and rows [Q, k] and ranks [Q, T], of all processes."""
@@ -132,7 +138,7 @@ class QueryBlock:
                 part = slice(at, at + _AT_ONCE)
                 asked = self._queries[query[part]].astype(np.float32)
                 padded = self._on_devices(_padded(asked, _query_length(len(asked))))
-                for start, scores in scan.shards(scan.scores_of(padded, block, searcher.mesh)[0]):
+                for start, scores in scan.shards(scan.scores_of(padded, [block], searcher.mesh)[0]):
                     scores = scores[: max(0, block.count - start), : len(asked)]
                     column, row = np.nonzero(((scores >= low[part]) & (scores <= high[part])).T)
                     for number in np.unique(column):
@@ -145,10 +151,10 @@ class QueryBlock:
         return jax.device_put(array, replicated(self._searcher.mesh))
 
 
-def _refuse_not_finite(rows: Rows, block: scan.Block) -> None:
-    stored, scales = rows.read(block.start, block.start + block.count)
+def _refuse_not_finite(rows: Rows, start: int, count: int) -> None:
+    stored, scales = rows.read(start, start + count)
     good = np.isfinite(stored).all(1) & (True if scales is None else np.isfinite(scales))
-    where = f"row {block.start + int(np.argmin(good))}" if not good.all() else f"a score after row {block.start}"
+    where = f"row {start + int(np.argmin(good))}" if not good.all() else f"a score after row {start}"
     raise UserError(
         f"the pool of candidates: {where} is not finite: it was written by a training that diverged, or is damaged; "
         "embed it again"

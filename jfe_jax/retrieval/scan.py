@@ -8,7 +8,7 @@ Axes: Q queries, C candidates of a block, E embedding, K kept for a query, T tar
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -62,10 +62,18 @@ def blocks(rows: Rows, size: int, mesh: Mesh, first: int, last: int) -> Iterator
             yield waiting.result()
 
 
+def scores_of(queries: jax.Array, several: Sequence[Block], mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Scores of consecutive blocks, C candidates in all.
+
+    Returns:
+      float32 [C, Q], the maxima of each GROUP of candidates [C / GROUP, Q], and whether all is finite.
+    """
+    return _scores_of(queries, [block.rows for block in several], [block.scales for block in several], mesh)
+
+
 @functools.partial(jax.jit, static_argnames="mesh")
-def scores_of(queries: jax.Array, block: Block, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """float32 [C, Q], the maxima of each GROUP of candidates [C / GROUP, Q], and whether all is finite."""
-    scores = _scores(queries, block)
+def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array | None], mesh: Mesh):
+    scores = jnp.concatenate([_scores(queries, *block) for block in zip(rows, scales, strict=True)])
     scores = jax.lax.with_sharding_constraint(scores, batch_sharding(mesh))
     maxima = scores.reshape(-1, GROUP, scores.shape[1]).max(1)
     return scores, jax.lax.with_sharding_constraint(maxima, batch_sharding(mesh)), jnp.isfinite(maxima.sum())
@@ -171,11 +179,10 @@ class DeviceTop:
         self.scores, self.rows = (np.take_along_axis(part, best, 1) for part in parts)
 
 
-def _scores(queries: jax.Array, block: Block) -> jax.Array:
-    rows = block.rows.astype(jnp.float32)
+def _scores(queries: jax.Array, rows: jax.Array, scales: jax.Array | None) -> jax.Array:
     # Candidates first: the maximum over candidates is then of whole vectors.
-    scores = jnp.einsum("ce,qe->cq", rows, queries, precision=jax.lax.Precision.HIGHEST)
-    return scores if block.scales is None else scores * block.scales[:, None]
+    scores = jnp.einsum("ce,qe->cq", rows.astype(jnp.float32), queries, precision=jax.lax.Precision.HIGHEST)
+    return scores if scales is None else scores * scales[:, None]
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "recall"))

@@ -6,7 +6,7 @@ neither on blocks nor on devices nor on which queries are asked together.
 Axes: Q queries, N candidates, C candidates of a block, E embedding, T targets of a query, K kept for a query.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -23,6 +23,8 @@ from jfe_jax.sharding import group_count, make_mesh
 QUERY_BLOCK = 1024
 # Rows of a block on one device.
 CANDIDATE_BLOCK = 4096
+# Blocks that are asked in one call at most.
+_TOGETHER = 16
 # Candidates are kept on the devices between searches if each device has no more of them than this.
 RESIDENT_BYTES = 4 << 30
 
@@ -141,15 +143,15 @@ class Searcher:
             for at in range(0, len(queries), query_block)
         ]
         waiting = None
-        for block in self.blocks() if parts else ():
+        for several in self._several(max(part.length for part in parts)) if parts else ():
             for part in parts:
-                asked = part.ask(block)
+                asked = part.ask(several)
                 # The devices compute these scores while the host looks at the last.
                 if waiting is not None:
                     waiting()
                 waiting = asked
             if progress:
-                progress(block.count)
+                progress(sum(block.count for block in several))
         if waiting is not None:
             waiting()
         results = [part.finish() for part in parts]
@@ -159,6 +161,20 @@ class Searcher:
     def blocks(self) -> Iterable[scan.Block]:
         """This process's share of the candidates."""
         return self._resident or scan.blocks(self.rows, self._size, self.mesh, self.first, self.last)
+
+    def _several(self, queries: int) -> Iterator[list[scan.Block]]:
+        """The blocks, as many together as make up a block of scores: few queries are asked in few calls."""
+        most = max(1, min(_TOGETHER, CANDIDATE_BLOCK * QUERY_BLOCK // (self._size * queries)))
+        # Rows that are split over devices are not in order once blocks are joined.
+        most = most if group_count(self.mesh) == 1 else 1
+        several: list[scan.Block] = []
+        for block in self.blocks():
+            several.append(block)
+            if len(several) == most:
+                yield several
+                several = []
+        if several:
+            yield several
 
     def new_top(self, queries: int, keep: int) -> scan.HostTop | scan.DeviceTop:
         """What selects the best of so many queries."""
