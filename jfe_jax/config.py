@@ -225,8 +225,8 @@ class LossConfig:
       mask_false_negatives: an equal candidate elsewhere in the batch, or another that is right, is no negative.
       matryoshka: {width: weight}: the embedding's first so many dimensions are trained to stand alone, with these
         weights beside the whole embedding's 1.
-      tile_mib: memory for logits on each device: they are made in tiles, and made again for the backward pass. 0 makes
-        and keeps them all, which is faster and grows with the square of the batch.
+      tile_mib: memory for a tile of logits on each device: they are made tile by tile, again for the backward pass.
+      keep_logits: keep them instead, which saves a quarter of the products and grows with the square of the batch.
       grad_cache_chunks: the batch is encoded in so many chunks, each a second time for its gradients (GradCache):
         memory for activations is a chunk's, the loss that of the whole batch. 1 encodes it at once.
     """
@@ -242,6 +242,7 @@ class LossConfig:
     mask_false_negatives: bool = True
     matryoshka: dict[int, float] = field(default_factory=dict)
     tile_mib: float = 32.0
+    keep_logits: bool = False
     grad_cache_chunks: int = 1
 
 

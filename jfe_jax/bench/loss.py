@@ -1,6 +1,7 @@
 """The contrastive loss with its gradients beside the same written plainly, in PyTorch and in jit.
 
-"plain" means what a user would write: all logits at once, the softmax's cross-entropy over their rows and columns.
+What a user would write is: all logits at once, the softmax's cross-entropy over their rows and columns. "kept" is ours
+with `loss.keep_logits`.
 """
 
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from jfe_jax.errors import UserError
 
-SIDES = ("jfe", "jit", "torch")
+SIDES = ("jfe", "kept", "jit", "torch")
 TEMPERATURE = 0.05
 
 
@@ -72,17 +74,18 @@ def run(batches: Sequence[int], width: int, rounds: int) -> Iterator[Row]:
 
 def make(side: str, queries: np.ndarray, candidates: np.ndarray) -> Callable[[], tuple[Any, Any, Any]]:
     """A function without arguments that gives loss and gradients to queries and candidates [B, E]."""
-    return {"jfe": _jfe, "jit": _jit, "torch": _torch}[side](queries, candidates)
+    sides = {"jfe": _jfe, "kept": partial(_jfe, keep=True), "jit": _jit, "torch": _torch}
+    return sides[side](queries, candidates)
 
 
-def _jfe(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
+def _jfe(queries: np.ndarray, candidates: np.ndarray, keep: bool = False) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
     from jfe_jax.config import LossConfig
     from jfe_jax.train import losses
 
-    config = LossConfig(temperature=TEMPERATURE)
+    config = LossConfig(temperature=TEMPERATURE, keep_logits=keep)
     numbers = jnp.arange(len(queries), dtype=jnp.int32)[None]
     valid = jnp.ones(numbers.shape, bool)
     rest = (numbers, jnp.zeros_like(numbers), numbers[..., None], valid, valid)

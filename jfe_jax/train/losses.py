@@ -133,6 +133,7 @@ def _local_sums(
         mask=config.mask_false_negatives,
         same_modality=config.negatives == "same_modality",
         tile_bytes=int(config.tile_mib * 2**20),
+        keep=config.keep_logits,
         axes=axes,
     )
     everyone = gather(pairs.candidates)

@@ -3,7 +3,7 @@
 Axes: I queries of this device, J candidates of everybody, T queries of a tile, P right answers, E embedding.
 
 Each function is differentiated by hand: the backward pass makes a tile's logits again and needs nothing of the forward
-pass but its results. Memory is a tile's, whatever I and J are.
+pass but its results. Memory is a tile's, whatever I and J are, unless the logits are to be kept.
 """
 
 import functools
@@ -48,7 +48,8 @@ class Settings(NamedTuple):
       columns: log Σ exp over the rows of each column, too.
       mask: leave out candidates that are right for the query.
       same_modality: leave out candidates of another modality than the query's positive.
-      tile_bytes: of a tile's logits; 0 makes one tile of everything and keeps it for the backward pass.
+      tile_bytes: of a tile's logits.
+      keep: every tile's logits are kept for the backward pass, which need not make them again.
       axes: mesh axes of a surrounding shard_map.
     """
 
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     mask: bool
     same_modality: bool
     tile_bytes: int
+    keep: bool
     axes: tuple[str, ...]
 
 
@@ -87,7 +89,7 @@ def _log_sums_forward(settings: Settings, queries, candidates, scale, rows, colu
             most, total = carry
             now = jnp.maximum(most, jnp.max(negative, axis=0))
             carry = (now, total * jnp.exp(most - _finite(now)) + jnp.sum(jnp.exp(negative - _finite(now)), axis=0))
-        return carry, (log_sum, highest, None if settings.tile_bytes else logits)
+        return carry, (log_sum, highest, logits if settings.keep else None)
 
     empty = _varying(settings, jnp.full(len(candidates) if settings.columns else 0, -jnp.inf))
     (most, total), (log_sum, highest, kept) = _over_tiles(
@@ -140,7 +142,7 @@ def _softplus_sums_forward(settings: Settings, queries, candidates, scale, bias,
         negative = _negatives(settings, rows, columns)
         total = jnp.sum(jnp.where(negative, jax.nn.softplus(logits + bias), 0.0), axis=1)
         highest = jnp.max(jnp.where(negative, logits, -jnp.inf), axis=1)
-        return carry, (total, highest, None if settings.tile_bytes else logits)
+        return carry, (total, highest, logits if settings.keep else None)
 
     _, (total, highest, kept) = _over_tiles(settings, tile, (), len(candidates), queries, rows)
     return (total, highest), (queries, candidates, scale, bias, rows, columns, kept)
@@ -162,9 +164,9 @@ softplus_sums.defvjp(_softplus_sums_forward, _softplus_sums_backward)
 def _products_backward(settings: Settings, weights, queries, candidates, scale, kept, *by_row):
     # `weights` gives the cotangent of a tile's logits. Returns those of queries, candidates, scale, two times None for
     # what is known, and the sum of all weights.
-    def tile(carry, queries, *by_row):
+    def tile(carry, queries, kept, *by_row):
         to_candidates, to_scale, total = carry
-        logits = scale * _products(queries, candidates) if kept is None else kept.reshape(len(queries), -1)
+        logits = scale * _products(queries, candidates) if kept is None else kept
         given = weights(logits, *by_row)
         to_queries = scale * _matmul(given, candidates)
         # Σ_j given_ij s_ij = <q_i, to_q_i>.
@@ -174,7 +176,7 @@ def _products_backward(settings: Settings, weights, queries, candidates, scale, 
     zero = _varying(settings, jnp.zeros(()))
     carry = (_varying(settings, jnp.zeros(candidates.shape)), zero, zero)
     (to_candidates, to_scale, total), (to_queries,) = _over_tiles(
-        settings, tile, carry, len(candidates), queries, *by_row
+        settings, tile, carry, len(candidates), queries, kept, *by_row
     )
     return to_queries, to_candidates, to_scale, None, None, total
 
@@ -182,7 +184,7 @@ def _products_backward(settings: Settings, weights, queries, candidates, scale, 
 def _over_tiles(settings: Settings, tile: Callable[..., Any], carry: Any, columns: int, *by_row: Any) -> Any:
     # carry, outputs = tile(carry, *by_row) over tiles of rows; outputs have I in front again.
     count = len(jax.tree.leaves(by_row)[0])
-    size = count if not settings.tile_bytes else max(8, settings.tile_bytes // (4 * columns) // 8 * 8)
+    size = max(8, settings.tile_bytes // (4 * columns) // 8 * 8)
     tiles = -(-count // size)
     if tiles == 1:
         return tile(carry, *by_row)

@@ -70,8 +70,8 @@ def _unit(random, *shape):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _value_and_gradients(kind, tile_mib, queries, candidates, parameters, rest):
-    config = replace(KINDS[kind], tile_mib=tile_mib)
+def _value_and_gradients(kind, keep, queries, candidates, parameters, rest):
+    config = replace(KINDS[kind], tile_mib=SMALL, keep_logits=keep)
 
     def loss(queries, candidates, parameters):
         return contrastive_loss(Pairs(queries, candidates, *rest), parameters, config)
@@ -79,15 +79,15 @@ def _value_and_gradients(kind, tile_mib, queries, candidates, parameters, rest):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(queries, candidates, parameters)
 
 
-def value_and_gradients(pairs: Pairs, sizes=None, kind="infonce", tile_mib=SMALL):
+def value_and_gradients(pairs: Pairs, sizes=None, kind="infonce", keep=False):
     """((loss, metrics), gradients to queries, candidates and the loss's parameters), on a mesh or without."""
     parameters = losses.initial_parameters(KINDS[kind])
     if sizes is None:
-        return _value_and_gradients(kind, tile_mib, pairs.queries, pairs.candidates, parameters, tuple(pairs[2:]))
+        return _value_and_gradients(kind, keep, pairs.queries, pairs.candidates, parameters, tuple(pairs[2:]))
     mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     with jax.set_mesh(mesh):
         there = sharding.put_batch(pairs, mesh)
-        return _value_and_gradients(kind, tile_mib, there.queries, there.candidates, parameters, tuple(there[2:]))
+        return _value_and_gradients(kind, keep, there.queries, there.candidates, parameters, tuple(there[2:]))
 
 
 @pytest.mark.parametrize("kind, k", [*((kind, 2) for kind in KINDS), ("infonce", 0)])
@@ -128,7 +128,7 @@ def plain_slopes(kind):
 
 @pytest.mark.parametrize("kind", ["infonce", "matryoshka", "sigmoid, wanted modality"])
 def test_tiles_and_devices_change_nothing(kind):
-    kept = value_and_gradients(pairs(k=2), kind=kind, tile_mib=0)
+    kept = value_and_gradients(pairs(k=2), kind=kind, keep=True)
     for sizes in (None, (1, 2, 4)):
         tiled = value_and_gradients(pairs(k=2), sizes, kind)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), kept, tiled)
@@ -155,7 +155,7 @@ def test_memory_does_not_grow_with_the_square_of_the_batch():
     # From 4,096 to 16,384 pairs the logits grow from 64 MiB to 1 GiB.
     small, large = temporary(4096), temporary(16384)
     assert large < 4 * small and large < 64 << 20
-    assert temporary(4096, LossConfig(tile_mib=0)) > 64 << 20
+    assert temporary(4096, LossConfig(tile_mib=1, keep_logits=True)) > 64 << 20
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
