@@ -95,7 +95,7 @@ class PairBatches(grain.DatasetIterator):
                 self._skip(pair)
             elif not filling.add(pair):
                 waiting.append(index)
-                held[index] = pair
+                held[index] = pair.copied()
         held |= {index: self._held[index] for index in queue if index in self._held}
         self._waiting, self._held = [*waiting, *queue], held
         batch = filling.finish()

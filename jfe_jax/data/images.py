@@ -41,7 +41,7 @@ def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened) if _ORIENTATION in opened.getexif() else opened)
+            return _to_rgb(ImageOps.exif_transpose(opened) if _may_be_turned(opened) else opened)
     except FileNotFoundError as error:
         raise UserError(f"{name}: no such image file") from error
     except UnidentifiedImageError as error:
@@ -67,7 +67,7 @@ def to_pixels(
     rgb = decode(image, name)
     if rgb.size != (size, size):
         rgb = _centre(rgb, size) if resize == "crop" else rgb.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.array(rgb)
+    pixels = np.asarray(rgb)
     # Caches hand out the same array many times.
     pixels.flags.writeable = False
     return pixels
@@ -91,6 +91,13 @@ def _centre(image: Image.Image, size: int) -> Image.Image:
     left, top = (start * by for start, by in zip(first, scale, strict=True))
     right, bottom = ((start + size) * by for start, by in zip(first, scale, strict=True))
     return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom))
+
+
+def _may_be_turned(image: Image.Image) -> bool:
+    # To look for EXIF where a JPEG has none takes a tenth of the time that decoding it does.
+    if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
+        return False
+    return _ORIENTATION in image.getexif()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

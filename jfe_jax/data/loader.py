@@ -19,7 +19,7 @@ import numpy as np
 
 from jfe_jax.config import Config
 from jfe_jax.data.contrastive import BatchShape, PairBatches
-from jfe_jax.data.mixture import mix, weights
+from jfe_jax.data.mixture import mix, shuffled, weights
 from jfe_jax.data.pairs import Caches, EncodePair, UnitQueries
 from jfe_jax.data.prepared import Prepared
 from jfe_jax.data.reading import PairReader
@@ -80,7 +80,7 @@ def training_batches(
         if cfg.data.shuffle:
             # Of the seed and the unit alone: another unit in the mixture leaves this one's order as it is.
             seed = np.random.SeedSequence([cfg.seed, zlib.crc32(name.encode())]).generate_state(1)[0]
-            queries = queries.shuffle(seed=int(seed))
+            queries = shuffled(queries, int(seed))
         sources.append(queries.repeat())
     shape = dataclasses.replace(shape, positives=min(most_positives, MAX_POSITIVES))
     encode = EncodePair(

@@ -1,13 +1,18 @@
 """How often each unit's queries come, and in what company."""
 
 import difflib
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
+import numpy as np
 
 from jfe_jax.config import DataConfig
 from jfe_jax.errors import UserError
+
+# Fewer elements than this are shuffled by a table.
+_SMALL = 4096
 
 
 def weights(data: DataConfig, sizes: Mapping[str, int], path: str) -> dict[str, float]:
@@ -56,6 +61,36 @@ def mix(units: Sequence[grain.MapDataset], shares: Sequence[float], block: int) 
     if block == 1:
         return grain.MapDataset.mix(units, weights=shares)
     return _Blocks(grain.MapDataset.mix([_Numbered(i) for i in range(len(units))], weights=shares), units, block)
+
+
+def shuffled(unit: grain.MapDataset, seed: int) -> grain.MapDataset:
+    """The unit's elements in another order in each epoch, a function of seed and epoch."""
+    return unit.shuffle(seed=seed) if len(unit) >= _SMALL else _Shuffled(unit, seed)
+
+
+class _Shuffled(grain.MapDataset):
+    """`shuffle` for few elements: grain's finds the place of one among ten in 2.5 ms, among 4,096 in 10 µs."""
+
+    def __init__(self, unit: grain.MapDataset, seed: int):
+        super().__init__(unit)
+        self._seed = seed
+        self._orders: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitem__(self, index: int) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, len(self))
+        order = self._orders.get(epoch)
+        if order is None:
+            drawn = hashlib.shake_128(b"%d:%d" % (self._seed, epoch)).digest(8 * len(self))
+            order = np.frombuffer(drawn, np.uint64).argsort(kind="stable")
+            # Threads read at the end of one epoch and at the beginning of the next.
+            self._orders = {near: known for near, known in self._orders.items() if abs(near - epoch) == 1}
+            self._orders[epoch] = order
+        return self._parent[int(order[place])]
 
 
 class _Numbered(grain.MapDataset):

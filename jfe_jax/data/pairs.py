@@ -193,6 +193,11 @@ class EncodedPair(NamedTuple):
     modalities: tuple[int, ...]
     positives: tuple[int, ...]
 
+    def copied(self) -> "EncodedPair":
+        """With arrays of its own."""
+        items = (EncodedItem(np.array(t), None if p is None else np.array(p)) for t, p in self.items)
+        return self._replace(items=tuple(items))
+
 
 def uniform(seed: int, index: int, count: int) -> list[float]:
     """`count` numbers in [0, 1): a function of seed and index, and cheaper than to seed a generator for each index."""

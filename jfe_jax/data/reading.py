@@ -23,6 +23,8 @@ _AHEAD = 32
 class PairReader:
     """Pairs start, start + stride, start + 2 · stride, …
 
+    Those of workers lie in shared memory, which must not outlive the reader: what is kept has to be copied.
+
     Args:
       pairs: EncodedPair (or BadPair) by index, endless.
       workers: reader processes; 0 reads in threads of this one.
@@ -85,8 +87,7 @@ def _to_chunk(pairs: Sequence[EncodedPair | BadPair]) -> dict[str, np.ndarray]:
 
 
 def _from_chunk(chunk: dict[str, np.ndarray]) -> Iterator[EncodedPair | BadPair]:
-    # A worker's arrays lie in shared memory, which must not outlive the iterator.
-    tokens, pixels = np.array(chunk["tokens"]), np.array(chunk["pixels"])
+    tokens, pixels = chunk["tokens"], chunk["pixels"]
     rest, shape = pickle.loads(chunk["rest"].tobytes())
     items, token, image = [], 0, 0
     for length, has_image in shape:
