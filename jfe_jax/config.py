@@ -124,8 +124,9 @@ class ModelConfig:
       embed_dim: width of the embedding of "two_tower" (0: the text tower's) and "dual" (0: the vision tower's). The
         fusion model's embedding has the tower's width.
       dtype: of the computation; parameters are float32.
-      remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "dots" all but matrix products,
-        "offload" the same, with the products kept in the host's memory (TPU, GPU).
+      remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "up" all but the text tower's
+        widest product (it keeps 2·F bytes a token and layer), "dots" all but matrix products, "offload" the same, with
+        the products kept in the host's memory (TPU, GPU).
       attention: how the text tower attends in training: "xla", "cudnn" (GPU, bfloat16, no soft-cap) or "splash" (TPU;
         rows of a multiple of 128 tokens, head_dim too). Opened models use "xla".
       lora: low-rank adapters. With them only they and `optimizer.train` are trained and kept in checkpoints.
@@ -142,7 +143,7 @@ class ModelConfig:
     template_tokens: int = 3
     embed_dim: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "full", "dots", "offload"] = "none"
+    remat: Literal["none", "full", "up", "dots", "offload"] = "none"
     attention: Literal["xla", "cudnn", "splash"] = "xla"
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -50,10 +51,12 @@ OPTIONAL = frozenset({"kv_heads"})
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh `data` × `fsdp` × `tensor` of the config, over `devices` (all there are).
 
-    With -1 on one axis that axis takes all devices that the others leave; without, surplus devices stay idle.
+    With -1 on one axis that axis takes all devices that the others leave; without, surplus devices stay idle. TPU
+    slices, between which the network is slow, meet along `data` alone.
 
     Raises:
-      UserError: too few devices, two -1, an axis below 1, or devices that do not divide.
+      UserError: too few devices, two -1, an axis below 1, or devices that do not divide; several slices that do not
+        share `data`, or of which only a part would be used.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {axis: getattr(config, axis) for axis in AXES}
@@ -69,6 +72,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             raise UserError(f"{written}: {len(devices)} devices do not divide by {fixed}; give every axis its size")
         sizes[free[0]] = len(devices) // fixed
     shape = tuple(sizes.values())
+    # A GPU's "slice" is its host; between those, any axis may go.
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if slices > 1:
+        if sizes["data"] % slices or math.prod(shape) != len(devices):
+            raise UserError(
+                f"{written}: {len(devices)} devices in {slices} slices; data has to be a multiple of {slices}, and "
+                "every device used: set mesh.data to -1"
+            )
+        within = (sizes["data"] // slices, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
 
 
@@ -80,6 +94,8 @@ def group_count(mesh: Mesh) -> int:
 def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str = "weight") -> P:
     """Partition of a weight of `shape` whose dimensions have the logical names `axes`.
 
+    Vectors (norms, biases; `layers` does not count) are not split over `fsdp`: gathering one costs more than it saves.
+
     Raises:
       ValueError: a name that no rule knows, or two dimensions on one mesh axis: the weight's declaration is wrong.
       UserError: a dimension that its mesh axis does not divide, and that may not stay whole.
@@ -87,10 +103,13 @@ def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh,
     if len(axes) != len(shape):
         raise ValueError(f"{name}: {len(shape)} dimensions, {len(axes)} axis names {tuple(axes)}")
     spec: list[str | None] = []
+    vector = sum(axis != "layers" for axis in axes) == 1
     for axis, size in zip(axes, shape, strict=True):
         if axis is not None and axis not in PARAMETER_RULES:
             raise ValueError(f"{name}: no sharding rule for axis {axis!r}; known: {', '.join(PARAMETER_RULES)}")
         target = None if axis is None else PARAMETER_RULES[axis]
+        if vector and target == "fsdp":
+            target = None
         if target in spec and target is not None:
             raise ValueError(f"{name}: two of its axes {tuple(axes)} fall on mesh axis {target!r}")
         if target is not None and size % mesh.shape[target]:

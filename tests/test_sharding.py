@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from jfe_jax import sharding
-from jfe_jax.blueprint import blueprint, random_parameters, shardings_of
+from jfe_jax.blueprint import blueprint, random_parameters, require_split, shardings_of, unsplit
 from jfe_jax.config import MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
 from tests.train import tiny
@@ -46,6 +46,11 @@ def test_weights_are_split_by_name():
     assert sharding.parameter_spec(("layers", "embed", "mlp"), (2, 32, 64), mesh(2, 2, 2)) == P(None, "fsdp", "tensor")
 
 
+def test_vectors_are_not_split_over_fsdp():
+    assert sharding.parameter_spec(("layers", "embed"), (2, 32), mesh(2, 2, 2)) == P(None, None)
+    assert sharding.parameter_spec(("mlp",), (32,), mesh(2, 2, 2)) == P("tensor")
+
+
 def test_colliding_axes_are_refused():
     with pytest.raises(ValueError, match="fall on mesh axis 'tensor'"):
         sharding.parameter_spec(("mlp", "heads"), (8, 8), mesh(2, 2, 2))
@@ -58,7 +63,7 @@ def test_unknown_axis_is_refused():
 
 def test_indivisible_axis_is_refused_and_kv_heads_stay_whole():
     with pytest.raises(UserError, match=r"mesh.fsdp=8 does not divide w's axis 'embed' of 12"):
-        sharding.parameter_spec(("embed",), (12,), mesh(1, 8, 1), "w")
+        sharding.parameter_spec(("embed", None), (12, 3), mesh(1, 8, 1), "w")
     assert sharding.parameter_spec(("embed", "kv_heads", "head_dim"), (32, 1, 8), mesh(2, 2, 2)) == P(
         "fsdp", None, None
     )
@@ -89,6 +94,22 @@ def test_the_true_geometry_is_split_nearly_whole():
     assert total > 2.9e9
     whole = sum(leaf.size for leaf in leaves if leaf.sharding.is_fully_replicated)
     assert whole < 0.02 * total
+
+
+def test_what_lies_whole_is_listed_and_too_much_is_refused():
+    there = mesh(1, 8, 1)
+    plan = blueprint(ModelConfig(), there)
+    names = {name for name, _ in unsplit(plan.abstract, there)}
+    assert "tower.norm.scale_d" in names and "embedder.table_vd" not in names
+    require_split(plan, there)
+    by_accident = jax.tree.map(lambda leaf: leaf, plan.abstract)
+    table = by_accident["embedder"]["table_vd"]
+    whole = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=sharding.replicated(there))
+    by_accident["embedder"]["table_vd"] = whole
+    with pytest.raises(UserError, match=r"18\.\d% of the parameters' .* than 2%: embedder.table_vd \(2010 MiB"):
+        require_split(plan._replace(abstract=by_accident), there)
+    # Without anything to split over there is no accident.
+    assert unsplit(blueprint(tiny.config().model, mesh(8, 1, 1)).abstract, mesh(8, 1, 1)) == []
 
 
 def test_optimizer_state_lies_as_its_parameters():

@@ -10,6 +10,7 @@ from jfe_jax.errors import UserError
 VERBS = {
     "data": "fetch, check and prepare data sets",
     "train": "run one stage of training",
+    "plan": "compile a config for a TPU slice, without one: memory, FLOPs, traffic",
     "convert": "between Hugging Face directories and our checkpoints",
     "embed": "items → embeddings",
     "eval": "M-BEIR protocol: recall tables, report, run files",
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
             leaf.add_argument("--debug", action="store_true", help="show the traceback of an error")
             leaf.set_defaults(run=leaf.get_default("run") or module.run)
     args, extra = parser.parse_known_args(argv)
-    if args.verb == "train":
+    if args.verb in ("train", "plan"):
         args.overrides = extra
     elif extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")

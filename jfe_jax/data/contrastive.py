@@ -36,6 +36,11 @@ class BatchShape:
     layout: Layout
 
 
+def empty_batch(shape: BatchShape) -> ContrastiveBatch:
+    """A batch of fillers."""
+    return _Filling(shape).finish()
+
+
 class PairBatches(grain.DatasetIterator):
     """A stream of pairs → ContrastiveBatch of one shape.
 

@@ -52,7 +52,7 @@ def training_batches(
       UserError: the data are missing, a unit or split is unknown, the sizes do not divide or are too small, or the
         tokenizer does not match the model; while iterating, too many images cannot be read.
     """
-    shape = _shape(cfg, groups, process_count)
+    shape = batch_shape(cfg, groups, process_count)
     if not 0 <= cfg.data.image_shift < cfg.model.vision.image_size:
         raise UserError(f"data.image_shift: {cfg.data.image_shift} is not from 0 to less than the image's size")
     if cfg.data.homogeneous < 1:
@@ -121,7 +121,12 @@ def _close(iterator: weakref.ref[grain.DatasetIterator]) -> None:
         alive.close()
 
 
-def _shape(cfg: Config, groups: int, process_count: int) -> BatchShape:
+def batch_shape(cfg: Config, groups: int, process_count: int) -> BatchShape:
+    """Sizes of a process's batches, with room for one positive of a query.
+
+    Raises:
+      UserError: the global sizes in `cfg.data` do not divide among the groups.
+    """
     data = cfg.data
     if groups % process_count:
         raise UserError(f"the batch's {groups} groups cannot be shared among {process_count} processes")

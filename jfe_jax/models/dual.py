@@ -18,7 +18,7 @@ from jfe_jax.data.packing import PackedBatch
 from jfe_jax.models.gemma import MASKED
 from jfe_jax.models.layers import Linear, attend, project, run_stack, stack, weight, zeros
 from jfe_jax.models.pooling import in_span, pool, unit
-from jfe_jax.models.vision import ACTIVATIONS, LayerNorm, VisionBlock, VisionTower, normalised_patches
+from jfe_jax.models.vision import ACTIVATIONS, LayerNorm, VisionBlock, VisionTower, embed_patches
 
 
 class TextTower(nnx.Module):
@@ -59,7 +59,7 @@ class ClipVisionTower(nnx.Module):
         self.norm = LayerNorm(d, cfg.norm_eps)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = project(normalised_patches(pixels, self.cfg).astype(self.dtype), self.patch_yxcd[...], inner=3)
+        x = embed_patches(pixels, self.patch_yxcd[...], self.cfg, self.dtype)
         first = jnp.broadcast_to(self.class_d[...].astype(self.dtype), (*x.shape[:2], 1, x.shape[-1]))
         x = jnp.concatenate([first, x], axis=2) + self.position_pd[...].astype(self.dtype)
         return run_stack(self.blocks, self.first_norm(x), depth=self.cfg.depth, remat=self.remat)

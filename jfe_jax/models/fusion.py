@@ -10,7 +10,7 @@ from flax import nnx
 from jfe_jax.config import ModelConfig
 from jfe_jax.data.packing import PackedBatch
 from jfe_jax.models.gemma import Embedder, GemmaTower
-from jfe_jax.models.layers import Linear
+from jfe_jax.models.layers import Linear, embed_groups
 from jfe_jax.models.pooling import pool, unit
 from jfe_jax.models.vision import VisionTower
 from jfe_jax.sharding import constrain
@@ -28,6 +28,9 @@ class FusionEncoder(nnx.Module):
         self.tower = GemmaTower(cfg.text, cfg.remat, rngs, attention=cfg.attention)
 
     def __call__(self, packed: PackedBatch) -> jax.Array:
+        return embed_groups(self, FusionEncoder._embed, packed, jnp.dtype(self.cfg.dtype))
+
+    def _embed(self, packed: PackedBatch) -> jax.Array:
         return unit(pool(self.hidden(packed), packed, self.cfg.pooling))
 
     def hidden(self, packed: PackedBatch) -> jax.Array:

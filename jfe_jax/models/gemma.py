@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from jfe_jax import gather
 from jfe_jax.config import TextConfig
 from jfe_jax.models.attention import Segments, attend
-from jfe_jax.models.layers import Adaptable, run_stack, stack, weight, zeros
+from jfe_jax.models.layers import SAVED_UP, Adaptable, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
 
 # Far below any logit, yet finite: a row of nothing else still has a softmax.
@@ -90,7 +92,8 @@ class GemmaBlock(Adaptable):
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp_norm(x)
         gate = jax.nn.gelu(self.project(y, "gate_df"), approximate=True)
-        hidden = constrain(gate * self.project(y, "up_df"), MLP)
+        up = checkpoint_name(self.project(y, "up_df"), SAVED_UP)
+        hidden = constrain(gate * up, MLP)
         y = self.project(hidden, "down_fd")
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
 
@@ -107,6 +110,7 @@ class GemmaTower(nnx.Module):
         self.blocks = stack(lambda rngs: GemmaBlock(cfg, rngs, attention), rngs, self.depth)
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
 
+    @jax.named_scope("tower")
     def __call__(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
         """Runs the blocks.
 
@@ -145,8 +149,11 @@ class Embedder(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [G, R, S] → [G, R, S, D]; ids past the vocabulary (an image placeholder may be) give its last row."""
-        x = jnp.take(self.table_vd[...], tokens, axis=0, mode="clip").astype(self.dtype)
-        return x * jnp.asarray(self.table_vd.shape[1] ** 0.5, self.dtype)
+        if gather.inside():
+            x = gather.lookup(self.table_vd[...], tokens, self.dtype)
+        else:
+            x = jnp.take(self.table_vd[...], tokens, axis=0, mode="clip").astype(self.dtype)
+        return x * jnp.asarray(x.shape[-1] ** 0.5, self.dtype)
 
 
 def rotary_angles(positions: jax.Array, h: int, theta: float, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jfe_jax import gather
 from jfe_jax.sharding import constrain
 
 LOGICAL = {
@@ -31,6 +32,14 @@ LOGICAL = {
     "r": "rank",
     "x": None,
     "y": None,
+}
+# The MLP's widest product, worth most of what its memory costs.
+SAVED_UP = "mlp_up"
+REMAT = {
+    "full": None,
+    "up": jax.checkpoint_policies.save_only_these_names(SAVED_UP),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 # Up to this depth layers are unrolled: a loop saves compile time but copies what the backward pass needs.
 UNROLLED_DEPTH = 8
@@ -58,20 +67,62 @@ def logical_axes(params: Any) -> Any:
     """
 
     def names(path: tuple[Any, ...], leaf: Any) -> tuple[str | None, ...]:
-        keys = [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
-        name = next(key for key in reversed(keys) if "_" in key)
-        axes = tuple(LOGICAL[letter] for letter in name.rpartition("_")[2])
-        axes = ("layers", *axes) if any(key in ("blocks", "fusion_blocks") for key in keys) else axes
+        axes = ("layers", *_axes(path)) if _stacked(path) else _axes(path)
         if len(axes) != len(leaf.shape):
-            raise ValueError(f"{'.'.join(keys)} has shape {leaf.shape} but axes {axes}")
+            raise ValueError(f"{'.'.join(_keys(path))} has shape {leaf.shape} but axes {axes}")
         return axes
 
     return jax.tree_util.tree_map_with_path(names, params)
 
 
+def _keys(path: tuple[Any, ...]) -> list[str]:
+    return [str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path]
+
+
+def _stacked(path: tuple[Any, ...]) -> bool:
+    return any(key in ("blocks", "fusion_blocks") for key in _keys(path))
+
+
+def _weight_name(path: tuple[Any, ...]) -> str:
+    return next(key for key in reversed(_keys(path)) if "_" in key)
+
+
+def _axes(path: tuple[Any, ...]) -> tuple[str | None, ...]:
+    # Without "layers".
+    return tuple(LOGICAL[letter] for letter in _weight_name(path).rpartition("_")[2])
+
+
 def count_parameters(params: Any) -> int:
     """Number of parameters of a tree of arrays or abstract shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def embed_groups(
+    model: nnx.Module, method: Callable[[Any, Any], jax.Array], packed: Any, dtype: jnp.dtype
+) -> jax.Array:
+    """method(model, packed); under a mesh, with every device on its own groups and gathering weights as it needs them.
+
+    Args:
+      model: its blocks' matrices and its embedding table stay split until `run_stack` and `Embedder` use them; the
+        others are few and gathered at once.
+      method: (model, packed) → [G, …].
+      packed: PackedBatch.
+      dtype: of the computation.
+    """
+    if not gather.divided():
+        return method(model, packed)
+    graphdef, params = nnx.split(model)
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        axes = _axes(path)
+        if "table_vd" in _keys(path) or (_stacked(path) and len(axes) > 1):
+            return leaf
+        return gather.whole(leaf, axes, dtype, _weight_name(path), stacked=_stacked(path))
+
+    def own(params: nnx.State, packed: Any) -> jax.Array:
+        return method(nnx.merge(graphdef, jax.tree_util.tree_map_with_path(one, params)), packed)
+
+    return gather.by_group(own, params, logical_axes(params), packed)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, depth: int) -> nnx.Module:
@@ -89,8 +140,7 @@ def run_stack(
       x: [G, …, D].
       *args: what every block gets besides, unchanged from layer to layer.
       depth: number of blocks.
-      remat: what the backward pass recomputes: "none", "full" (all of a block), "dots" (all but matrix products) or
-        "offload" (the same, with the products in the host's memory).
+      remat: what the backward pass recomputes; see `ModelConfig`.
       per_layer: arrays [L, …], of which each block gets its own.
     """
     graphdef, params = nnx.split(blocks)
@@ -98,15 +148,17 @@ def run_stack(
 
     def layer(x: jax.Array, own: tuple[nnx.State, tuple[jax.Array, ...]]) -> tuple[jax.Array, None]:
         params, extra = own
+        if gather.inside():
+            params = jax.tree_util.tree_map_with_path(
+                lambda path, leaf: (
+                    gather.whole(leaf, _axes(path), x.dtype, _weight_name(path)) if leaf.ndim > 1 else leaf
+                ),
+                params,
+            )
         return constrain(nnx.merge(graphdef, params)(x, *args, *extra), groups), None
 
     if remat != "none":
-        policy = {
-            "full": None,
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
-        }[remat]
-        layer = jax.checkpoint(layer, policy=policy, prevent_cse=depth <= UNROLLED_DEPTH)
+        layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=depth <= UNROLLED_DEPTH)
     return jax.lax.scan(layer, x, (params, per_layer), unroll=depth if depth <= UNROLLED_DEPTH else 1)[0]
 
 

@@ -14,7 +14,7 @@ from jfe_jax.config import ModelConfig, VisionConfig
 from jfe_jax.data.packing import PackedBatch
 from jfe_jax.models.fusion import place
 from jfe_jax.models.gemma import Embedder, GemmaTower
-from jfe_jax.models.layers import Linear, weight, zeros
+from jfe_jax.models.layers import Linear, embed_groups, weight, zeros
 from jfe_jax.models.pooling import in_span, pool, unit
 from jfe_jax.models.vision import LayerNorm, VisionTower
 
@@ -67,7 +67,7 @@ class TwoTowerEncoder(nnx.Module):
         self.projection = Linear(d, e, rngs)
 
     def __call__(self, packed: PackedBatch) -> jax.Array:
-        return unit(self.embed(packed))
+        return unit(embed_groups(self, TwoTowerEncoder.embed, packed, jnp.dtype(self.cfg.dtype)))
 
     def embed(self, packed: PackedBatch) -> jax.Array:
         """Embeddings before the norm, float32 [G, B, E]."""

@@ -95,22 +95,32 @@ class VisionTower(nnx.Module):
         self.blocks = stack(lambda rngs: VisionBlock(cfg, rngs), rngs, cfg.depth)
         self.norm = LayerNorm(d, cfg.norm_eps)
 
+    @jax.named_scope("vision")
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        x = project(normalised_patches(pixels, self.cfg).astype(self.dtype), self.patch_yxcd[...], inner=3)
+        x = embed_patches(pixels, self.patch_yxcd[...], self.cfg, self.dtype)
         x = x + self.patch_bias_d[...].astype(self.dtype) + self.position_pd[...].astype(self.dtype)
         x = run_stack(self.blocks, x, depth=self.cfg.depth, remat=self.remat)
         return self.norm(x)
 
 
-def normalised_patches(pixels: jax.Array, cfg: VisionConfig) -> jax.Array:
-    """uint8 [G, M, H, W, 3] → float32 [G, M, P, side, side, 3], as the image processor's (x / 255 - mean) / std."""
-    mean, std = (jnp.asarray(of_colours, jnp.float32) for of_colours in (cfg.mean, cfg.std))
-    return (_patches(pixels, cfg.patch_size).astype(jnp.float32) / 255 - mean) / std
+def embed_patches(pixels: jax.Array, kernel_yxcd: jax.Array, cfg: VisionConfig, dtype: jnp.dtype) -> jax.Array:
+    """uint8 [G, M, H, W, 3] → [G, M, P, D] in `dtype`: each patch's pixels times the kernel, no bias.
+
+    Pixels are normalised in float32, as the image processor's (x / 255 - mean) / std.
+    """
+
+    def embed(patches: jax.Array, kernel: jax.Array) -> jax.Array:
+        mean, std = (jnp.tile(jnp.asarray(each, jnp.float32), cfg.patch_size**2) for each in (cfg.mean, cfg.std))
+        return project(((patches.astype(jnp.float32) / 255 - mean) / std).astype(dtype), kernel)
+
+    # Laid out once, as bytes; the backward pass normalises again rather than keep or move them wider.
+    patches = jax.lax.optimization_barrier(_patches(pixels, cfg.patch_size))
+    return jax.checkpoint(embed)(patches, kernel_yxcd.reshape(-1, kernel_yxcd.shape[-1]))
 
 
 def _patches(pixels: jax.Array, side: int) -> jax.Array:
-    """[G, M, H, W, 3] → [G, M, P, side, side, 3]; moved while still uint8, a quarter of the bytes."""
+    """[G, M, H, W, 3] → [G, M, P, side·side·3]; moved while still uint8, a quarter of the bytes."""
     g, m, height, width, colours = pixels.shape
     rows, columns = height // side, width // side
-    grid = pixels[:, :, : rows * side, : columns * side].reshape(g, m, rows, side, columns, side, colours)
-    return grid.transpose(0, 1, 2, 4, 3, 5, 6).reshape(g, m, rows * columns, side, side, colours)
+    grid = pixels[:, :, : rows * side, : columns * side].reshape(g, m, rows, side, columns, side * colours)
+    return grid.transpose(0, 1, 2, 4, 3, 5).reshape(g, m, rows * columns, side * side * colours)

@@ -71,6 +71,7 @@ def clamp(parameters: dict[str, jax.Array], config: LossConfig) -> dict[str, jax
     return parameters | {"log_inverse_temperature": jnp.minimum(parameters["log_inverse_temperature"], limit)}
 
 
+@jax.named_scope("loss")
 def contrastive_loss(pairs: Pairs, parameters: dict[str, jax.Array], config: LossConfig) -> tuple[jax.Array, Metrics]:
     """The loss against all candidates of the global batch.
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from jfe_jax import sharding, trees
-from jfe_jax.blueprint import Blueprint, blueprint, random_parameters, shardings_of
+from jfe_jax.blueprint import Blueprint, blueprint, random_parameters, require_split, shardings_of
 from jfe_jax.config import Config
 from jfe_jax.models import dual_logits
 from jfe_jax.sharding import path_name
@@ -58,8 +58,9 @@ class Training(NamedTuple):
 
 
 def prepare(config: Config, mesh: Mesh) -> Training:
-    """Raises UserError where config and mesh do not fit."""
+    """Raises UserError where config and mesh do not fit, and if too much would lie whole on every device."""
     model = blueprint(config.model, mesh)
+    require_split(model, mesh)
     optimizer = make_optimizer(config, model.axes)
     shapes = jax.eval_shape(lambda params: _first(config, optimizer, params), model.abstract)
     rest = sharding.like_parameters(shapes._replace(params={}), {"model": shardings_of(model.abstract)}, mesh)

@@ -106,7 +106,7 @@ def gradient(kind: str, remat: str):
     return jax.jit(jax.grad(loss))(params)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
+@pytest.mark.parametrize("remat", ["full", "up", "dots", "offload"])
 def test_recomputing_changes_no_gradient(remat):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient("fusion", "none"), gradient("fusion", remat)

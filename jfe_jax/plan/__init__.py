@@ -1,0 +1,1 @@
+"""What a config needs on a TPU slice, from its compiled program, without the slice."""

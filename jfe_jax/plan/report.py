@@ -1,0 +1,196 @@
+"""A plan: what one config needs on one topology, as a tree of plain values, and as text."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from jfe_jax.config import Config
+from jfe_jax.plan import flops
+from jfe_jax.plan.collectives import collectives
+from jfe_jax.plan.compile import DoesNotFit, Program, embedding_step, loss_alone, train_step
+from jfe_jax.plan.costs import work
+from jfe_jax.plan.hlo import Module
+from jfe_jax.plan.roofline import ASSUMPTIONS, roofline
+from jfe_jax.plan.topology import Links, Topology, links
+
+GIB = 2**30
+
+
+def make_plan(
+    config: Config,
+    topology: Topology,
+    logs: Path,
+    say: Callable[[str], None],
+    keep: Path | None = None,
+    embedding: bool = True,
+) -> dict[str, Any]:
+    """Compiles the training step, the loss alone and, if wanted, the embedding step; measures all of them.
+
+    Args:
+      config: what `jfe train` would run.
+      topology: where; `compile.prepare` was called for it.
+      logs: libtpu's log files.
+      say: takes progress lines.
+      keep: a folder that the programs' HLO is written to.
+      embedding: whether to compile the embedding step too.
+
+    Returns:
+      A tree of plain values; `as_text` prints it. "fits" says whether the step compiles within a chip's memory; if it
+      does not, "problem" says how far.
+
+    Raises:
+      UserError: config and topology do not fit together.
+    """
+    from jfe_jax import sharding
+    from jfe_jax.train import state
+
+    mesh = sharding.make_mesh(config.mesh, topology.devices())
+    abstract = state.prepare(config, mesh).abstract
+    groups = sharding.group_count(mesh)
+    data, chunks = config.data, config.loss.grad_cache_chunks
+    plan: dict[str, Any] = {
+        "topology": str(topology),
+        "chips": topology.chips,
+        "mesh": dict(mesh.shape),
+        "batch": {"pairs": data.pairs, "rows": data.rows, "row_tokens": data.row_tokens, "images": data.image_slots},
+        "per_group": {name: getattr(data, name) / groups for name in ("pairs", "rows", "image_slots")},
+        "remat": config.model.remat,
+        "grad_cache_chunks": chunks,
+        "dtype": config.model.dtype,
+        "memory": {
+            "hbm": topology.chip.hbm_bytes,
+            "parameters": _bytes(abstract.params),
+            "optimizer": _bytes(abstract.optimizer),
+        },
+        "unsplit": _unsplit(abstract.params, mesh),
+    }
+
+    def where(group: tuple[int, ...]) -> Links:
+        chosen = [mesh.devices.flat[number] for number in group]
+        return links(topology, [(getattr(one, "slice_index", 0) or 0, one.coords) for one in chosen])
+
+    def measured(name: str, program: Program, model_flops: float) -> dict[str, Any]:
+        say(f"{name}: compiled in {program.seconds:.0f} s")
+        if keep:
+            keep.mkdir(parents=True, exist_ok=True)
+            (keep / f"{name.replace(' ', '_')}.hlo.txt").write_text(program.hlo)
+        module = Module(program.hlo)
+        done, moved = work(module), collectives(module)
+        return {
+            "compile_seconds": round(program.seconds, 1),
+            "compile_cpu_seconds": round(program.cpu_seconds, 1),
+            "model_flops": model_flops / topology.chips,
+            "executed_flops": done.flops,
+            "hbm_traffic": done.bytes,
+            "collectives": [
+                {key: value for key, value in asdict(item).items() if key != "group"}
+                | {"chips": len(item.group), "links": where(item.group).axes}
+                for item in moved
+            ],
+            "roofline": asdict(roofline(topology, done, moved, where, model_flops)),
+            "rematerialized": list(program.warnings),
+        }
+
+    memory = plan["memory"]
+    memory["loss"] = loss_alone(config, mesh, logs).temporaries
+    try:
+        say(f"compiling the training step for {topology}")
+        program = train_step(config, mesh, logs)
+    except DoesNotFit as error:
+        return plan | {"fits": False, "problem": str(error), "largest": list(error.largest)}
+    memory |= {
+        "arguments": program.arguments,
+        "temporaries": program.temporaries,
+        "program": program.code,
+        "peak": program.peak,
+    }
+    plan["train"] = measured("training step", program, flops.training_flops(config))
+    if embedding:
+        program = embedding_step(config, mesh, logs)
+        memory["embedding_peak"] = program.peak
+        plan["embed"] = measured("embedding step", program, flops.embedding_flops(config))
+    return plan | {"fits": True}
+
+
+def as_text(plan: dict[str, Any]) -> str:
+    """A plan for people; of one that does not fit, "problem" is for the caller to say."""
+    memory, batch = plan["memory"], plan["batch"]
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
+    each = plan["per_group"]
+    lines = [
+        f"{plan['topology']}, {plan['chips']} chips; mesh {mesh}",
+        f"batch {batch['pairs']} pairs in {batch['rows']} rows of {batch['row_tokens']} tokens, {batch['images']} "
+        f"images; a group has {each['pairs']:g} pairs, {each['rows']:g} rows, {each['image_slots']:g} images",
+        f"remat {plan['remat']}, GradCache chunks {plan['grad_cache_chunks']}, {plan['dtype']}",
+        "",
+        "GiB per chip",
+        *(
+            f"  {name.replace('_', ' '):16s}{memory[name] / GIB:8.2f}"
+            for name in ("parameters", "optimizer", "arguments", "temporaries", "program", "peak", "hbm")
+            if name in memory
+        ),
+    ]
+    if plan["fits"]:
+        share = memory["loss"] / memory["temporaries"]
+        lines.append(
+            f"  the loss alone needs {memory['loss'] / GIB:.3f} GiB of temporaries beside the chip's own memory, "
+            f"{share:.1%} of the step's"
+        )
+        if "embed" in plan:
+            lines.append(f"  peak of the embedding step {memory['embedding_peak'] / GIB:.2f}")
+    unsplit = plan["unsplit"]
+    lines += ["", f"whole on every chip: {unsplit['share']:.2%} of the parameters' bytes"]
+    lines += [f"  {one['name']:48s}{one['bytes'] / 2**20:10.2f} MiB" for one in unsplit["largest"]]
+    if not plan["fits"]:
+        return "\n".join(lines)
+    for title, key in (("Training step", "train"), ("Embedding step", "embed")):
+        if key in plan:
+            lines += ["", *_step(title, plan[key])]
+    return "\n".join([*lines, "", "Assumptions", *(f"  {one}" for one in ASSUMPTIONS)])
+
+
+def _step(title: str, step: dict[str, Any]) -> list[str]:
+    line = step["roofline"]
+    moved = step["collectives"]
+    lines = [
+        f"{title} (compiled in {step['compile_seconds']:.0f} s, {step['compile_cpu_seconds']:.0f} s of CPU)",
+        f"  TFLOP per chip: model {step['model_flops'] / 1e12:.1f}, executed {step['executed_flops'] / 1e12:.1f}",
+        f"  ms: compute {line['compute'] * 1e3:.1f}, HBM {line['hbm'] * 1e3:.1f} "
+        f"({step['hbm_traffic'] / GIB:.0f} GiB), interconnect {line['interconnect'] * 1e3:.1f}; "
+        f"bound by {line['bound']}",
+        f"  MFU at most {line['mfu_overlapped']:.1%} overlapped, {line['mfu_serial']:.1%} serial",
+        f'  copied whole to change layout ("involuntary full rematerialization"): {len(step["rematerialized"])}',
+        "  collectives per chip             array                     times    MiB whole   MiB sent  links",
+    ]
+    for item in moved:
+        if item["bytes"] >= 2**20:
+            what = f"{item['kind']} of {item['chips']}"
+            lines.append(
+                f"    {what:28s} {item['array']:24s} {item['count']:6.0f} {item['bytes'] / 2**20:12.1f} "
+                f"{item['sent'] / 2**20:10.1f}  {item['links']:6s} {item['what']}"
+            )
+    small = [item for item in moved if item["bytes"] < 2**20]
+    lines.append(
+        f"    {len(small)} others under 1 MiB, {math.fsum(item['sent'] for item in small) / 2**20:.1f} MiB sent"
+    )
+    lines.append(f"    all: {math.fsum(item['sent'] for item in moved) / GIB:.2f} GiB sent per chip")
+    return lines
+
+
+def _bytes(tree: Any) -> int:
+    import jax
+
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _unsplit(params: Any, mesh: Any) -> dict[str, Any]:
+    from jfe_jax.blueprint import named_leaves, nbytes, unsplit
+
+    whole = sorted(unsplit(params, mesh), key=lambda one: -one[1])
+    total = sum(nbytes(leaf) for _, leaf in named_leaves(params))
+    return {
+        "share": sum(size for _, size in whole) / total,
+        "largest": [{"name": name, "bytes": size} for name, size in whole[:8]],
+    }

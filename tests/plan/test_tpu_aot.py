@@ -1,0 +1,83 @@
+"""A tiny model compiled for TPU v5e without one, and what the plan says of it."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jfe_jax import config as configs
+from tests.train import tiny
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jfe-jax[plan]'"
+    ),
+]
+
+
+def plan(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    # libtpu reads its settings once, when it is loaded; and the CPU's device count here is the tests' own.
+    path = folder / "config.yaml"
+    path.write_text(configs.to_yaml(tiny.config()))
+    environment = os.environ | {"XLA_FLAGS": "", "TPU_LOG_DIR": str(folder)}
+    return subprocess.run(
+        [sys.executable, "-m", "jfe_jax.cli.main", "plan", "--config", str(path), "--topology", "v5e:2x2", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+
+
+def test_a_tiny_step_on_four_chips(tmp_path):
+    done = plan(tmp_path, "--json", "--mesh.data=2", "--mesh.fsdp=2", "--model.dtype=bfloat16")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert (found["chips"], found["fits"], found["train"]["rematerialized"]) == (4, True, [])
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "tensor": 1}
+    moved = found["train"]["collectives"]
+    text = tiny.config().model.text
+    gathered = [one for one in moved if one["kind"] == "all-gather" and one["what"].startswith("tower/up_df")]
+    # Once forward, once again for the backward pass; nothing is recomputed, but nothing gathered is kept either.
+    assert sum(one["bytes"] for one in gathered) in (size := text.width * text.mlp_dim * 2, 2 * size)
+    # What is sent over a group of two is half of what is gathered.
+    assert all(one["sent"] == one["bytes"] / 2 for one in gathered)
+    # Tokens' embeddings are exchanged; of the table's gradient each chip sums the columns that it has.
+    of_table = {one["kind"]: one["bytes"] for one in moved if one["what"].startswith("table")}
+    assert "all-to-all" in of_table
+    assert of_table.get("all-reduce", 0) <= text.vocab_size * text.width * 4 / 2
+    memory = found["memory"]
+    assert 0 < memory["parameters"] < memory["optimizer"] < memory["arguments"] < memory["peak"] < memory["hbm"]
+    assert found["train"]["executed_flops"] >= 0.9 * found["train"]["model_flops"]
+    assert 0 < found["embed"]["executed_flops"] < found["train"]["executed_flops"] / 2
+
+
+def test_slices_meet_on_data_alone():
+    code = """
+from jfe_jax import sharding
+from jfe_jax.config import MeshConfig
+from jfe_jax.errors import UserError
+from jfe_jax.plan import compile
+from jfe_jax.plan.topology import Topology
+
+two = Topology.parse("v5e:2x2", 2)
+compile.prepare(two)
+devices = two.devices()
+mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2), devices)
+print([[device.slice_index for device in row] for row in mesh.devices[:, :, 0]])
+try:
+    sharding.make_mesh(MeshConfig(data=1, fsdp=8), devices)
+except UserError as error:
+    print(error)
+"""
+    environment = os.environ | {"XLA_FLAGS": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    slices, refused = done.stdout.strip().splitlines()
+    assert slices == "[[0, 0], [0, 0], [1, 1], [1, 1]]"
+    assert "8 devices in 2 slices; data has to be a multiple of 2" in refused
