@@ -165,8 +165,8 @@ class Searcher:
     def _several(self, queries: int) -> Iterator[list[scan.Block]]:
         """The blocks, as many together as make up a block of scores: few queries are asked in few calls."""
         most = max(1, min(_TOGETHER, CANDIDATE_BLOCK * QUERY_BLOCK // (self._size * queries)))
-        # Rows that are split over devices are not in order once blocks are joined.
-        most = most if group_count(self.mesh) == 1 else 1
+        # Rows that are split over devices are not in order once blocks are joined; what is read is read block by block.
+        most = most if group_count(self.mesh) == 1 and self._resident else 1
         several: list[scan.Block] = []
         for block in self.blocks():
             several.append(block)
