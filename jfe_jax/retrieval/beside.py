@@ -21,9 +21,12 @@ def beside(results: dict) -> str:
         [f"{text(row.model)}, {text(row.pool)} pool", f"{row.mean:.1f}", text(row.source)]
         for row in sorted(published, key=lambda row: -row.mean)
     ]
-    name = text(next(iter(told.values()))["name"])
-    return page.table(["", name, "source"], rows, ours) + page.folded(
-        "by group and unit", _beside_parts(results, [row for row in published if row.values])
+    protocol = PROTOCOLS[results["protocol"]]
+    note = f'<p class="note">{text(f"{protocol.headline}: {protocol.note}")}, in %.</p>'
+    return (
+        page.table(["", text(protocol.headline), "source"], rows, ours)
+        + note
+        + page.folded("by group and unit", _beside_parts(results, [row for row in published if row.values]))
     )
 
 

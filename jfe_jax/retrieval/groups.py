@@ -54,7 +54,7 @@ class Protocol:
       name: "mbeir", "mmeb" or "jsonl".
       groups: name → whether a unit (its entry in results.json) belongs.
       units: whose mean the headline is, in order; () if there is no headline.
-      headline: what the headline is called.
+      headline, note: what the headline is called, and what that means.
       cutoff: data set → the k of the hit@k that the headline takes of it.
     """
 
@@ -62,6 +62,7 @@ class Protocol:
     groups: dict[str, Callable[[dict], bool]]
     units: tuple[str, ...] = ()
     headline: str = ""
+    note: str = ""
     cutoff: Callable[[str], int] = headline_cutoff
 
     def order(self, unit: str, task: int | None) -> tuple:
@@ -86,7 +87,8 @@ MBEIR = Protocol(
     "mbeir",
     {name: _of_tasks(tasks) for name, tasks in (FUSION | FORMS).items()},
     units=MBEIR_UNITS,
-    headline="mean hit@5/10 of 16 (hit@10 of Fashion200K and FashionIQ, hit@5 of the others)",
+    headline="mean hit@5/10 of 16",
+    note="hit@10 of Fashion200K and FashionIQ, hit@5 of the others, which the papers call Recall",
 )
 JSONL = Protocol("jsonl", {})
 
@@ -127,6 +129,7 @@ MMEB = Protocol(
     {name: _of_names(names) for name, names in _MMEB_GROUPS.items()},
     units=sum((MMEB_IN[name] + MMEB_OUT[name] for name in MMEB_IN), ()),
     headline="mean hit@1 of 36",
+    note="the right candidate first among the query's own, which the papers call Precision@1",
     cutoff=lambda dataset: 1,
 )
 PROTOCOLS = {protocol.name: protocol for protocol in (MBEIR, MMEB, JSONL)}
