@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument("--rounds", type=int, default=5)
     loss.set_defaults(run=_loss)
     gradcache = names.add_parser("gradcache", help="a step in GradCache chunks beside the plain step; memory by batch")
-    gradcache.add_argument("--pairs", type=int, default=256, help="of the timed steps")
+    gradcache.add_argument("--pairs", type=int, default=64, help="of the timed steps")
     gradcache.add_argument("--chunks", type=int, default=4)
     gradcache.add_argument("--rounds", type=int, default=5)
     gradcache.add_argument("--batches", default="512,1024,2048,4096,8192,16384", help="pairs of the memory table")
