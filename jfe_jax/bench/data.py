@@ -169,8 +169,8 @@ def _memory(out: Path, candidates: int) -> str:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     before, peak, seconds = map(float, done.stdout.split())
     return (
-        f"reading {candidates} candidates at random: peak memory {peak / 2**20:.2f} GiB, {before / 2**20:.2f} GiB "
-        f"before the first; {seconds * 1e6:.0f} µs each"
+        f"50000 of {candidates} candidates read at random: peak memory {peak / 2**20:.2f} GiB "
+        f"({before / 2**20:.2f} before the first), {seconds * 1e6:.0f} µs each"
     )
 
 

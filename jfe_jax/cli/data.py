@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare.add_argument("--images", type=Path, metavar="DIR", help="mmeb, captions: what image paths are relative to")
     prepare.add_argument("--out", type=Path, required=True, help="where the shards go")
     prepare.add_argument("--units", nargs="+", metavar="UNIT", help="only these, e.g. mscoco_task0 (default: all)")
-    prepare.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all but test*)")
+    prepare.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all but test* and union*)")
     prepare.add_argument(
         "--short-side", type=int, default=0, metavar="N", help="make larger images so small (default: as is)"
     )

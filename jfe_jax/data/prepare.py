@@ -91,7 +91,7 @@ def _chosen(mbeir: Mbeir, splits: Sequence[str] | None, units: Sequence[str] | N
     if unknown:
         raise UserError(f"{mbeir.path}: no unit {unknown[0]} in {', '.join(splits)}; there are {', '.join(found)}")
     if not found:
-        raise UserError(f"{mbeir.path}: no queries in the splits {', '.join(splits)}")
+        raise UserError(f"{mbeir.path}: no queries; name the splits with --splits, there are {', '.join(mbeir.splits)}")
     return {name: by_split for name, by_split in sorted(found.items()) if not units or name in units}
 
 
