@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python import array_record_data_source
 from tensorflow_datasets.proto import tf_example_pb2
 
 from jfe_jax.data.builder import CANDIDATES, IMAGES, QUERIES, VERSION
@@ -55,7 +56,7 @@ class Prepared:
         self._images: dict[str, _ImageStore] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_info": {}, "_pools": {}, "_images": {}}
+        return {"path": self.path, "_info": {}, "_pools": self._pools, "_images": self._images}
 
     def units(self, split: str) -> list[str]:
         """Names of the units that have that split."""
@@ -74,10 +75,14 @@ class Prepared:
           UserError: the candidates it points to are missing, or are not those it was made with; their images are.
         """
         metadata = self._part(f"{QUERIES}/{unit}").info.metadata
+        self._store(unit)
         for dataset, fingerprint in metadata["pools"].items():
             candidates = self._part(f"{CANDIDATES}/{dataset}").info.metadata
             if candidates["images"]:
                 self._part(f"{IMAGES}/{dataset}")
+            # Here, so that workers need not look again.
+            self._pool(int(dataset.removeprefix("dataset")))
+            self._store(dataset)
             if candidates["fingerprint"] != fingerprint:
                 raise UserError(
                     f"{self.path / QUERIES / unit}: made with other candidates than {CANDIDATES}/{dataset} holds; "
@@ -92,10 +97,7 @@ class Prepared:
     def candidate(self, number: int) -> CandidateRecord:
         """The candidate of that number."""
         dataset, row = divmod(number, PER_DATASET)
-        pool = self._pools.get(dataset)
-        if pool is None:
-            pool = self._pools[dataset] = RawRecords(self.path / CANDIDATES / f"dataset{dataset}" / VERSION, "pool")
-        feature = tf_example_pb2.Example.FromString(pool[row]).features.feature
+        feature = tf_example_pb2.Example.FromString(self._pool(dataset)[row]).features.feature
         return CandidateRecord(
             feature["did"].bytes_list.value[0].decode(),
             feature["text"].bytes_list.value[0].decode(),
@@ -109,13 +111,23 @@ class Prepared:
           UserError: none has.
         """
         for part in parts:
-            store = self._images.get(part)
-            if store is None:
-                store = self._images[part] = _ImageStore(self.path / IMAGES / part / VERSION)
-            content = store.find(image_id)
+            content = self._store(part).find(image_id)
             if content is not None:
                 return content
         raise UserError(f"not among the images of {' and '.join(parts)} in {self.path / IMAGES}")
+
+    def _pool(self, dataset: int) -> "RawRecords":
+        pool = self._pools.get(dataset)
+        if pool is None:
+            place = self.path / CANDIDATES / f"dataset{dataset}" / VERSION
+            pool = self._pools[dataset] = RawRecords(place, "pool")
+        return pool
+
+    def _store(self, part: str) -> "_ImageStore":
+        store = self._images.get(part)
+        if store is None:
+            store = self._images[part] = _ImageStore(self.path / IMAGES / part / VERSION)
+        return store
 
     def _part(self, name: str) -> Any:
         if name not in self._info:
@@ -130,27 +142,37 @@ class _ImageStore:
     """One part of images: bytes by id. The index is a memory map; a part without images has none."""
 
     def __init__(self, place: Path):
-        there = (place / "ids.npy").is_file()
-        self._ids = np.load(place / "ids.npy", mmap_mode="r") if there else np.zeros(0, np.int64)
-        self._rows = np.load(place / "rows.npy", mmap_mode="r") if there else self._ids
-        self._records = RawRecords(place, "images")
+        self._place = place
+        self._records = RawRecords(place, "images") if (place / "ids.npy").is_file() else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_place": self._place, "_records": self._records}
+
+    @functools.cached_property
+    def _index(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.load(self._place / "ids.npy", mmap_mode="r"), np.load(self._place / "rows.npy", mmap_mode="r")
 
     def find(self, image_id: int) -> bytes | None:
-        at = int(np.searchsorted(self._ids, image_id))
-        if at == len(self._ids) or self._ids[at] != image_id:
+        if self._records is None:
             return None
-        example = tf_example_pb2.Example.FromString(self._records[int(self._rows[at])])
+        ids, rows = self._index
+        at = int(np.searchsorted(ids, image_id))
+        if at == len(ids) or ids[at] != image_id:
+            return None
+        example = tf_example_pb2.Example.FromString(self._records[int(rows[at])])
         return example.features.feature["image"].bytes_list.value[0]
 
 
 class RawRecords:
-    """A split's serialized records by index; a source for grain. Opened at the first read, by the one that reads."""
+    """A split's serialized records by index. Files are opened at the first read, by the one that reads."""
 
     def __init__(self, place: Path, split: str):
         self.place, self.split = place, split
+        # TFDS takes ten milliseconds to say which these are: here once, and not in every worker.
+        self._files = tfds.builder_from_directory(place).info.splits[split].file_instructions
 
     def __len__(self) -> int:
-        return len(self._source)
+        return sum(file.take for file in self._files)
 
     def __getitem__(self, index: int) -> bytes:
         return self._source[index]
@@ -159,12 +181,11 @@ class RawRecords:
         return f"RawRecords({str(self.place)!r}, {self.split!r})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"place": self.place, "split": self.split}
+        return {"place": self.place, "split": self.split, "_files": self._files}
 
     @functools.cached_property
     def _source(self) -> Any:
-        builder = tfds.builder_from_directory(self.place)
-        return builder.as_data_source(self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES)
+        return array_record_data_source.ArrayRecordDataSource(self._files)
 
 
 def parse_query(record: bytes) -> QueryRecord:
