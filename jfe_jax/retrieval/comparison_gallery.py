@@ -1,5 +1,6 @@
 """Queries that tell two models apart, with what each found, read back from their evaluations and the data."""
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,7 +43,13 @@ def _pick(runs: list[Run], names: list[str], pool: str) -> list[Card]:
     left = {}
     chosen: dict[tuple[str, str], str] = {}
     names_of = outcomes(names[0], names[1] if len(names) > 1 else None)
-    for key in sorted(lines[0], key=lambda key: (lines[0][key]["task"], *key)):
+
+    def worst(key: tuple[str, str]) -> float:
+        ranks = [line[key]["rank"] for line in lines]
+        return max(math.inf if rank is None else rank for rank in ranks)
+
+    # Of each unit the worst misses first.
+    for key in sorted(lines[0], key=lambda key: (lines[0][key]["task"], key[0], -worst(key), key[1])):
         right = [line[key]["rank"] == 1 for line in lines]
         if len(right) == 1:
             outcome, most = names_of[0 if right[0] else 1], 4

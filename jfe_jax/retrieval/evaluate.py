@@ -221,7 +221,8 @@ def _ask_among(
 
 def _require_images(jobs: list[tuple[UnitQueries, str, list[Asked]]]) -> None:
     """Before hours of embedding: the queries' images are there."""
-    wanted = {one.query.image: one.query.qid for _, _, asked in jobs for one in asked if one.query.image is not None}
+    wanted = {one.item(mode).image: one.query.qid for _, mode, asked in jobs for one in asked}
+    wanted.pop(None, None)
     missing = [image for image in wanted if not image.is_file()]
     if missing:
         raise UserError(

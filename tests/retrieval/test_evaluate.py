@@ -262,7 +262,7 @@ def test_dangling_qrels_are_counted_and_miss(shapes_retriever, mbeir_path, tmp_p
     file = path / "qrels/test/mbeir_shapes_task0_test_qrels.txt"
     lines = file.read_text().splitlines()
     lines[-1] = lines[-1].replace(lines[-1].split()[2], "0:999999")
-    file.write_text("\n".join(lines[2:]) + "\n")
+    file.write_text("\n".join([*lines[2:], "0:4711 0 0:1 1 0"]) + "\n")
     evaluation = ask(shapes_retriever, path, units=["shapes_task0"], pools=["local"])
     unit = evaluation.results["units"]["shapes_task0"]
     assert unit["unjudged"] == 1 and unit["pools"]["local"]["dangling"] == 1
@@ -270,7 +270,17 @@ def test_dangling_qrels_are_counted_and_miss(shapes_retriever, mbeir_path, tmp_p
     assert (
         "1 queries have no right candidate" in told and "1 qrels point at candidates that are not in the pool" in told
     )
+    assert "the qrels judge 1 queries that are not asked, such as 0:4711" in told
     assert list(results.query_lines(evaluation.answers))[-1]["rank"] is None
+
+
+def test_a_query_without_its_image_is_named_before_anything_is_embedded(shapes_retriever, mbeir_path, tmp_path):
+    path = copied(mbeir_path, tmp_path)
+    edit_row(path / "query/test/mbeir_shapes_task7_test.jsonl", 2, query_img_path="mbeir_images/gone.png")
+    with pytest.raises(UserError, match=r"gone\.png: no such image, of query 0:\d+ \(1 of \d images of queries"):
+        evaluate(shapes_retriever, Mbeir(path), units=["shapes_task7"], progress=None)
+    told = ask(shapes_retriever, path, units=["shapes_task7"], pools=["local"], given=["text"]).results
+    assert told["units"]["shapes_task7"]["queries"] == 6, "the image is not asked for"
 
 
 def test_bad_data_is_named(shapes_retriever, mbeir_path, tmp_path):
