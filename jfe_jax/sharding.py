@@ -83,7 +83,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         within = (sizes["data"] // slices, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(within, (slices, 1, 1), devices)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
+    devices = devices[: math.prod(shape)]
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    except NotImplementedError:
+        # A torus whose axes have to be cut for these sizes, as 4x8x8 for 16 x 16.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def group_count(mesh: Mesh) -> int:

@@ -189,7 +189,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `row`s."""
     lines = [
         "| topology | what | peak GiB | sent GiB | compute / HBM / interconnect ms | MFU overlapped / serial "
-        "| compiled in s |",
+        "| compiled in s (CPU) |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for one in rows:
@@ -200,7 +200,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"{start}{one['peak_gib']:.2f} of {one['hbm_gib']:.0f} | {one['sent_gib']:.2f} | {one['compute_ms']:.0f} / "
             f"{one['hbm_ms']:.0f} / {one['interconnect_ms']:.0f} | {one['mfu_overlapped']:.1%} / "
-            f"{one['mfu_serial']:.1%} | {one['compile_seconds']:.0f} |"
+            f"{one['mfu_serial']:.1%} | {one['compile_seconds']:.0f} ({one['compile_cpu_seconds']:.0f}) |"
         )
     return "\n".join(lines)
 

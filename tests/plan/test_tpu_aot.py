@@ -58,7 +58,8 @@ def test_a_tiny_step_on_four_chips(tmp_path):
     assert 0 < found["embed"]["executed_flops"] < found["train"]["executed_flops"] / 2
 
 
-def test_slices_meet_on_data_alone():
+def test_meshes_on_slices():
+    """Slices meet on `data` alone; any sizes are found on a torus."""
     code = """
 from jfe_jax import sharding
 from jfe_jax.config import MeshConfig
@@ -75,9 +76,13 @@ try:
     sharding.make_mesh(MeshConfig(data=1, fsdp=8), devices)
 except UserError as error:
     print(error)
+# Sizes for which an axis of the torus has to be cut.
+cut = sharding.make_mesh(MeshConfig(data=16, fsdp=16), Topology.parse("v5p:4x8x8").devices())
+print(len({device.id for device in cut.devices.flat}))
 """
     environment = os.environ | {"XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    slices, refused = done.stdout.strip().splitlines()
+    slices, refused, cut = done.stdout.strip().splitlines()
     assert slices == "[[0, 0], [0, 0], [1, 1], [1, 1]]"
     assert "8 devices in 2 slices; data has to be a multiple of 2" in refused
+    assert cut == "256"
