@@ -55,7 +55,6 @@ class PairReader:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         chunks = mine.batch(_CHUNK, batch_fn=_to_chunk).to_iter_dataset(options)
         self._iterator = iter(chunks.mp_prefetch(grain.MultiprocessingOptions(self._workers, _AHEAD // _CHUNK)))
-        self._chunk = iter(())
 
     def __next__(self) -> EncodedPair | BadPair:
         if not self._workers:
@@ -68,6 +67,8 @@ class PairReader:
 
     def close(self) -> None:
         """Stops reading."""
+        # With what it shares: memory that is held when the iterator ends is never freed.
+        self._chunk = iter(())
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
