@@ -113,9 +113,12 @@ def embed_patches(pixels: jax.Array, kernel_yxcd: jax.Array, cfg: VisionConfig, 
         mean, std = (jnp.tile(jnp.asarray(each, jnp.float32), cfg.patch_size**2) for each in (cfg.mean, cfg.std))
         return project(((patches.astype(jnp.float32) / 255 - mean) / std).astype(dtype), kernel)
 
-    # Laid out once, as bytes; the backward pass normalises again rather than keep or move them wider.
-    patches = jax.lax.optimization_barrier(_patches(pixels, cfg.patch_size))
-    return jax.checkpoint(embed)(patches, kernel_yxcd.reshape(-1, kernel_yxcd.shape[-1]))
+    patches, kernel = _patches(pixels, cfg.patch_size), kernel_yxcd.reshape(-1, kernel_yxcd.shape[-1])
+    if dtype == jnp.float32:
+        return embed(patches, kernel)
+    # Laid out once, as bytes; the backward pass normalises again rather than keep or move them wider: on TPU, the move
+    # takes the compiler minutes.
+    return jax.checkpoint(embed)(jax.lax.optimization_barrier(patches), kernel)
 
 
 def _patches(pixels: jax.Array, side: int) -> jax.Array:
