@@ -43,12 +43,13 @@ class Result(NamedTuple):
     """Rates of each round, and how often pixels and ids of both sides were the same.
 
     Attributes:
-      ours, theirs: one a round.
+      ours, theirs: one a round; `threads` is ours reading in as many threads as there are cores, without workers.
       images: share of items with an image.
       compared: items whose pixels (to 1/255) and ids were compared, and were equal.
     """
 
     ours: list[Rate]
+    threads: list[Rate]
     theirs: list[Rate]
     images: float
     compared: int
@@ -56,10 +57,13 @@ class Result(NamedTuple):
     def rows(self) -> Iterator[tuple[str, list[float], str]]:
         """Name, a value for each round, and unit, of everything that was measured."""
         for name, unit in (("second", "items/s"), ("cpu_second", "items per CPU second")):
-            ours, theirs = ([getattr(rate, name) for rate in side] for side in (self.ours, self.theirs))
+            sides = (self.ours, self.threads, self.theirs)
+            ours, threads, theirs = ([getattr(rate, name) for rate in side] for side in sides)
             yield "jfe", ours, unit
+            yield "jfe, threads", threads, unit
             yield "torch", theirs, unit
             yield "jfe / torch", [one / other for one, other in zip(ours, theirs, strict=True)], "x"
+            yield "jfe, threads / torch", [one / other for one, other in zip(threads, theirs, strict=True)], "x"
 
 
 def machine() -> str:
@@ -98,13 +102,18 @@ def run(items: int, rounds: int, workers: int, progress: Progress) -> Result:
         compared = _compare(pairs, cfg, processor)
         loader = _loader(pairs, processor, workers, items)
         ours: list[Rate] = []
+        threads: list[Rate] = []
         theirs: list[Rate] = []
+        sides = [
+            (ours, lambda: _ours(cfg)),
+            (threads, lambda: _ours(_config(out, tokenizer, 0))),
+            (theirs, lambda: _theirs(loader)),
+        ]
         for turn in range(rounds):
-            sides = [(ours, lambda: _ours(cfg)), (theirs, lambda: _theirs(loader))]
             for rates, side in sides if turn % 2 else sides[::-1]:
-                rates.append(_rate(side(), items, rates is ours))
+                rates.append(_rate(side(), items, rates is not theirs))
         share = sum(image is not None for image, _ in pairs) / len(pairs)
-    return Result(ours, theirs, share, compared)
+    return Result(ours, threads, theirs, share, compared)
 
 
 def _items(raw: Path) -> list[tuple[str | None, str]]:

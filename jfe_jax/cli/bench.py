@@ -153,7 +153,7 @@ def _input(args: argparse.Namespace) -> None:
     )
     for name, values, unit in result.rows():
         median, least, most = inputs.median_and_spread(values)
-        print(f"{name:12}{median:8.2f} {unit} ({least:.2f} to {most:.2f})")
+        print(f"{name:22}{median:8.2f} {unit} ({least:.2f} to {most:.2f})")
 
 
 def _packing(args: argparse.Namespace) -> None:
