@@ -30,7 +30,10 @@ def weights(data: DataConfig, sizes: Mapping[str, int], path: str) -> dict[str, 
     for name, weight in data.mixture.items():
         if name not in sizes:
             near = difflib.get_close_matches(name, sizes, 1, 0.0)[0]
-            raise UserError(f"data.mixture: {path} has no such unit as {name} in this split; did you mean {near}?")
+            raise UserError(
+                f"data.mixture: {path} has no such unit as {name} in this split; did you mean {near}? "
+                "If `jfe data prepare` was stopped there, run it again to its end"
+            )
         if weight < 0:
             raise UserError(f"data.mixture: the weight of {name} is negative")
     chosen = dict(data.mixture) or _upsampled(data.upsample, sizes, path)
