@@ -1,7 +1,7 @@
 """The README's table of stage 2 at 3 B parameters: what its compiled step needs on TPU slices, at fixed work per chip.
 
 v5e from 16 to 1024 chips (beyond 256 over several slices), v5p and v6e. Results are kept in runs/plan, or the folder
-given; what is there is not compiled again. Minutes for each; needs `pip install 'jfe-jax[plan]'`.
+given; what is there is not compiled again. Minutes for each; needs `pip install 'jax[tpu]'`.
 """
 
 import sys

@@ -89,7 +89,7 @@ def run(items: int, rounds: int, workers: int, progress: Progress) -> Result:
     try:
         import transformers  # noqa: F401
     except ImportError as error:
-        raise UserError("transformers is not installed: pip install 'jfe-jax[hf]'") from error
+        raise UserError("transformers is not installed: pip install transformers torch") from error
     tokenizer = paligemma_tokenizer(cache_directory(), lambda line: print(line, file=sys.stderr))
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "mbeir", Path(folder) / "prepared"

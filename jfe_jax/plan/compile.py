@@ -66,7 +66,7 @@ def prepare(topology: Topology) -> Path:
     import importlib.util
 
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError("jfe plan needs libtpu: pip install 'jfe-jax[plan]'")
+        raise UserError("jfe plan needs libtpu: pip install 'jax[tpu]'")
     _wait_for_others()
     logs = os.environ.get("TPU_LOG_DIR")
     if not logs or logs == "disabled":

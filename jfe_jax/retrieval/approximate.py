@@ -52,7 +52,7 @@ class FaissIndex:
             import faiss
         except ImportError as error:
             raise UserError(
-                f"faiss:{kind}: faiss is not installed; pip install 'jfe-jax[index]', or search exactly without it"
+                f"faiss:{kind}: faiss is not installed; pip install faiss-cpu, or search exactly without it"
             ) from error
         self._faiss, self.pool, self.kind = faiss, pool, kind
         name = re.sub(r"[^A-Za-z0-9,_-]", "_", kind)
