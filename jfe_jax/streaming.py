@@ -23,8 +23,8 @@ from orbax.checkpoint.experimental.v1._src.serialization import numpy_leaf_handl
 
 from jfe_jax.errors import UserError
 
-# Of a stored chunk, and so of what is in memory at a time. From 32 MiB on, glibc maps new pages for each and clears them,
-# which takes half as long as everything else.
+# Of a stored chunk, and so of what is in memory at a time. From 32 MiB on, glibc maps new pages for each and clears
+# them, which takes half as long as everything else.
 CHUNK_BYTES = 16 << 20
 # A chunk of which only a part is wanted is kept for the next part's turn.
 CACHE_BYTES = 256 << 20

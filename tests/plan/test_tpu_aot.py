@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.tpu_aot,
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jfe-jax[plan]'"
+        importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'jax[tpu]'"
     ),
 ]
 
