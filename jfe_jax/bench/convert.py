@@ -55,8 +55,7 @@ target.mkdir()
 for file in sorted(source.glob("*.safetensors")):
     torch.save(load_file(file), target / f"{file.stem}.pt")
 """
-# Not getrusage: its maximum is inherited from the process that started this one.
-_PEAK = 'print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))'
+_PEAK = "from jfe_jax.bench import memory; print(memory.peak())"
 
 
 def run(gigabytes: float, rounds: int, directory: Path | None = None) -> Result:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from jfe_jax.bench import mbeir_like
+from jfe_jax.bench import mbeir_like, memory
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data import builder
 from jfe_jax.data.loader import training_batches
@@ -29,12 +29,12 @@ from jfe_jax.data.tokens import train_tokenizer
 # Runs a command line in this process and says what it took, to the last line of standard error.
 _MEASURED = """
 import sys, time
+from jfe_jax.bench import memory
 from jfe_jax.cli.main import main
 start = time.monotonic()
 status = main(sys.argv[1:])
 seconds = time.monotonic() - start
-peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(f"\\n{status} {seconds} {time.process_time()} {peak}", file=sys.stderr)
+print(f"\\n{status} {seconds} {time.process_time()} {memory.peak()}", file=sys.stderr)
 """
 VOCABULARY = 4096
 
@@ -176,18 +176,13 @@ def _memory(out: Path, candidates: int) -> str:
 
 def read_some(out: str, datasets: int, count: int) -> None:
     """Reads candidates at random; prints peak memory before and after in KiB, and seconds each."""
-
-    def peak() -> str:
-        status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(line.split()[1] for line in status if line.startswith("VmHWM"))
-
-    before = peak()
+    before = memory.peak()
     prepared, rng = Prepared(out), np.random.default_rng(0)
     numbers = rng.integers(0, datasets, 50_000) * PER_DATASET + rng.integers(0, count, 50_000)
     start = time.monotonic()
     for number in numbers.tolist():
         prepared.candidate(number)
-    print(before, peak(), (time.monotonic() - start) / len(numbers))
+    print(before, memory.peak(), (time.monotonic() - start) / len(numbers))
 
 
 def machine() -> str:

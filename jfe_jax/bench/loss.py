@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jfe_jax.bench import memory
 from jfe_jax.errors import UserError
 
 SIDES = ("jfe", "kept", "jit", "torch")
@@ -167,12 +168,6 @@ def _peak(side: str, pairs: int, width: int) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def _status(name: str) -> int:
-    """Bytes, of a line of /proc/self/status in kB."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
 def _free() -> int:
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
@@ -180,9 +175,9 @@ def _free() -> int:
 
 def _main(side: str, pairs: int, width: int) -> None:
     work = make(side, *_embeddings(pairs, width))
-    before = _status("VmRSS")
+    before = memory.status("VmRSS")
     work()
-    print(_status("VmHWM") - before)
+    print(1024 * (memory.peak() - before))
 
 
 if __name__ == "__main__":

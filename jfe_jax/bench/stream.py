@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jfe_jax.bench import memory
 from jfe_jax.retrieval.rows import FileRows
 from jfe_jax.retrieval.search import search
 
@@ -65,9 +66,7 @@ def _search(file: Path, queries: int, k: int) -> None:
     start = time.monotonic()
     found = search(asked, rows, k)
     seconds = time.monotonic() - start
-    status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    peak = next(line.split()[1] for line in status if line.startswith("VmHWM"))
-    print(seconds, peak, int((found.rows[:, 0] == wanted).sum()))
+    print(seconds, memory.peak(), int((found.rows[:, 0] == wanted).sum()))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Hugging Face directory ↔ run directory, piece by piece: memory does not grow with the model."""
 
 import dataclasses
-import json
 import re
 import tempfile
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from jfe_jax.hf.files import DTYPES
 from jfe_jax.hf.load import open_hf
 from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, Outgoing, copy_tokenizer, save_hf
 from jfe_jax.hf.settings import ENCODER_FILE
-from jfe_jax.hf.trees import read_json
+from jfe_jax.hf.trees import read_json, write_json
 from jfe_jax.streaming import StreamedArray
 from jfe_jax.trees import unflatten
 
@@ -58,7 +57,7 @@ def from_hf(source: str | Path, target: str | Path, dtype: str | None = None, be
     # Only the tokenizer's own files: the source directory holds the weights too.
     with tempfile.TemporaryDirectory() as tokenizer:
         copy_tokenizer(Path(source), Path(tokenizer))
-        (Path(tokenizer) / NAMES_FILE).write_text(json.dumps(weights.prefixes, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(tokenizer) / NAMES_FILE, weights.prefixes)
         config = dataclasses.replace(weights.config, output=str(target))
         checkpoint.save_model(target, config, tree, tokenizer)
     return sum(array.size for array in weights.arrays.values())

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jfe_jax.hf.trees import write_json
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # As the files name them, in the order in which the library sorts a file's tensors.
 DTYPES = {"F32": np.dtype(np.float32), "BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16)}
@@ -56,7 +58,7 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: i
         weight_map |= dict.fromkeys(shard, file)
     total = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / INDEX, index)
 
 
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:

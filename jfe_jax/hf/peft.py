@@ -24,6 +24,7 @@ from jfe_jax.hf.load import parameter_shapes
 from jfe_jax.hf.mapping import Piece
 from jfe_jax.hf.save import copy_tokenizer
 from jfe_jax.hf.settings import ENCODER_FILE, encoder_json, processor_json
+from jfe_jax.hf.trees import write_json
 from jfe_jax.models import lora
 from jfe_jax.models.lora import Kernel
 
@@ -129,9 +130,9 @@ def save_adapter(stored: StoredModel, out: str | Path, base_name: str, dtype: st
     }
     try:
         with written_whole(out) as part:
-            _write_json(part / SETTINGS, settings)
-            _write_json(part / ENCODER_FILE, encoder_json(model, stored.config.tokens))
-            _write_json(part / "preprocessor_config.json", processor_json(model))
+            write_json(part / SETTINGS, settings)
+            write_json(part / ENCODER_FILE, encoder_json(model, stored.config.tokens))
+            write_json(part / "preprocessor_config.json", processor_json(model))
             copy_tokenizer(Path(stored.tokenizer_dir), part)
             results = known_results(Path(stored.tokenizer_dir).parent, stored.step)
             card = adapter_card(stored.config, stored.step, Path(out).name, results, base_name)
@@ -256,7 +257,3 @@ def _layer(array: np.ndarray, piece: Piece) -> np.ndarray:
 
 def _tensor(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, array.dtype, lambda: array)
-
-
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from jfe_jax.hf.card import known_results, model_card
 from jfe_jax.hf.files import Tensor, write_weights
 from jfe_jax.hf.sentence_transformers import add_layout
 from jfe_jax.hf.settings import ENCODER_FILE, config_json, encoder_json, processor_json
+from jfe_jax.hf.trees import write_json
 from jfe_jax.streaming import StreamedArray
 
 Layout = Literal["transformers", "sentence-transformers"]
@@ -78,9 +79,9 @@ def save_hf(model: Outgoing, out: str | Path, shard_bytes: int = SHARD_BYTES, la
     special = special_ids(tokenizer, SPECIAL_OF[config.tokens.template])
     try:
         with written_whole(out) as part:
-            _write_json(part / "config.json", config_json(config.model, special) | {"dtype": main})
-            _write_json(part / ENCODER_FILE, encoder_json(config.model, config.tokens))
-            _write_json(part / "preprocessor_config.json", processor_json(config.model))
+            write_json(part / "config.json", config_json(config.model, special) | {"dtype": main})
+            write_json(part / ENCODER_FILE, encoder_json(config.model, config.tokens))
+            write_json(part / "preprocessor_config.json", processor_json(config.model))
             copy_tokenizer(tokenizer, part)
             results = known_results(tokenizer.parent, model.step)
             card = model_card(config, model.step, Path(out).name, results, layout)
@@ -142,10 +143,6 @@ def _tensors(arrays: Mapping[str, StreamedArray], prefixes: dict[str, str]) -> d
 
 def _names(tokenizer: Path) -> dict[str, str]:
     return _read_json(tokenizer / NAMES_FILE) if (tokenizer / NAMES_FILE).exists() else {}
-
-
-def _write_json(path: Path, tree: dict[str, Any]) -> None:
-    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

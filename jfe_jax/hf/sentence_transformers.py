@@ -1,8 +1,9 @@
 """What an exported directory needs besides, so that sentence-transformers opens it."""
 
-import json
 import shutil
 from pathlib import Path
+
+from jfe_jax.hf.trees import write_json
 
 MODULE = Path(__file__).parent / "exported" / "modeling_jfe.py"
 
@@ -18,4 +19,4 @@ def add_layout(directory: Path) -> None:
         "similarity_fn_name": "cosine",
     }
     for name, tree in (("modules.json", modules), ("config_sentence_transformers.json", settings)):
-        (directory / name).write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
+        write_json(directory / name, tree)

@@ -1,4 +1,4 @@
-"""Hugging Face's JSON files, read with care."""
+"""Hugging Face's JSON files, read with care and written alike."""
 
 import json
 from pathlib import Path
@@ -35,3 +35,8 @@ def refuse(path: Path, settings: dict[str, tuple[Any, tuple[Any, ...]]]) -> None
     bad = [f"{key} = {value!r}" for key, (value, allowed) in settings.items() if value not in allowed]
     if bad:
         raise UserError(f"{path}: not implemented here: {'; '.join(bad)}")
+
+
+def write_json(path: Path, tree: dict[str, Any] | list[Any]) -> None:
+    """Raises OSError."""
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from jfe_jax.hf.load import load_hf
 from jfe_jax.models import build_model
 from jfe_jax.models.pooling import unit
 from tests.hf import oracle_dual as oracle
+from tests.hf.parity import relative
 
 LAYOUTS = ("packed", "padded")
 
@@ -112,10 +113,6 @@ def bfloat16_errors(two: Pair) -> Iterator[tuple[str, float, float]]:
         with torch.no_grad():
             theirs = oracle.pooled(two.model, item)
         yield name, relative(row, theirs), float(row @ theirs.numpy() / np.linalg.norm(row))
-
-
-def relative(ours: np.ndarray, theirs: torch.Tensor) -> float:
-    return float(np.linalg.norm(ours - theirs.numpy()) / np.linalg.norm(theirs.numpy()))
 
 
 def _outputs(model: nnx.Module, batch: PackedBatch) -> dict[str, jax.Array]:

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from jfe_jax import sharding
-from jfe_jax.config import DataConfig, LossConfig, MeshConfig, ModelConfig, OptimizerConfig, TokensConfig, VisionConfig
+from jfe_jax.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, TokensConfig, VisionConfig
 from jfe_jax.errors import UserError
 from jfe_jax.models import build_model
 from jfe_jax.train import checks
 from jfe_jax.train import state as states
-from jfe_jax.train.step import loss_of, make_train_step
+from jfe_jax.train.step import make_train_step
 from tests.train import tiny
+from tests.train.stepping import batch, gradients, training
 
 
 def config(family: str, **changes):
@@ -26,22 +26,6 @@ def config(family: str, **changes):
         data=DataConfig(pairs=16, rows=16, row_tokens=32, image_slots=32),
         **changes,
     )
-
-
-def training(config, sizes=(1, 1, 1)):
-    return states.prepare(config, sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])))
-
-
-def batch(training, seed=0):
-    return sharding.put_batch(tiny.batch(training.config, sharding.group_count(training.mesh), seed), training.mesh)
-
-
-def gradients(training):
-    state = states.initialise(training)
-    tree = states.trainable(state.params, state.loss)
-    function = jax.jit(jax.value_and_grad(lambda tree, batch: loss_of(training, tree, batch)[0]))
-    with jax.set_mesh(training.mesh):
-        return jax.device_get(function(tree, batch(training)))
 
 
 def test_loss_and_gradients_on_eight_devices_are_those_of_one():

@@ -6,30 +6,13 @@ import jax
 import numpy as np
 import pytest
 
-from jfe_jax import sharding
-from jfe_jax.config import DataConfig, LossConfig, MeshConfig, OptimizerConfig
+from jfe_jax.config import DataConfig, LossConfig, OptimizerConfig
 from jfe_jax.train import state as states
-from jfe_jax.train.step import loss_of, make_eval_step, make_train_step
+from jfe_jax.train.step import make_eval_step, make_train_step
 from tests.train import tiny
+from tests.train.stepping import batch, gradients, training
 
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2)]
-
-
-def training(config, sizes=(1, 1, 1)):
-    mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
-    return states.prepare(config, mesh)
-
-
-def batch(training, seed=0):
-    return sharding.put_batch(tiny.batch(training.config, sharding.group_count(training.mesh), seed), training.mesh)
-
-
-def gradients(training):
-    state = states.initialise(training)
-    tree = states.trainable(state.params, state.loss)
-    function = jax.jit(jax.value_and_grad(lambda tree, batch: loss_of(training, tree, batch)[0]))
-    with jax.set_mesh(training.mesh):
-        return jax.device_get(function(tree, batch(training)))
 
 
 @pytest.fixture(scope="module")
