@@ -82,5 +82,5 @@ def test_bad_kinds_and_no_faiss(pool, monkeypatch):
         return real(name, *others, **more)
 
     monkeypatch.setattr(builtins, "__import__", without_faiss)
-    with pytest.raises(UserError, match=r"pip install 'jfe-jax\[index\]'"):
+    with pytest.raises(UserError, match="pip install faiss-cpu"):
         FaissIndex(pool, "HNSW32")
