@@ -2,10 +2,14 @@
 
 The multiplications of the model itself, 2 FLOPs each, forward and backward once; what is recomputed to save memory is
 extra work of the machine, not of the model. Attention goes in both directions, so it is not halved as a causal tower's
-is; padding and other segments of a row count, the hardware multiplies them too. (Definition: Chowdhery et al. 2022,
-PaLM, appendix B; halving left out as in AI-Hypercomputer/maxtext for bidirectional towers.)
+is. (Definition: Chowdhery et al. 2022, PaLM, appendix B; halving left out as in AI-Hypercomputer/maxtext for
+bidirectional towers.)
+
+Either of whole rows, padding and other segments included, because the hardware multiplies them too (`of_rows`), or of
+the items alone, which is what a user gets (`of_items`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jfe_jax.config import Config, TextConfig, VisionConfig
@@ -32,11 +36,33 @@ class Part:
         return self.forward + self.matrices * (self.to_weights + self.through) + 2 * self.attention * self.through
 
 
-def text_layer(cfg: TextConfig, row_tokens: int) -> tuple[float, float]:
-    """FLOPs of a token in one layer, forward: in matrices, and in attention over a row."""
+@dataclass(frozen=True)
+class Load:
+    """What a step computes on: text tower's tokens, those each of them attends to (mean), images, items."""
+
+    tokens: float
+    seen: float
+    images: float
+    items: float
+
+
+def of_rows(config: Config) -> Load:
+    """The global batch of `config.data`, every place of every row and every image slot."""
+    data = config.data
+    return Load(data.rows * data.row_tokens, data.row_tokens, data.image_slots, data.pairs * (2 + data.hard_negatives))
+
+
+def of_items(lengths: Sequence[int], images: int) -> Load:
+    """Items of so many tokens each, patches included, `images` of them with an image; no padding."""
+    tokens = sum(lengths)
+    return Load(tokens, sum(length * length for length in lengths) / max(tokens, 1), images, len(lengths))
+
+
+def text_layer(cfg: TextConfig, seen: float) -> tuple[float, float]:
+    """FLOPs of a token in one layer, forward: in matrices, and in attention to `seen` tokens."""
     heads, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
     weights = cfg.width * (2 * heads + 2 * kv) + 3 * cfg.width * cfg.mlp_dim
-    return 2.0 * weights, 4.0 * row_tokens * heads
+    return 2.0 * weights, 4.0 * seen * heads
 
 
 def vision_layer(cfg: VisionConfig) -> tuple[float, float]:
@@ -45,22 +71,22 @@ def vision_layer(cfg: VisionConfig) -> tuple[float, float]:
     return 2.0 * weights, 4.0 * cfg.patches * cfg.width
 
 
-def parts(config: Config) -> list[Part]:
-    """Every part of the model with its FLOPs for the global batch.
+def parts(config: Config, load: Load | None = None) -> list[Part]:
+    """Every part of the model with its FLOPs for `load`; None for the global batch, `of_rows`.
 
     Raises:
       UserError: a kind of model that no formula is given for.
     """
-    model, data = config.model, config.data
+    model, load = config.model, load or of_rows(config)
     vision, text = model.vision, model.text
-    tokens, patches = data.rows * data.row_tokens, data.image_slots * vision.patches
+    tokens, patches = load.tokens, load.images * vision.patches
     frozen = config.optimizer.freeze
 
     def trained(name: str) -> bool:
         return name not in frozen
 
     of_patch, of_image = vision_layer(vision)
-    of_token, of_row = text_layer(text, data.row_tokens)
+    of_token, of_row = text_layer(text, load.seen)
     patch_weights = vision.patch_size**2 * 3 * vision.width
     sees = trained("vision")
     found = [
@@ -80,12 +106,10 @@ def parts(config: Config) -> list[Part]:
         return [*found, Part("projector", projector, 0, projects, sees), tower]
     if model.kind == "two_tower" and model.fusion in ("score", "feature"):
         width = model.embed_dim or text.width
-        items = data.pairs * (2 + data.hard_negatives)
         tower = Part("tower", tokens * text.depth * of_token, tokens * text.depth * of_row, trained("tower"))
-        head = Part("projection", 2.0 * items * text.width * width, 0)
+        head = Part("projection", 2.0 * load.items * text.width * width, 0)
         if model.fusion == "score":
-            images = data.image_slots
-            pool = 2.0 * images * (vision.width**2 + vision.width * width) + 4.0 * patches * vision.width * (
+            pool = 2.0 * load.images * (vision.width**2 + vision.width * width) + 4.0 * patches * vision.width * (
                 vision.num_heads
             )
             return [*found, Part("image_pool", pool, 0), tower, head]
@@ -97,11 +121,11 @@ def parts(config: Config) -> list[Part]:
     raise UserError(f"model.kind {model.kind!r}: there is no formula for its FLOPs yet")
 
 
-def training_flops(config: Config) -> float:
-    """Of one optimizer step over the global batch."""
-    return sum(part.training for part in parts(config))
+def training_flops(config: Config, load: Load | None = None) -> float:
+    """Of one optimizer step over `load`, see `parts`."""
+    return sum(part.training for part in parts(config, load))
 
 
-def embedding_flops(config: Config) -> float:
-    """Of embedding one global batch."""
-    return sum(part.forward for part in parts(config))
+def embedding_flops(config: Config, load: Load | None = None) -> float:
+    """Of embedding `load`, see `parts`."""
+    return sum(part.forward for part in parts(config, load))

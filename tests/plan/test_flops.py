@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from jfe_jax import config as configs
 from jfe_jax import sharding
-from jfe_jax.config import MeshConfig, OptimizerConfig
+from jfe_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TextConfig, VisionConfig
+from jfe_jax.data.packing import PackedBatch
 from jfe_jax.models import count_parameters
 from jfe_jax.plan import flops
 from jfe_jax.plan.costs import work
@@ -64,3 +66,38 @@ def test_the_formula_is_what_is_compiled():
 
     program = jax.jit(jax.grad(total)).lower(there.abstract.params, batch.packed).compile().as_text()
     assert work(Module(program)).flops == pytest.approx(flops.training_flops(config), rel=0.01)
+
+
+def test_the_formula_is_what_xla_counts():
+    """`cost_analysis` of the whole gradient, element by element included: so a little more, and with no loop in it."""
+    model = ModelConfig(
+        vision=VisionConfig(image_size=56, width=256, depth=3, mlp_dim=1024, num_heads=4),
+        text=TextConfig(vocab_size=64, width=256, depth=2, mlp_dim=2048, num_heads=4, num_kv_heads=1, head_dim=64),
+        image_token=63,
+    )
+    data = DataConfig(pairs=16, rows=8, row_tokens=128, image_slots=16)
+    config = tiny.config(model=model, data=data)
+    there = states.prepare(config, sharding.make_mesh(MeshConfig(data=1)))
+    row, side = (1, data.rows, data.row_tokens), model.vision.image_size
+    shapes = (row, row, row, (1, 16, side, side, 3), (1, 16), (1, 32), (1, 32, 2), (1, 32))
+    kinds = (np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, bool)
+    packed = PackedBatch(*(jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)))
+
+    def total(params, packed):
+        return encode(there, params, packed).sum()
+
+    counted = jax.jit(jax.grad(total)).lower(there.abstract.params, packed).cost_analysis()["flops"]
+    assert 1 < counted / flops.training_flops(config) < 1.02
+
+
+def test_items_that_fill_rows_cost_what_the_rows_do():
+    config = tiny.config()
+    rows, row_tokens, slots = config.data.rows, config.data.row_tokens, config.data.image_slots
+    whole = flops.of_items([row_tokens] * rows, slots)
+    assert flops.training_flops(config, whole) == flops.training_flops(config)
+    # Half as long: half of the matrices' work, a quarter of attention's.
+    half = {part.name: part for part in flops.parts(config, flops.of_items([row_tokens // 2] * rows, slots))}
+    full = {part.name: part for part in flops.parts(config)}
+    assert half["tower"].matrices == full["tower"].matrices / 2
+    assert half["tower"].attention == full["tower"].attention / 4
+    assert half["vision"] == full["vision"]
