@@ -4,20 +4,21 @@ Each conversion is a process of its own, as a user runs it, and its peak is what
 in memory, of files too.
 """
 
+import argparse
 import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from jfe_jax.bench.result import Progress, Result, ratios, table
 from jfe_jax.config import ModelConfig, TextConfig, VisionConfig
 from jfe_jax.data.tokens import train_tokenizer
 from jfe_jax.hf import mapping
@@ -26,22 +27,6 @@ from jfe_jax.hf.load import parameter_shapes
 from jfe_jax.hf.settings import config_json
 
 SHARD_BYTES = 1 << 30
-
-
-class Result(NamedTuple):
-    """Medians over the rounds.
-
-    Attributes:
-      files: GB (10^9 bytes) of weights.
-      largest: GiB of the largest tensor.
-      seconds: of "copy", "convert" (ours) and "torch" (`safetensors.torch.load_file`, then `torch.save`).
-      peak: GiB of the two conversions, the largest of the rounds.
-    """
-
-    files: float
-    largest: float
-    seconds: dict[str, float]
-    peak: dict[str, float]
 
 
 # Process → what it does with a source and a target.
@@ -58,27 +43,62 @@ for file in sorted(source.glob("*.safetensors")):
 _PEAK = "from jfe_jax.bench import memory; print(memory.peak())"
 
 
-def run(gigabytes: float, rounds: int, directory: Path | None = None) -> Result:
-    """Makes a PaliGemma of about so many GB in `directory` (default: the system's); copies and converts it by turns."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Size, rounds, place."""
+    parser.add_argument("--gigabytes", type=float, default=4.5, help="size of the generated checkpoint")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", type=Path, help="where to make it; needs three times the size")
+
+
+def run(args: argparse.Namespace, progress: Progress) -> Result:
+    """Makes a PaliGemma of about so many GB; copies and converts it by turns."""
     times: dict[str, list[float]] = {"copy": [], "convert": [], "torch": []}
     peaks: dict[str, list[int]] = {"convert": [], "torch": []}
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder, progress("conversions", args.rounds) as done:
         source, target = Path(folder) / "hf", Path(folder) / "target"
-        size, largest = make_checkpoint(source, gigabytes)
-        for _ in range(rounds):
+        size, largest = make_checkpoint(source, args.gigabytes)
+        for _ in range(args.rounds):
             times["copy"].append(_timed(lambda: shutil.copytree(source, target)))
             shutil.rmtree(target)
             for name, program in (("convert", _OURS), ("torch", _TORCH)):
                 command = [sys.executable, "-c", f"import sys\n{program}\n{_PEAK}", str(source), str(target)]
 
                 def convert(name: str = name, command: list[str] = command) -> None:
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
-                    peaks[name].append(int(done.stdout.split()[-1]))
+                    told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+                    peaks[name].append(int(told.split()[-1]))
 
                 times[name].append(_timed(convert))
                 shutil.rmtree(target)
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    return Result(size / 1e9, largest / 2**30, medians, {name: max(found) / 2**20 for name, found in peaks.items()})
+            done(1)
+    return _result(size, largest, times, peaks, args.rounds)
+
+
+def _result(size: int, largest: int, times: dict[str, list[float]], peaks: dict[str, list[int]], rounds: int) -> Result:
+    sides = {
+        "copy": "copy of the files",
+        "convert": "`jfe convert from-hf`",
+        "torch": "safetensors to `torch.save`",
+    }
+    rows = [
+        [
+            sides[name],
+            seconds,
+            [size / 1e9 / one for one in seconds],
+            ratios(times["copy"], seconds),
+            max(peaks[name]) / 2**20 if name in peaks else None,
+        ]
+        for name, seconds in times.items()
+    ]
+    formats = {"": "", "s": ".1f", "GB/s": ".2f", "of a copy's rate": ".2f", "peak memory, GiB": ".2f"}
+    return Result(
+        tables=[table(formats, rows)],
+        packages=["jax", "orbax-checkpoint", "safetensors", "torch"],
+        method=f"{rounds} rounds by turns, each written through to the disk: median (least to most); largest peak",
+        notes=[
+            f"{size / 1e9:.2f} GB of weights, the largest tensor {largest / 2**30:.2f} GiB: 1.3 times that and 1 GiB "
+            f"are {1.3 * largest / 2**30 + 1:.2f} GiB."
+        ],
+    )
 
 
 def make_checkpoint(out: Path, gigabytes: float) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 Each part is a process of its own, as a user runs it; its peak is what Linux says (VmHWM).
 """
 
+import argparse
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jfe_jax.bench import mbeir_like, memory
+from jfe_jax.bench.result import Progress, Result, table
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data import builder
 from jfe_jax.data.loader import training_batches
@@ -39,53 +41,81 @@ print(f"\\n{status} {seconds} {time.process_time()} {memory.peak()}", file=sys.s
 VOCABULARY = 4096
 
 
-def run(rows: int, distinct: int, steps: int, candidates: int, directory: Path | None) -> Iterator[str]:
-    """Lines that say what each part took.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes, and the place."""
+    parser.add_argument("--rows", type=int, default=1_000_000, help="queries and candidates")
+    parser.add_argument(
+        "--distinct", type=int, default=2000, help="images that a data set's queries or candidates share"
+    )
+    parser.add_argument("--steps", type=int, default=10_000, help="before the iterator is saved and restored")
+    parser.add_argument(
+        "--candidates", type=int, default=5_600_000, help="of the data that memory is measured on; 0: none"
+    )
+    parser.add_argument("--dir", type=Path, help="where to make it: 3 GB")
 
-    Args:
-      rows: queries and candidates of the generated directory.
-      distinct: different images in it, which rows share.
-      steps: after so many steps an iterator is saved and restored.
-      candidates: of the data that the loader's memory is measured on; 0 leaves that out.
-      directory: where to make it all.
-    """
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+
+def run(args: argparse.Namespace, progress: Progress) -> Result:
+    """Goes through all parts."""
+    rows: list[list[Any]] = []
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder, progress("parts", 5 if args.candidates else 4) as done:
+
+        def part(name: str, *cells: Any) -> None:
+            rows.append([name, *cells])
+            done(1)
+
         raw, out = Path(folder) / "mbeir", Path(folder) / "prepared"
-        count = mbeir_like.write(raw, rows, distinct=distinct)
-        yield f"check of {count} rows: {_measure('data', 'check', raw)}"
-        yield _killed(raw, out, max(10, count // SHARD_RECORDS // 3))
+        count = mbeir_like.write(raw, args.rows, distinct=args.distinct)
+        part("check", *_measure("data", "check", raw), "")
+        seconds, whole = _killed(raw, out, max(10, count // SHARD_RECORDS // 3))
+        part("prepare, killed", seconds, None, None, f"{whole} finished shards")
         kept = {file.stat().st_ino for file in out.rglob("*") if file.suffix == ".shard" or "array_record" in file.name}
         took = _measure("data", "prepare", raw, "--out", out)
         there = {file.stat().st_ino for file in out.rglob("*.array_record*")}
-        yield (
-            f"restart, to the end: {took}; {len(kept & there)} of the {len(kept)} "
-            f"finished shards were kept, {len(there - kept)} written"
-        )
-        yield _resumed(out, Path(folder) / "tokenizer", steps)
-        if candidates:
-            yield _memory(Path(folder) / "many", candidates)
+        told = f"{len(kept & there)} of {len(kept)} finished shards kept, {len(there - kept)} written"
+        part("restarted, to the end", *took, told)
+        seconds, told = _resumed(out, Path(folder) / "tokenizer", args.steps)
+        part(f"iterator restored at step {args.steps:,}, first batch", seconds, None, None, told)
+        if args.candidates:
+            seconds, peak, told = _memory(Path(folder) / "many", args.candidates)
+            part(f"50,000 of {args.candidates:,} candidates read at random", seconds, None, peak, told)
+    formats = {"": "", "s": ".2f", "of CPU": ".1f", "peak memory, GiB": ".2f", " ": ""}
+    return Result(
+        tables=[table(formats, rows)],
+        packages=["grain", "array-record", "tensorflow-datasets"],
+        method="each part once, in a process of its own",
+        notes=[
+            f"A generated directory of {count:,} rows in M-BEIR's proportions, {args.distinct:,} images a data set."
+        ],
+    )
 
 
-def _measure(*words: Any) -> str:
+def _measure(*words: Any) -> tuple[float, float, float]:
+    """Seconds, of CPU, and the peak memory in GiB."""
     command = [sys.executable, "-c", _MEASURED, *map(str, words)]
     done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     status, seconds, busy, peak = done.stderr.splitlines()[-1].split()
     if status != "0":
         raise RuntimeError(done.stderr)
-    return f"{float(seconds):.1f} s ({float(busy):.1f} s of CPU), peak memory {int(peak) / 2**20:.2f} GiB"
+    return float(seconds), float(busy), int(peak) / 2**20
 
 
-def _killed(raw: Path, out: Path, wanted: int) -> str:
-    """Prepares until half of the shards that candidates will have are there, and kills it."""
+def _killed(raw: Path, out: Path, wanted: int) -> tuple[float, int]:
+    """Prepares until half of the shards that candidates will have are there, and kills it: seconds, finished shards."""
     command = [sys.executable, "-m", "jfe_jax.cli.main", "data", "prepare", str(raw), "--out", str(out)]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and sum(1 for _ in (out / builder.CANDIDATES).rglob("*-*")) < wanted:
+    while process.poll() is None and _shards(out / builder.CANDIDATES) < wanted:
         time.sleep(0.05)
+    seconds = time.monotonic() - start
     process.send_signal(signal.SIGKILL)
     process.wait()
     whole = sum(1 for _ in out.rglob("*.shard")) + sum(1 for _ in out.rglob("*.array_record*"))
-    return f"prepare, killed after {time.monotonic() - start:.1f} s with {whole} finished shards"
+    return seconds, whole
+
+
+def _shards(folder: Path) -> int:
+    # os.walk passes over folders that go meanwhile.
+    return sum("-" in name for _, _, files in os.walk(folder) for name in files)
 
 
 def _config(prepared: Path, tokenizer: Path) -> Config:
@@ -107,7 +137,7 @@ def _config(prepared: Path, tokenizer: Path) -> Config:
     )
 
 
-def _resumed(prepared: Path, tokenizer: Path, steps: int) -> str:
+def _resumed(prepared: Path, tokenizer: Path, steps: int) -> tuple[float, str]:
     cfg = _config(prepared, tokenizer)
     iterator = training_batches(cfg, groups=1, split="train")
     for _ in range(steps):
@@ -128,8 +158,8 @@ def _resumed(prepared: Path, tokenizer: Path, steps: int) -> str:
         for one, other in zip((*left.packed, *left[1:]), (*right.packed, *right[1:]), strict=True)
     )
     return (
-        f"resumed at step {steps}: state of {len(state)} bytes, restored and first batch after {seconds:.3f} s; the "
-        f"next 3 batches are {'equal' if same else 'NOT EQUAL'} bit for bit"
+        seconds,
+        f"state of {len(state)} bytes; the next 3 batches are {'equal' if same else 'NOT EQUAL'} bit for bit",
     )
 
 
@@ -152,7 +182,7 @@ class _Drawn:
         path = Path()
 
 
-def _memory(out: Path, candidates: int) -> str:
+def _memory(out: Path, candidates: int) -> tuple[float, float, str]:
     datasets = 10
     for dataset in range(datasets):
         part = f"{builder.CANDIDATES}/dataset{dataset}"
@@ -168,10 +198,7 @@ def _memory(out: Path, candidates: int) -> str:
     code = f"from jfe_jax.bench.data import read_some; read_some({str(out)!r}, {datasets}, {candidates // datasets})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     before, peak, seconds = map(float, done.stdout.split())
-    return (
-        f"50000 of {candidates} candidates read at random: peak memory {peak / 2**20:.2f} GiB "
-        f"({before / 2**20:.2f} before the first), {seconds * 1e6:.0f} µs each"
-    )
+    return 50_000 * seconds, peak / 2**20, f"{before / 2**20:.2f} GiB before the first"
 
 
 def read_some(out: str, datasets: int, count: int) -> None:
@@ -183,8 +210,3 @@ def read_some(out: str, datasets: int, count: int) -> None:
     for number in numbers.tolist():
         prepared.candidate(number)
     print(before, memory.peak(), (time.monotonic() - start) / len(numbers))
-
-
-def machine() -> str:
-    """What a result has to be read with."""
-    return f"{len(os.sched_getaffinity(0))} cores, Python {'.'.join(map(str, sys.version_info[:3]))}"

@@ -3,32 +3,25 @@
 The memory is what XLA plans for a compiled program (`memory_analysis`), on eight simulated devices; nothing runs there.
 """
 
+import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jfe_jax.bench.result import Progress, Result, ratios, table
+from jfe_jax.bench.timing import by_turns
 from jfe_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, TextConfig, VisionConfig
 from jfe_jax.data.packing import ContrastiveBatch, PackedBatch
 
 # Rows of a pair: a query and a candidate of one image and its text each.
 ROW_TOKENS, ROWS, IMAGES = 64, 1, 2
 DEVICES = 8
-
-
-class Times(NamedTuple):
-    """Seconds of a step in all rounds, and the median over the rounds of chunked / plain."""
-
-    plain: list[float]
-    chunked: list[float]
-    ratio: float
 
 
 class Memory(NamedTuple):
@@ -39,6 +32,40 @@ class Memory(NamedTuple):
     chunked: int
     plain: int
     loss: int
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Of both tables."""
+    parser.add_argument("--pairs", type=int, default=64, help="of the timed steps")
+    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", default="512,1024,2048,4096,8192,16384", help="pairs of the memory table")
+    parser.add_argument("--chunk", type=int, default=256, help="pairs of a chunk in the memory table")
+
+
+def run(args: argparse.Namespace, progress: Progress) -> Result:
+    """Times both steps, and reads the memory that XLA plans for them."""
+    with progress("steps", 2 * args.rounds) as done:
+        seconds = times(args.pairs, args.chunks, args.rounds, done)
+    plain = seconds["plain"]
+    steps = [["plain", plain, None], [f"{args.chunks} chunks", seconds["chunked"], ratios(seconds["chunked"], plain)]]
+    rows = [
+        [f"{row.pairs:,}", *(size / 2**20 if size else None for size in row[1:])]
+        for row in memory([int(number) for number in args.batches.split(",")], args.chunk, plain_up_to=2048)
+    ]
+    return Result(
+        tables=[
+            table({"step": "", "s": ".3f", "x plain": ".2f"}, steps, f"A step of {args.pairs} pairs"),
+            table(
+                {"B": "", "chunked": ".1f", "plain": ".1f", "loss alone": ".1f"},
+                rows,
+                f"Temporary memory of each of {DEVICES} simulated devices, MiB, in chunks of {args.chunk} pairs",
+            ),
+        ],
+        packages=["jax"],
+        method=f"{args.rounds} rounds by turns: median (least to most)",
+        checked="the losses of both steps, round by round, equal to 1e-3",
+    )
 
 
 def config(pairs: int, chunks: int, devices: int = 1) -> Config:
@@ -57,32 +84,36 @@ def config(pairs: int, chunks: int, devices: int = 1) -> Config:
     )
 
 
-def times(pairs: int, chunks: int, rounds: int) -> Times:
-    """Runs both steps by turns, from the same state on the same pairs; checks that their losses are the same."""
+def times(pairs: int, chunks: int, rounds: int, progress: Callable[[int], None]) -> dict[str, list[float]]:
+    """Seconds of "plain" and "chunked", from one state on the same pairs; checks that their losses are the same."""
     import jax
 
     from jfe_jax import sharding
     from jfe_jax.train import state as states
     from jfe_jax.train.step import make_train_step
 
-    sides = []
     host = batch(config(pairs, chunks), chunks)
-    for count in (1, chunks):
+    losses: dict[str, list[float]] = {}
+
+    def side(name: str, count: int) -> Callable[[], None]:
         training = states.prepare(config(pairs, count), sharding.make_mesh(MeshConfig(data=1)))
         there = sharding.put_batch(host, training.mesh, count)
-        sides.append([make_train_step(training), states.initialise(training), there])
-    seconds, losses = ([], []), ([], [])
-    # The first round compiles.
-    for turn in range(rounds + 1):
-        for number, side in enumerate(sides):
-            step, state, there = side
-            start = time.perf_counter()
-            side[1], metrics = jax.block_until_ready(step(state, there))
-            losses[number].append(float(metrics["loss"]))
-            if turn:
-                seconds[number].append(time.perf_counter() - start)
-    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
-    return Times(*seconds, statistics.median(b / a for a, b in zip(*seconds, strict=True)))
+        step, state, losses[name] = make_train_step(training), states.initialise(training), []
+
+        def work() -> None:
+            nonlocal state
+            state, metrics = jax.block_until_ready(step(state, there))
+            losses[name].append(float(metrics["loss"]))
+
+        return work
+
+    sides = {"plain": side("plain", 1), "chunked": side("chunked", chunks)}
+    # Compiles.
+    for work in sides.values():
+        work()
+    seconds = by_turns(sides, rounds, progress)
+    np.testing.assert_allclose(losses["plain"], losses["chunked"], rtol=1e-3)
+    return seconds
 
 
 def memory(batches: Sequence[int], chunk: int, plain_up_to: int) -> list[Memory]:

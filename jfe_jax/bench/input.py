@@ -5,13 +5,13 @@ ours from shards to packed batches, theirs from files to padded ones. Texts alon
 through its tokenizer. A side is started, gives one batch, and is then timed; the sides take turns.
 """
 
+import argparse
 import os
 import random
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,14 @@ import numpy as np
 from PIL import Image
 
 from jfe_jax.bench import mbeir_like
+from jfe_jax.bench.result import Progress, Result, ratios, table
 from jfe_jax.bench.tokenizer import IMAGE_TOKEN, VOCABULARY, paligemma_tokenizer
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data.items import Item
 from jfe_jax.data.loader import training_batches
 from jfe_jax.data.mbeir import Mbeir
 from jfe_jax.data.npm import cache_directory
-from jfe_jax.data.prepare import Progress, prepare
+from jfe_jax.data.prepare import prepare
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 
@@ -39,49 +40,15 @@ class Rate(NamedTuple):
     cpu_second: float
 
 
-class Result(NamedTuple):
-    """Rates of each round, and how often pixels and ids of both sides were the same.
-
-    Attributes:
-      ours, theirs: one a round; `threads` is ours reading in as many threads as there are cores, without workers.
-      images: share of items with an image.
-      compared: items whose pixels (to 1/255) and ids were compared, and were equal.
-    """
-
-    ours: list[Rate]
-    threads: list[Rate]
-    theirs: list[Rate]
-    images: float
-    compared: int
-
-    def rows(self) -> Iterator[tuple[str, list[float], str]]:
-        """Name, a value for each round, and unit, of everything that was measured."""
-        for name, unit in (("second", "items/s"), ("cpu_second", "items per CPU second")):
-            sides = (self.ours, self.threads, self.theirs)
-            ours, threads, theirs = ([getattr(rate, name) for rate in side] for side in sides)
-            yield "jfe", ours, unit
-            yield "jfe, threads", threads, unit
-            yield "torch", theirs, unit
-            yield "jfe / torch", [one / other for one, other in zip(ours, theirs, strict=True)], "x"
-            yield "jfe, threads / torch", [one / other for one, other in zip(threads, theirs, strict=True)], "x"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """How much, and in how many processes."""
+    parser.add_argument("--items", type=int, default=1500, help="of each side in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=2, help="reader processes of each side")
 
 
-def machine() -> str:
-    """What a result has to be read with: cores and versions."""
-    import tokenizers
-    import torch
-    import transformers
-    from PIL import __version__ as pillow
-
-    python = ".".join(map(str, sys.version_info[:3]))
-    return (
-        f"{len(os.sched_getaffinity(0))} cores, Python {python}, Pillow {pillow}, tokenizers {tokenizers.__version__}, "
-        f"transformers {transformers.__version__} (its Pillow image processor), torch {torch.__version__}"
-    )
-
-
-def run(items: int, rounds: int, workers: int, progress: Progress) -> Result:
-    """Times `items` items of each side, `rounds` times by turns; `progress` is prepare's.
+def run(args: argparse.Namespace, progress: Progress) -> Result:
+    """Times `items` items of each side, `rounds` times by turns.
 
     Raises:
       UserError: transformers or torch is not there, or both sides do not compute the same.
@@ -97,23 +64,44 @@ def run(items: int, rounds: int, workers: int, progress: Progress) -> Result:
         for _ in prepare(Mbeir(raw), out, progress=progress):
             pass
         pairs = _items(raw)
-        cfg = _config(out, tokenizer, workers)
+        cfg = _config(out, tokenizer, args.workers)
         processor = _processor(tokenizer)
         compared = _compare(pairs, cfg, processor)
-        loader = _loader(pairs, processor, workers, items)
-        ours: list[Rate] = []
-        threads: list[Rate] = []
-        theirs: list[Rate] = []
-        sides = [
-            (ours, lambda: _ours(cfg)),
-            (threads, lambda: _ours(_config(out, tokenizer, 0))),
-            (theirs, lambda: _theirs(loader)),
-        ]
-        for turn in range(rounds):
-            for rates, side in sides if turn % 2 else sides[::-1]:
-                rates.append(_rate(side(), items, rates is not theirs))
-        share = sum(image is not None for image, _ in pairs) / len(pairs)
-    return Result(ours, threads, theirs, share, compared)
+        loader = _loader(pairs, processor, args.workers, args.items)
+        ours, threads, theirs = (
+            f"jfe, {args.workers} workers",
+            f"jfe, {_threads()} threads",
+            f"torch, {args.workers} workers",
+        )
+        sides: dict[str, Callable[[], Iterator[int]]] = {
+            ours: lambda: _ours(cfg),
+            threads: lambda: _ours(_config(out, tokenizer, 0)),
+            theirs: lambda: _theirs(loader),
+        }
+        rates: dict[str, list[Rate]] = {name: [] for name in sides}
+        with progress("rounds", args.rounds) as done:
+            for turn in range(args.rounds):
+                for name in list(sides)[:: 1 if turn % 2 else -1]:
+                    rates[name].append(_rate(sides[name](), args.items, endless=name != theirs))
+                done(1)
+    share = sum(image is not None for image, _ in pairs) / len(pairs)
+    columns = {name: [list(one) for one in zip(*found, strict=True)] for name, found in rates.items()}
+    rows = [
+        [name, seconds, ratios(seconds, columns[theirs][0]), busy, ratios(busy, columns[theirs][1])]
+        for name, (seconds, busy) in columns.items()
+    ]
+    formats = {"": "", "items/s": ".0f", "/ torch": ".2f", "items per CPU second": ".0f", " / torch": ".2f"}
+    return Result(
+        tables=[table(formats, rows)],
+        packages=["pillow", "tokenizers", "grain", "transformers", "torch"],
+        method=f"{args.rounds} rounds of {args.items:,} items by turns: median (least to most)",
+        checked=f"{compared} items: pixels to 1/255, and ids, equal",
+        notes=[f"{share:.0%} of the items have an image; transformers resizes with Pillow, as ours does."],
+    )
+
+
+def _threads() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def _items(raw: Path) -> list[tuple[str | None, str]]:
@@ -271,8 +259,3 @@ def _compare(items: list[tuple[str | None, str]], cfg: Config, processor: Any) -
         if not same:
             raise UserError(f"both sides differ on {file or text!r}: there is nothing to compare")
     return len(chosen)
-
-
-def median_and_spread(values: list[float]) -> tuple[float, float, float]:
-    """Median, least and largest."""
-    return statistics.median(values), min(values), max(values)

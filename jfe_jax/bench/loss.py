@@ -4,45 +4,37 @@ What a user would write is: all logits at once, the softmax's cross-entropy over
 with `loss.keep_logits`.
 """
 
+import argparse
 import os
-import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from jfe_jax.bench import memory
+from jfe_jax.bench.result import Progress, Result, ratios, table
+from jfe_jax.bench.timing import by_turns
 from jfe_jax.errors import UserError
 
-SIDES = ("jfe", "kept", "jit", "torch")
+LABELS = {"jfe": "ours", "kept": "ours, logits kept", "jit": "`jit` of the plain formula", "torch": "PyTorch"}
+SIDES = tuple(LABELS)
 TEMPERATURE = 0.05
+# Of loss and gradients, against their largest number.
+TOLERANCE = 1e-4
 
 
-class Row(NamedTuple):
-    """One side at one batch.
-
-    Attributes:
-      pairs, width: B and E.
-      side: of SIDES.
-      seconds: of all rounds; empty if there is too little memory for this side.
-      ratio: median over the rounds of this side's time / jfe's, each measured one after the other; 0 if empty.
-      peak: bytes that loss and gradients took besides the embeddings; a forecast if there is too little memory.
-    """
-
-    pairs: int
-    width: int
-    side: str
-    seconds: list[float]
-    ratio: float
-    peak: int
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Sizes."""
+    parser.add_argument("--batches", default="8192,32768", help="pairs, separated by commas")
+    parser.add_argument("--width", type=int, default=1024, help="of the embeddings")
+    parser.add_argument("--rounds", type=int, default=5)
 
 
-def run(batches: Sequence[int], width: int, rounds: int) -> Iterator[Row]:
+def run(args: argparse.Namespace, progress: Progress) -> Result:
     """Times the sides by turns, after checking that loss and gradients are the same.
 
     Memory is measured first, each side in a process of its own. A side that would need more than is free is left out:
@@ -56,21 +48,36 @@ def run(batches: Sequence[int], width: int, rounds: int) -> Iterator[Row]:
     except ImportError as error:
         raise UserError("torch is not installed: pip install torch") from error
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+    batches = sorted(int(number) for number in args.batches.split(","))
     peaks: dict[str, tuple[int, int]] = {}
-    for pairs in sorted(batches):
+    rows, forecasts = [], []
+    for pairs in batches:
         sides = []
         for side in SIDES:
             before, peak = peaks.get(side, (pairs, 0))
             forecast = peak * (pairs // before) ** 2 if side != "jfe" else 0
             if forecast < 0.8 * _free():
-                peaks[side] = pairs, _peak(side, pairs, width)
+                peaks[side] = pairs, _peak(side, pairs, args.width)
                 sides.append(side)
-        seconds = _interleaved({side: make(side, *_embeddings(pairs, width)) for side in sides}, rounds)
+        with progress(f"B = {pairs}", len(sides) * args.rounds) as done:
+            seconds = _interleaved(
+                {side: make(side, *_embeddings(pairs, args.width)) for side in sides}, args.rounds, done
+            )
         for side in SIDES:
             before, peak = peaks[side]
-            own = seconds.get(side, [])
-            ratio = statistics.median(a / b for a, b in zip(own, seconds["jfe"], strict=True)) if own else 0.0
-            yield Row(pairs, width, side, own, ratio, peak * (pairs // before) ** 2)
+            own = seconds.get(side)
+            ratio = ratios(own, seconds["jfe"]) if own else None
+            rows.append([f"{pairs:,}", LABELS[side], own, ratio, peak * (pairs // before) ** 2 / 2**20])
+            forecasts += [] if own else [f"{LABELS[side]} at {pairs:,}"]
+    notes = [f"Too little memory for {', '.join(forecasts)}: the memory is a forecast."] if forecasts else []
+    return Result(
+        tables=[table({"B": "", "": "", "s": ".2f", "/ ours": ".2f", "memory, MiB": ",.0f"}, rows)],
+        packages=["jax", "torch"],
+        method=f"E = {args.width:,}; {args.rounds} rounds by turns: median (least to most); memory: what is added to "
+        "the embeddings",
+        checked=f"the loss and both gradients, equal to {TOLERANCE:.0e} of the largest",
+        notes=notes,
+    )
 
 
 def make(side: str, queries: np.ndarray, candidates: np.ndarray) -> Callable[[], tuple[Any, Any, Any]]:
@@ -140,21 +147,17 @@ def _torch(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
     return work
 
 
-def _interleaved(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def _interleaved(
+    sides: dict[str, Callable[[], Any]], rounds: int, progress: Callable[[int], None]
+) -> dict[str, list[float]]:
     # Once unmeasured, to see that all compute the same.
     expected = sides["jfe"]()
     for side, work in sides.items():
         for ours, theirs in zip(expected, work(), strict=True):
             scale = np.abs(np.asarray(ours)).max()
-            if np.abs(np.asarray(ours) - np.asarray(theirs)).max() > 1e-4 * scale:
+            if np.abs(np.asarray(ours) - np.asarray(theirs)).max() > TOLERANCE * scale:
                 raise UserError(f"loss or gradients of {side} are not ours: nothing to compare")
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for _ in range(rounds):
-        for side, work in sides.items():
-            start = time.perf_counter()
-            work()
-            seconds[side].append(time.perf_counter() - start)
-    return seconds
+    return by_turns(sides, rounds, progress)
 
 
 def _embeddings(pairs: int, width: int) -> tuple[np.ndarray, np.ndarray]:

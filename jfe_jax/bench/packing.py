@@ -4,6 +4,7 @@ Units come as often as in M-BEIR's up-sampled training union, texts are as long 
 PaliGemma's tokenizer, and an image takes 256 tokens. The packed layouts are the loader's own batches.
 """
 
+import argparse
 import logging
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jfe_jax.bench import mbeir_like
+from jfe_jax.bench.result import Progress, Result, table
 from jfe_jax.bench.tokenizer import IMAGE_TOKEN, paligemma_tokenizer
 from jfe_jax.config import DataConfig, TokensConfig, VisionConfig
 from jfe_jax.data import mixture
@@ -29,24 +31,49 @@ _ONE_PIXEL = np.zeros((1, 1, 3), np.uint8)
 
 
 class Row(NamedTuple):
-    """A layout: the share of its tokens that are real, and pairs a step."""
+    """A layout: the share of its tokens that are real, pairs a step, and how many shapes have to be compiled."""
 
     layout: str
     real: float
     pairs: float
+    shapes: str
 
 
-def run(steps: int, pairs: int = 20_000) -> Iterator[Row]:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Steps."""
+    parser.add_argument("--steps", type=int, default=100)
+
+
+def run(args: argparse.Namespace, progress: Progress) -> Result:
+    """Measures every layout."""
+    formats = {"layout": "", "real tokens": ".1%", "pairs a step": ".1f", "shapes": ""}
+    with progress("layouts", 7) as done:
+        rows = []
+        for row in measure(args.steps):
+            rows.append([row.layout, float(row.real), float(row.pairs), row.shapes])
+            done(1)
+    return Result(
+        tables=[table(formats, rows)],
+        packages=["tokenizers"],
+        method=f"means of {args.steps} steps of {GROUPS} groups of {GROUP_TOKENS:,} tokens",
+    )
+
+
+def measure(steps: int, pairs: int = 20_000) -> Iterator[Row]:
     """Measures `steps` steps of each layout, each of GROUPS groups of GROUP_TOKENS tokens."""
     drawn = draw(pairs)
     lengths = np.array([len(item.tokens) for pair in drawn for item in pair.items])
     images = np.mean([item.pixels is not None for pair in drawn for item in pair.items])
     batch = round(GROUPS * GROUP_TOKENS / (2 * lengths.mean()))
     whole = lengths[: len(lengths) // (2 * batch) * 2 * batch].reshape(-1, 2 * batch)
-    yield Row("an item a row, rows of the longest there is", lengths.mean() / lengths.max(), batch)
-    yield Row("an item a row, rows of the batch's longest", whole.sum() / (whole.max(1) * 2 * batch).sum(), batch)
+    yield Row("an item a row, rows of the longest there is", lengths.mean() / lengths.max(), batch, "1")
+    yield Row(
+        "an item a row, rows of the batch's longest", whole.sum() / (whole.max(1) * 2 * batch).sum(), batch, "many"
+    )
     bucketed = np.array(BUCKETS)[np.searchsorted(BUCKETS, lengths)]
-    yield Row(f"an item a row, {len(BUCKETS)} buckets of lengths", lengths.sum() / bucketed.sum(), batch)
+    yield Row(
+        f"an item a row, {len(BUCKETS)} buckets of lengths", lengths.sum() / bucketed.sum(), batch, str(len(BUCKETS))
+    )
     # The rows are what runs out: that a step has no room for more pairs is what is wanted here.
     logging.disable(logging.WARNING)
     try:
@@ -67,7 +94,7 @@ def run(steps: int, pairs: int = 20_000) -> Iterator[Row]:
             made = [next(batches) for _ in range(steps)]
             real = np.mean([(one.packed.segments > 0).mean() for one in made])
             count = np.mean([one.packed.valid.sum() / 2 for one in made])
-            yield Row(f"packed, rows of {row_tokens}", float(real), float(count))
+            yield Row(f"packed, rows of {row_tokens:,}", float(real), float(count), "1")
     finally:
         logging.disable(logging.NOTSET)
 

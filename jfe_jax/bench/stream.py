@@ -4,40 +4,51 @@ The pool is generated, float16, and read from its file by a process of its own, 
 every page it had in memory, of files too. Each query is a row of the pool with noise, and must find that row.
 """
 
+import argparse
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from jfe_jax.bench import memory
+from jfe_jax.bench.result import Progress, Result, table
 from jfe_jax.retrieval.rows import FileRows
 from jfe_jax.retrieval.search import search
 
 _BLOCK = 8192
 
 
-class Result(NamedTuple):
-    """`file` in GB (10^9 bytes), `seconds` of the search, its `peak` in GiB, and how many queries found their row."""
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The pool."""
+    parser.add_argument("--rows", type=int, default=5_600_000)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--queries", type=int, default=64)
+    parser.add_argument("-k", type=int, default=50)
+    parser.add_argument("--dir", type=Path, help="where to make it: 23 GB by default")
 
-    file: float
-    seconds: float
-    peak: float
-    right: int
 
-
-def run(rows: int, width: int, queries: int, k: int, directory: Path | None, progress: Callable[[int], None]) -> Result:
-    """Generates the pool in `directory` (default: the system's), searches it, removes it."""
-    with tempfile.TemporaryDirectory(dir=directory) as folder:
+def run(args: argparse.Namespace, progress: Progress) -> Result:
+    """Generates the pool, searches it, removes it."""
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         file = Path(folder) / "pool.npy"
-        generate(file, rows, width, progress)
-        command = [sys.executable, "-m", "jfe_jax.bench.stream", str(file), str(queries), str(k)]
+        with progress("generating", args.rows) as made:
+            generate(file, args.rows, args.width, made)
+        size = file.stat().st_size / 1e9
+        command = [sys.executable, "-m", "jfe_jax.bench.stream", str(file), str(args.queries), str(args.k)]
         told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
-        return Result(file.stat().st_size / 1e9, float(told[-3]), int(told[-2]) / 2**20, int(told[-1]))
+    seconds, peak, right = float(told[-3]), int(told[-2]) / 2**20, int(told[-1])
+    formats = {"pool": "", "GB on disk": ".1f", "queries": "d", "s": ".0f", "peak memory, GiB": ".2f"}
+    row = [f"{args.rows:,} x {args.width} float16", size, args.queries, seconds, peak]
+    return Result(
+        tables=[table(formats, [row])],
+        packages=["jax"],
+        method=f"the {args.k} best of each, one search",
+        checked=f"{right} of {args.queries} queries, rows of the pool with noise, found their row",
+    )
 
 
 def generate(file: Path, rows: int, width: int, progress: Callable[[int], None]) -> None:

@@ -38,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
             leaf.add_argument("--debug", action="store_true", help="show the traceback of an error")
             leaf.set_defaults(run=leaf.get_default("run") or module.run)
     args, extra = parser.parse_known_args(argv)
-    if args.verb in ("train", "plan"):
+    # Those that take what they do not know themselves say so.
+    if "overrides" in args:
         args.overrides = extra
     elif extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=int, default=1800, metavar="S", help="seconds for one of several compilations"
     )
+    parser.set_defaults(overrides=[])
     parser.epilog = "--key.sub=value overrides a value of the config, as --model.remat=up"
 
 

@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit status of a run that was told to stop, saved and has steps left, for those who start it again by it",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
+    parser.set_defaults(overrides=[])
     parser.epilog = "--key.sub=value overrides a value of the config, as --optimizer.steps=100"
 
 

@@ -27,5 +27,7 @@ def test_every_side_computes_both_directions(side, embeddings):
 
 
 def test_sides_are_timed_by_turns(embeddings):
-    seconds = loss._interleaved({side: loss.make(side, *embeddings) for side in ("jfe", "torch")}, rounds=2)
+    seconds = loss._interleaved(
+        {side: loss.make(side, *embeddings) for side in ("jfe", "torch")}, rounds=2, progress=lambda _: None
+    )
     assert {side: len(own) for side, own in seconds.items()} == {"jfe": 2, "torch": 2}
