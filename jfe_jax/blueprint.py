@@ -37,10 +37,15 @@ def blueprint(config: ModelConfig, mesh: Mesh) -> Blueprint:
     Raises:
       UserError: a size in the config that the mesh does not divide.
     """
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
-    shapes = nnx.to_pure_dict(abstract)
+    graphdef, shapes = shapes_of(config)
     axes = logical_axes(shapes)
     return Blueprint(graphdef, sharding.abstract_arrays(shapes, sharding.parameter_shardings(shapes, axes, mesh)), axes)
+
+
+def shapes_of(config: ModelConfig) -> tuple[Any, dict[str, Any]]:
+    """Graph of `build_model(config)`, and its parameters as a plain dict of ShapeDtypeStructs that lie nowhere."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+    return graphdef, nnx.to_pure_dict(abstract)
 
 
 def random_parameters(config: ModelConfig, seed: int) -> dict[str, Any]:

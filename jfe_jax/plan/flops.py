@@ -1,30 +1,43 @@
 """Model FLOPs of a step by formula: what MFU is measured in.
 
-The multiplications of the model itself, 2 FLOPs each, forward and backward once; what is recomputed to save memory is
-extra work of the machine, not of the model. Attention goes in both directions, so it is not halved as a causal tower's
-is. (Definition: Chowdhery et al. 2022, PaLM, appendix B; halving left out as in AI-Hypercomputer/maxtext for
-bidirectional towers.)
+2 FLOPs for each weight of a matrix and each place (token, patch, image or item) that it is applied to, forward; as many
+again for the gradient to the weights, if they are trained, and for the gradient that goes on towards the input, if
+something there is trained. Attention adds its two products. What is recomputed to save memory is extra work of the
+machine, not of the model. Attention goes in both directions, so it is not halved as a causal tower's is. Norms,
+activations, look-ups, pooling, the loss and the optimizer do not count. (Definition: Chowdhery et al. 2022, PaLM,
+appendix B; halving left out as in AI-Hypercomputer/maxtext for bidirectional towers.)
 
 Either of whole rows, padding and other segments included, because the hardware multiplies them too (`of_rows`), or of
 the items alone, which is what a user gets (`of_items`).
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from jfe_jax.config import Config, TextConfig, VisionConfig
+from jfe_jax.config import Config, ModelConfig
 from jfe_jax.errors import UserError
+
+# Parameters of two axes or more that multiply nothing: tables are looked up, the others are added or stand for a token.
+_NO_MATRIX = ("table_vd", "position_pd", "position_sd", "probe_eed")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run of layers: its forward FLOPs, and whether the backward pass goes to its weights and through it."""
+    """A run of layers.
+
+    Attributes:
+      matrices, attention: forward FLOPs for the global batch.
+      learned: of `matrices`, those whose weights are trained.
+      through: whether the backward pass goes through to what comes before.
+    """
 
     name: str
     matrices: float
     attention: float
-    to_weights: bool = True
-    through: bool = True
+    learned: float
+    through: bool
 
     @property
     def forward(self) -> float:
@@ -33,7 +46,7 @@ class Part:
     @property
     def training(self) -> float:
         # Attention has no weights: both its operands are activations, so its gradients cost twice the forward pass.
-        return self.forward + self.matrices * (self.to_weights + self.through) + 2 * self.attention * self.through
+        return self.forward + self.learned + (self.matrices + 2 * self.attention) * self.through
 
 
 @dataclass(frozen=True)
@@ -58,74 +71,108 @@ def of_items(lengths: Sequence[int], images: int) -> Load:
     return Load(tokens, sum(length * length for length in lengths) / max(tokens, 1), images, len(lengths))
 
 
-def text_layer(cfg: TextConfig, seen: float) -> tuple[float, float]:
-    """FLOPs of a token in one layer, forward: in matrices, and in attention to `seen` tokens."""
-    heads, kv = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-    weights = cfg.width * (2 * heads + 2 * kv) + 3 * cfg.width * cfg.mlp_dim
-    return 2.0 * weights, 4.0 * seen * heads
+class _Run(NamedTuple):
+    """What a part is made of.
 
+    Attributes:
+      weights: how the paths of its matrices begin, of those that no run before has.
+      places: how often a step applies each of them; a mean, if not all are applied as often.
+      before: how the paths of parameters begin to which a gradient goes through it.
+      attention: forward FLOPs of all of it.
+    """
 
-def vision_layer(cfg: VisionConfig) -> tuple[float, float]:
-    """FLOPs of a patch in one layer, forward: in matrices, and in attention over its image."""
-    weights = 4 * cfg.width**2 + 2 * cfg.width * cfg.mlp_dim
-    return 2.0 * weights, 4.0 * cfg.patches * cfg.width
+    name: str
+    weights: str
+    places: float
+    before: tuple[str, ...]
+    attention: int = 0
 
 
 def parts(config: Config, load: Load | None = None) -> list[Part]:
-    """Every part of the model with its FLOPs for `load`; None for the global batch, `of_rows`.
+    """Every part of the model with its FLOPs for `load`, in the order of the forward pass; None for `of_rows`.
 
     Raises:
-      UserError: a kind of model that no formula is given for.
+      UserError: `optimizer.freeze` or `optimizer.train` names no group of parameters.
     """
-    model, load = config.model, load or of_rows(config)
-    vision, text = model.vision, model.text
-    tokens, patches = load.tokens, load.images * vision.patches
-    frozen = config.optimizer.freeze
+    from jfe_jax.blueprint import shapes_of
+    from jfe_jax.models import logical_axes
+    from jfe_jax.train.optimizer import trained_mask
+    from jfe_jax.trees import flatten
 
-    def trained(name: str) -> bool:
-        return name not in frozen
-
-    of_patch, of_image = vision_layer(vision)
-    of_token, of_row = text_layer(text, load.seen)
-    patch_weights = vision.patch_size**2 * 3 * vision.width
-    sees = trained("vision")
-    found = [
-        Part("patches", 2.0 * patches * patch_weights, 0, sees, False),
-        Part(
-            "vision", patches * vision.depth * of_patch, patches * vision.depth * of_image, sees, sees
-        ),
-    ]  # fmt: skip
-    if model.kind == "fusion":
-        projects = trained("projector")
-        deep = sees or projects or trained("embedder")
-        projector = 2.0 * patches * vision.width * text.width
-        tower = Part(
-            "tower", tokens * text.depth * of_token, tokens * text.depth * of_row, trained("tower"),
-            deep or trained("tower"),
-        )  # fmt: skip
-        return [*found, Part("projector", projector, 0, projects, sees), tower]
-    if model.kind == "two_tower" and model.fusion in ("score", "feature"):
-        width = model.embed_dim or text.width
-        tower = Part("tower", tokens * text.depth * of_token, tokens * text.depth * of_row, trained("tower"))
-        head = Part("projection", 2.0 * load.items * text.width * width, 0)
-        if model.fusion == "score":
-            pool = 2.0 * load.images * (vision.width**2 + vision.width * width) + 4.0 * patches * vision.width * (
-                vision.num_heads
-            )
-            return [*found, Part("image_pool", pool, 0), tower, head]
-        fusion = Part(
-            "fusion", tokens * model.fusion_depth * of_token, tokens * model.fusion_depth * of_row
-        )  # fmt: skip
-        projector = Part("projector", 2.0 * patches * vision.width * text.width, 0, trained("projector"), sees)
-        return [*found, projector, tower, fusion, head]
-    raise UserError(f"model.kind {model.kind!r}: there is no formula for its FLOPs yet")
+    _, shapes = shapes_of(config.model)
+    axes = logical_axes(shapes)
+    moves, names = flatten(trained_mask(config, axes)["model"]), flatten(axes)
+    sizes = {
+        path: math.prod(leaf.shape)
+        for path, leaf in flatten(shapes).items()
+        if len(names[path]) - ("layers" in names[path]) > 1 and "bias" not in path and not path.endswith(_NO_MATRIX)
+    }
+    found = []
+    for run in _runs(config.model, load or of_rows(config)):
+        own = {path: 2.0 * size * run.places for path, size in sizes.items() if path.startswith(run.weights)}
+        sizes = {path: size for path, size in sizes.items() if path not in own}
+        learned = math.fsum(flops for path, flops in own.items() if moves[path])
+        through = any(moved for path, moved in moves.items() if path.startswith(run.before))
+        found.append(Part(run.name, math.fsum(own.values()), run.attention, learned, through))
+    if sizes:
+        raise UserError(f"there is no formula for the FLOPs of {', '.join(sizes)}")
+    return found
 
 
 def training_flops(config: Config, load: Load | None = None) -> float:
     """Of one optimizer step over `load`, see `parts`."""
-    return sum(part.training for part in parts(config, load))
+    return math.fsum(part.training for part in parts(config, load))
 
 
 def embedding_flops(config: Config, load: Load | None = None) -> float:
     """Of embedding `load`, see `parts`."""
-    return sum(part.forward for part in parts(config, load))
+    return math.fsum(part.forward for part in parts(config, load))
+
+
+def _runs(model: ModelConfig, load: Load) -> Iterator[_Run]:
+    vision, text = model.vision, model.text
+    patches = load.images * vision.patches
+    # CLIP has a class token beside its patches.
+    length = vision.patches + (model.kind == "dual" and model.family == "clip")
+    # Two products of each query with all keys of its row or image.
+    of_text = 4 * load.tokens * load.seen * text.num_heads * text.head_dim
+    of_images = vision.depth * 4 * load.images * length**2 * vision.width
+    words = ("embedder.", "tower.blocks.")
+    yield _Run("patches", "vision.patch_", patches, ())
+    into = tuple(f"vision.{name}" for name in ("patch_", "position_", "class_", "first_norm.", "blocks."))
+    yield _Run("vision", "vision.", load.images * length, into, of_images)
+    if model.kind == "dual":
+        yield from _dual_heads(model, load.images)
+        into = ("text.table_", "text.position_", "text.blocks.")
+        yield _Run("text", "text.", load.tokens, into, text.depth * of_text)
+        # SigLIP's, or CLIP's.
+        yield _Run("text_head", "text_", load.items, ("text.",))
+        return
+    if model.kind == "two_tower" and model.fusion == "score":
+        # Each head's weighted mean of the patches has the patches and their weights as operands.
+        mean = 2 * patches * vision.num_heads * vision.width
+        yield _Run("image_probe", "image_pool.probe_", patches, ("vision.",), mean)
+        yield _Run("image_pool", "image_pool.", load.images, ("vision.", "image_pool.probe_"))
+    else:
+        yield _Run("projector", "projector.", patches, ("vision.",))
+    if model.kind == "fusion":
+        yield _Run("tower", "tower.", load.tokens, ("vision.", "projector.", *words), text.depth * of_text)
+        return
+    yield _Run("tower", "tower.", load.tokens, words, text.depth * of_text)
+    if model.fusion == "feature":
+        before = ("vision.", "projector.", "embedder.", "tower.", "image_mark_", "text_mark_", "fusion.blocks.")
+        yield _Run("fusion", "fusion.", load.tokens, before, model.fusion_depth * of_text)
+        yield _Run("projection", "projection.", load.items, (*before, "fusion."))
+    else:
+        yield _Run("projection", "projection.", load.items, ("embedder.", "tower."))
+
+
+def _dual_heads(model: ModelConfig, images: float) -> Iterator[_Run]:
+    if model.family == "clip":
+        yield _Run("image_head", "image_projection_", images, ("vision.",))
+        return
+    patches, width = model.vision.patches, model.vision.width
+    # A third of it makes the probe's query, the others key and value of every patch.
+    yield _Run("image_probe", "image_head.in_dinh", images * (1 + 2 * patches) / 3, ("vision.",))
+    before = ("vision.", "image_head.probe_", "image_head.in_")
+    yield _Run("image_head", "image_head.", images, before, images * 4 * patches * width)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jfe_jax import config as configs
 from jfe_jax.config import Config
@@ -113,12 +113,12 @@ def settings(config: Config, topology: Topology) -> Iterator[Candidate]:
     chips, data = topology.chips, config.data
     whole = math.gcd(config.model.vision.width, config.model.text.width)
     heads = math.gcd(config.model.vision.num_heads, config.model.text.num_heads)
-    weights = _weights(config)
-    for tensor in (size for size in (1, 2, 4, 8) if heads % size == 0):
-        for fsdp in (size for size in range(1, whole + 1) if whole % size == 0 and chips % (size * tensor) == 0):
+    size = _Size.of(config)
+    for tensor in (n for n in (1, 2, 4, 8) if heads % n == 0):
+        for fsdp in (n for n in range(1, whole + 1) if whole % n == 0 and chips % (n * tensor) == 0):
             groups = chips // tensor
             for chunks in (1, 2, 4, 8):
-                if any(size % (groups * chunks) for size in (data.pairs, data.rows, data.image_slots)):
+                if any(count % (groups * chunks) for count in (data.pairs, data.rows, data.image_slots)):
                     continue
                 # Slices meet on `data` alone.
                 if (chips // (fsdp * tensor)) % topology.slices:
@@ -132,8 +132,8 @@ def settings(config: Config, topology: Topology) -> Iterator[Candidate]:
                             f"--model.remat={remat}",
                             f"--loss.grad_cache_chunks={chunks}",
                         ),
-                        _memory(config, weights, fsdp, tensor, groups, chunks, remat),
-                        _seconds(config, topology, weights, fsdp, tensor, chunks, remat),
+                        _memory(config, size, fsdp, tensor, groups, chunks, remat),
+                        _seconds(config, topology, size, fsdp, tensor, chunks, remat),
                     )
 
 
@@ -205,36 +205,54 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _weights(config: Config) -> float:
-    vision, text = config.model.vision, config.model.text
-    of_token, _ = flops.text_layer(text, 0)
-    of_patch, _ = flops.vision_layer(vision)
-    return text.depth * of_token / 2 + vision.depth * of_patch / 2 + text.vocab_size * text.width
+class _Size(NamedTuple):
+    """Of a config's model: parameters, those that are trained, and FLOPs of a step and of its forward pass."""
+
+    parameters: int
+    trained: int
+    step: float
+    forward: float
+
+    @classmethod
+    def of(cls, config: Config) -> "_Size":
+        from jfe_jax.blueprint import shapes_of
+        from jfe_jax.models import count_parameters, logical_axes
+        from jfe_jax.train.optimizer import trained_mask
+        from jfe_jax.trees import select
+
+        _, shapes = shapes_of(config.model)
+        moving = select(shapes, trained_mask(config, logical_axes(shapes))["model"])
+        return cls(
+            count_parameters(shapes),
+            count_parameters(moving),
+            flops.training_flops(config),
+            flops.embedding_flops(config),
+        )
 
 
-def _memory(config: Config, weights: float, fsdp: int, tensor: int, groups: int, chunks: int, remat: str) -> float:
-    # Parameters, two moments and the gradients; kept activations; one layer at work, its MLP in a few copies.
+def _memory(config: Config, size: _Size, fsdp: int, tensor: int, groups: int, chunks: int, remat: str) -> float:
+    # Parameters; two moments and the gradients of what is trained; kept activations; one layer at work, its MLP in a
+    # few copies.
     text, data = config.model.text, config.data
-    size = 2 if config.model.dtype == "bfloat16" else 4
+    bytes_each = 2 if config.model.dtype == "bfloat16" else 4
     tokens = data.rows * data.row_tokens / groups / chunks
     mlp, width = text.mlp_dim / tensor, text.width
     kept = {"full": width, "up": width + mlp, "dots": 6 * width + 2 * mlp, "none": 12 * width + 6 * mlp}[remat]
-    state = 16.0 * weights / (fsdp * tensor)
-    return state + size * tokens * (text.depth * kept + 6 * mlp + 8 * width)
+    state = (4 * size.parameters + 12 * size.trained) / (fsdp * tensor)
+    return state + bytes_each * tokens * (text.depth * kept + 6 * mlp + 8 * width)
 
 
-def _seconds(
-    config: Config, topology: Topology, weights: float, fsdp: int, tensor: int, chunks: int, remat: str
-) -> float:
+def _seconds(config: Config, topology: Topology, size: _Size, fsdp: int, tensor: int, chunks: int, remat: str) -> float:
     # Compute and interconnect one after the other: weights gathered for every pass and chunk, gradients scattered.
     chip = topology.chip
     again = _AGAIN[remat] + (1.0 if chunks > 1 else 0.0)
-    work = flops.training_flops(config) * (1 + again / 3) / topology.chips / chip.flops
-    table = config.model.text.vocab_size * config.model.text.width
-    moved = (weights - table) / tensor * (2 * 2 + 4 + 2 * (chunks > 1)) * chunks * (fsdp > 1)
+    work = (size.step + again * size.forward) / topology.chips / chip.flops
+    travelling = size.parameters - config.model.text.vocab_size * config.model.text.width
+    gathered = (2 * 2 + 2 * (chunks > 1)) * travelling + 4 * min(size.trained, travelling)
+    moved = gathered / tensor * chunks * (fsdp > 1)
     tokens = config.data.rows * config.data.row_tokens * tensor / topology.chips
     # Two all-reduces of the residual stream in a layer, forward, again and back.
     exchanged = 0.0 if tensor == 1 else 2 * 2 * 5 * config.model.text.depth * tokens * config.model.text.width
-    slow = 0.0 if topology.slices == 1 else 8 * weights / (fsdp * tensor) / 16 / chip.dcn
-    reduced = 8 * weights / (fsdp * tensor)
+    reduced = 8 * size.trained / (fsdp * tensor)
+    slow = 0.0 if topology.slices == 1 else reduced / 16 / chip.dcn
     return work + (moved + exchanged + reduced) / (2 * chip.link) + slow

@@ -8,14 +8,24 @@ import numpy as np
 import pytest
 
 from jfe_jax import config as configs
-from jfe_jax import sharding
-from jfe_jax.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, TextConfig, VisionConfig
+from jfe_jax import sharding, trees
+from jfe_jax.config import (
+    DataConfig,
+    LoraConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TextConfig,
+    TokensConfig,
+    VisionConfig,
+)
 from jfe_jax.data.packing import PackedBatch
 from jfe_jax.models import count_parameters
 from jfe_jax.plan import flops
 from jfe_jax.plan.costs import work
 from jfe_jax.plan.hlo import Module
 from jfe_jax.train import state as states
+from jfe_jax.train.optimizer import trained_mask
 from jfe_jax.train.step import encode
 from tests.train import tiny
 
@@ -23,10 +33,18 @@ STAGE2 = configs.load(Path(__file__).parents[2] / "configs" / "paligemma_3b" / "
 
 
 def test_by_hand():
-    text = tiny.config().model.text
+    """16 rows of 32 tokens; 32 images of 4 patches of 4·4·3 pixels."""
+    found = {part.name: part for part in flops.parts(tiny.config())}
     # Width 32, 4 heads of 8, 1 kv head, MLP 64: query and output 2·32·32, key and value 2·32·8, MLP 3·32·64.
-    assert flops.text_layer(text, 48) == (2 * (2048 + 512 + 6144), 2 * 2 * 48 * 32)
-    assert flops.vision_layer(tiny.config().model.vision) == (2 * (4 * 256 + 2 * 512), 2 * 2 * 4 * 16)
+    tower = found["tower"]
+    assert (tower.matrices, tower.attention) == (512 * 2 * (2048 + 512 + 6144), 512 * 2 * 2 * 32 * 32)
+    assert tower.training == 3 * tower.forward
+    # Width 16, MLP 32.
+    vision = found["vision"]
+    assert (vision.matrices, vision.attention) == (128 * 2 * (4 * 256 + 2 * 512), 128 * 2 * 2 * 4 * 16)
+    # No gradient goes to the pixels.
+    assert found["patches"].training == 2 * found["patches"].forward == 2 * 128 * 2 * 48 * 16
+    assert found["projector"].training == 3 * 128 * 2 * 16 * 32
 
 
 def test_six_flops_a_parameter_and_token():
@@ -68,25 +86,80 @@ def test_the_formula_is_what_is_compiled():
     assert work(Module(program)).flops == pytest.approx(flops.training_flops(config), rel=0.01)
 
 
-def test_the_formula_is_what_xla_counts():
-    """`cost_analysis` of the whole gradient, element by element included: so a little more, and with no loop in it."""
+def test_adapters_train_instead_of_their_kernels():
+    base = tiny.config()
+    some = replace(base.model, lora=LoraConfig(rank=4, targets=("attention.query",)))
+    found = {
+        part.name: part
+        for part in flops.parts(replace(base, model=some, optimizer=replace(base.optimizer, train=("projector",))))
+    }
+    whole = {part.name: part for part in flops.parts(base)}
+    # A is 32·4 and B 4·32.
+    adapters = 512 * 2 * (32 * 4 + 4 * 32)
+    tower = found["tower"]
+    assert (tower.matrices, tower.learned) == (whole["tower"].matrices + adapters, adapters)
+    assert (found["vision"].training, tower.through) == (whole["vision"].forward, True)
+    assert found["projector"].training == 2 * found["projector"].forward
+
+
+def adapted(base, targets, train):
+    adapters = LoraConfig(rank=4, targets=targets)
+    return replace(base, model=replace(base.model, lora=adapters), optimizer=replace(base.optimizer, train=train))
+
+
+def late(fusion):
+    base = wide()
+    return replace(base, model=replace(base.model, kind="two_tower", fusion=fusion, fusion_depth=1, embed_dim=24))
+
+
+def wide():
+    """So wide that what is done element by element is little beside the products."""
     model = ModelConfig(
         vision=VisionConfig(image_size=56, width=256, depth=3, mlp_dim=1024, num_heads=4),
         text=TextConfig(vocab_size=64, width=256, depth=2, mlp_dim=2048, num_heads=4, num_kv_heads=1, head_dim=64),
         image_token=63,
     )
-    data = DataConfig(pairs=16, rows=8, row_tokens=128, image_slots=16)
-    config = tiny.config(model=model, data=data)
+    return tiny.config(model=model, data=DataConfig(pairs=16, rows=8, row_tokens=128, image_slots=16))
+
+
+def dual(family):
+    base, template = wide(), {"siglip": 1, "clip": 2}[family]
+    text = replace(base.model.text, num_kv_heads=4, mlp_dim=1024, positions=128)
+    return replace(
+        base,
+        model=replace(base.model, kind="dual", family=family, text=text, embed_dim=256),
+        tokens=TokensConfig(template=family, max_text_tokens=128 - template),
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(wide(), id="fusion"),
+        pytest.param(adapted(wide(), ("attention", "mlp"), ("projector",)), id="adapters"),
+        pytest.param(late("score"), id="score"),
+        pytest.param(
+            adapted(late("score"), ("vision", "mlp.up"), ("patch_yxcd", "table_vd")), id="score with adapters"
+        ),
+        pytest.param(late("feature"), id="feature"),
+        pytest.param(dual("siglip"), id="siglip"),
+        pytest.param(dual("clip"), id="clip"),
+    ],
+)
+def test_the_formula_is_what_xla_counts(config):
+    """`cost_analysis` of the whole gradient, element by element included: so a little more, and with no loop in it."""
+    data, side = config.data, config.model.vision.image_size
     there = states.prepare(config, sharding.make_mesh(MeshConfig(data=1)))
-    row, side = (1, data.rows, data.row_tokens), model.vision.image_size
+    row = (1, data.rows, data.row_tokens)
     shapes = (row, row, row, (1, 16, side, side, 3), (1, 16), (1, 32), (1, 32, 2), (1, 32))
     kinds = (np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, bool)
     packed = PackedBatch(*(jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)))
+    moving = trees.select(there.abstract.params, trained_mask(config, there.model.axes)["model"])
 
-    def total(params, packed):
-        return encode(there, params, packed).sum()
+    def total(moving, params, packed):
+        return encode(there, trees.overlay(params, moving), packed).sum()
 
-    counted = jax.jit(jax.grad(total)).lower(there.abstract.params, packed).cost_analysis()["flops"]
+    counted = jax.jit(jax.grad(total)).lower(moving, there.abstract.params, packed).cost_analysis()["flops"]
     assert 1 < counted / flops.training_flops(config) < 1.02
 
 
