@@ -57,7 +57,7 @@ def test_six_flops_a_parameter_and_token():
     assert tower.training - 3 * tower.attention == pytest.approx(6 * matrices * tokens, rel=1e-9)
     # Both directions: nothing halved.
     text = STAGE2.model.text
-    assert tower.attention == 4 * 512 * text.num_heads * text.head_dim * text.depth * tokens
+    assert tower.attention == 4 * STAGE2.data.row_tokens * text.num_heads * text.head_dim * text.depth * tokens
 
 
 def test_what_is_frozen_costs_less():
