@@ -1,7 +1,6 @@
 """A directory in M-BEIR's published format and proportions, of any size: what the data benchmarks read.
 
-Rows of queries and candidates by unit are UniIR's table of M-BEIR (arXiv 2311.17136, table 1), in thousands. Texts are
-drawn words; their mean lengths follow the sources' own texts (a caption 10 to 25 words, a passage of Wikipedia 100).
+Texts are drawn words; rows by unit and mean lengths are those of `mbeir_units`.
 """
 
 import io
@@ -9,59 +8,14 @@ import os
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import orjson
 from PIL import Image
 
+from jfe_jax.bench.mbeir_units import MODALITIES, PROMPTS, UNITS, UnitShape, lengths
 
-class UnitShape(NamedTuple):
-    """A unit as published: thousands of training queries and of its local pool's candidates, mean words of texts."""
-
-    dataset: str
-    number: int
-    task: int
-    queries: int
-    candidates: int
-    query_words: int
-    candidate_words: int
-
-
-UNITS = (
-    UnitShape("visualnews", 0, 0, 99, 542, 19, 0),
-    UnitShape("visualnews", 0, 3, 100, 537, 0, 19),
-    UnitShape("fashion200k", 1, 0, 15, 201, 5, 0),
-    UnitShape("fashion200k", 1, 3, 15, 61, 0, 5),
-    UnitShape("webqa", 2, 1, 16, 544, 17, 45),
-    UnitShape("webqa", 2, 2, 17, 403, 17, 13),
-    UnitShape("edis", 3, 2, 26, 1047, 25, 16),
-    UnitShape("nights", 4, 4, 16, 40, 0, 0),
-    UnitShape("oven", 5, 6, 150, 676, 8, 100),
-    UnitShape("oven", 5, 8, 157, 335, 8, 100),
-    UnitShape("infoseek", 6, 6, 141, 611, 9, 100),
-    UnitShape("infoseek", 6, 8, 143, 481, 9, 100),
-    UnitShape("fashioniq", 7, 7, 16, 74, 11, 0),
-    UnitShape("cirr", 8, 7, 26, 21, 12, 0),
-    UnitShape("mscoco", 9, 0, 100, 5, 10, 0),
-    UnitShape("mscoco", 9, 3, 113, 25, 0, 10),
-)
-MODALITIES = {
-    0: ("text", "image"),
-    1: ("text", "text"),
-    2: ("text", "image,text"),
-    3: ("image", "text"),
-    4: ("image", "image"),
-    6: ("image,text", "text"),
-    7: ("image,text", "image"),
-    8: ("image,text", "image,text"),
-}
-PROMPTS = (
-    "Find an image or a text that answers the question.",
-    "Retrieve what is asked for in the query.",
-    "Which of the entries matches the given description best?",
-    "Identify the entry that fits.",
-)
 _WORDS = """
 the of and a in to is was for on with as by at from his her it that an are were has be this which or also had its one
 two first new not they after their city during during time years most other some where into between known used state
@@ -127,11 +81,11 @@ def write(
 
 def texts(count: int, mean_words: int, rng: np.random.Generator, words: np.ndarray) -> list[str]:
     """Drawn texts of log-normal length."""
-    lengths = np.maximum(2, rng.lognormal(np.log(mean_words) - 0.06, 0.35, count).round().astype(int))
+    sizes = lengths(count, mean_words, rng)
     # Few words make most of a text, as in a language.
-    drawn = words[(len(words) * rng.random(lengths.sum()) ** 3).astype(int)].tolist()
-    ends = np.cumsum(lengths)
-    return [" ".join(drawn[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
+    drawn = words[(len(words) * rng.random(sizes.sum()) ** 3).astype(int)].tolist()
+    ends = np.cumsum(sizes)
+    return [" ".join(drawn[end - length : end]) for length, end in zip(sizes, ends, strict=True)]
 
 
 def vocabulary(rng: np.random.Generator) -> np.ndarray:

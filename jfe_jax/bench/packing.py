@@ -13,18 +13,16 @@ from typing import NamedTuple
 import numpy as np
 
 from jfe_jax.bench import mbeir_like
+from jfe_jax.bench.mbeir_units import MODALITIES, PROMPTS, UNITS, shares
 from jfe_jax.bench.result import Progress, Result, table
 from jfe_jax.bench.tokenizer import IMAGE_TOKEN, paligemma_tokenizer
-from jfe_jax.config import DataConfig, TokensConfig, VisionConfig
-from jfe_jax.data import mixture
-from jfe_jax.data.contrastive import BatchShape, PairBatches
+from jfe_jax.config import TokensConfig, VisionConfig
+from jfe_jax.data.contrastive import PairBatches
+from jfe_jax.data.filling import BatchShape, EncodedPair
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.npm import cache_directory
-from jfe_jax.data.pairs import EncodedPair
 from jfe_jax.data.tokens import ItemEncoder
 
-# M-BEIR's, see configs/mbeir.yaml.
-UPSAMPLE = {"webqa": 100_000.0, "edis": 50_000.0, "nights": 50_000.0, "fashioniq": 50_000.0, "cirr": 50_000.0}
 BUCKETS = (32, 64, 128, 192, 256, 288, 320, 384, 512, 640)
 GROUPS, GROUP_TOKENS = 4, 10_240
 _ONE_PIXEL = np.zeros((1, 1, 3), np.uint8)
@@ -104,19 +102,16 @@ def draw(count: int, seed: int = 0) -> list[EncodedPair]:
     rng = np.random.default_rng(seed)
     tokenizer = paligemma_tokenizer(cache_directory(), lambda line: print(line, file=sys.stderr))
     encoder = ItemEncoder(TokensConfig(tokenizer=str(tokenizer), max_text_tokens=380), VisionConfig(), IMAGE_TOKEN)
-    sizes = {f"{unit.dataset}_task{unit.task}": 1000 * unit.queries for unit in mbeir_like.UNITS}
-    shares = mixture.weights(DataConfig(upsample=UPSAMPLE), sizes, "M-BEIR")
-    weights = np.array([shares[f"{unit.dataset}_task{unit.task}"] for unit in mbeir_like.UNITS])
-    chosen = rng.choice(len(mbeir_like.UNITS), count, p=weights / weights.sum())
+    chosen = rng.choice(len(UNITS), count, p=shares())
     words = mbeir_like.vocabulary(rng)
     pairs: list[EncodedPair] = [None] * count
-    for number, unit in enumerate(mbeir_like.UNITS):
+    for number, unit in enumerate(UNITS):
         places = np.flatnonzero(chosen == number)
         sides = []
         for kind, mean, prompt in zip(
-            mbeir_like.MODALITIES[unit.task],
+            MODALITIES[unit.task],
             (unit.query_words, unit.candidate_words),
-            (mbeir_like.PROMPTS[number % 4], None),
+            (PROMPTS[number % 4], None),
             strict=True,
         ):
             texts = mbeir_like.texts(len(places), mean, rng, words) if mean else [None] * len(places)

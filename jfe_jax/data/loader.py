@@ -18,7 +18,8 @@ import grain
 import numpy as np
 
 from jfe_jax.config import Config
-from jfe_jax.data.contrastive import BatchShape, PairBatches
+from jfe_jax.data.contrastive import PairBatches
+from jfe_jax.data.filling import BatchShape
 from jfe_jax.data.mixture import mix, shuffled, weights
 from jfe_jax.data.pairs import Caches, EncodePair, UnitQueries
 from jfe_jax.data.prepared import Prepared

@@ -12,6 +12,7 @@ import grain
 import numpy as np
 
 from jfe_jax.data.cache import ByteCache
+from jfe_jax.data.filling import EncodedPair
 from jfe_jax.data.images import shift
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.mbeir import MODALITIES
@@ -179,24 +180,6 @@ class BadPair(NamedTuple):
 
     unit: str
     problem: str
-
-
-class EncodedPair(NamedTuple):
-    """A pair as it enters a batch: `items` are the query, the positive and the negatives.
-
-    `numbers` and `modalities` (indices into MODALITIES) are the candidates', `positives` all that is right.
-    """
-
-    qid: str
-    items: tuple[EncodedItem, ...]
-    numbers: tuple[int, ...]
-    modalities: tuple[int, ...]
-    positives: tuple[int, ...]
-
-    def copied(self) -> "EncodedPair":
-        """With arrays of its own."""
-        items = (EncodedItem(np.array(t), None if p is None else np.array(p)) for t, p in self.items)
-        return self._replace(items=tuple(items))
 
 
 def uniform(seed: int, index: int, count: int) -> list[float]:

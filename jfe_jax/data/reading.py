@@ -12,8 +12,9 @@ import grain
 import numpy as np
 from absl import flags
 
+from jfe_jax.data.filling import EncodedPair
 from jfe_jax.data.items import EncodedItem
-from jfe_jax.data.pairs import BadPair, EncodedPair
+from jfe_jax.data.pairs import BadPair
 
 # Pairs that a worker sends at once: each array that is shared costs as much as copying a hundred kilobytes.
 _CHUNK = 8

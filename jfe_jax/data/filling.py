@@ -1,0 +1,109 @@
+"""A batch while it fills with pairs.
+
+Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a query, B items of a group.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jfe_jax.data.items import EncodedItem
+from jfe_jax.data.packing import ContrastiveBatch, Layout, Packer
+from jfe_jax.errors import UserError
+
+
+class EncodedPair(NamedTuple):
+    """A pair as it enters a batch: `items` are the query, the positive and the negatives.
+
+    `numbers` and `modalities` (indices into MODALITIES) are the candidates', `positives` all that is right.
+    """
+
+    qid: str
+    items: tuple[EncodedItem, ...]
+    numbers: tuple[int, ...]
+    modalities: tuple[int, ...]
+    positives: tuple[int, ...]
+
+    def copied(self) -> "EncodedPair":
+        """With arrays of its own."""
+        items = (EncodedItem(np.array(t), None if p is None else np.array(p)) for t, p in self.items)
+        return self._replace(items=tuple(items))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """Static sizes of a process's batches: G, N, K, P, and R, S, M and H = W of the packed batch."""
+
+    groups: int
+    pairs: int
+    negatives: int
+    positives: int
+    rows: int
+    row_tokens: int
+    image_slots: int
+    image_size: int
+    layout: Layout
+
+
+class Filling:
+    """A batch while it fills.
+
+    Attributes:
+      count: pairs in it so far.
+    """
+
+    def __init__(self, shape: BatchShape):
+        self.count = 0
+        self._shape = shape
+        self._counts = [0] * shape.groups
+        self._packer = Packer(
+            groups=shape.groups,
+            rows=shape.rows,
+            row_tokens=shape.row_tokens,
+            image_slots=shape.image_slots,
+            image_size=shape.image_size,
+            layout=shape.layout,
+        )
+        G, N, K, P = shape.groups, shape.pairs, shape.negatives, shape.positives
+        self._candidates = np.full((G, N * (1 + K)), -1, np.int32)
+        self._modalities = np.full((G, N * (1 + K)), -1, np.int32)
+        self._positives = np.full((G, N, P), -1, np.int32)
+
+    def add(self, pair: EncodedPair) -> bool:
+        """Takes the pair into the first group that can hold it, or says that none can.
+
+        Raises:
+          UserError: not even an empty batch can.
+        """
+        N, K, P = self._shape.pairs, self._shape.negatives, self._shape.positives
+        for g, n in enumerate(self._counts):
+            if n == N:
+                continue
+            # The places of the group's queries, positives and negatives in B (see ContrastiveBatch).
+            places = (n, N + n, *range(2 * N + n * K, 2 * N + n * K + len(pair.items) - 2))
+            if self._packer.add(g, list(zip(places, pair.items, strict=True))):
+                for place, number, modality in zip(places[1:], pair.numbers, pair.modalities, strict=True):
+                    self._candidates[g, place - N] = number
+                    self._modalities[g, place - N] = modality
+                # The drawn one first: it is there whatever P is.
+                right = pair.positives[:P]
+                if pair.numbers[0] not in right:
+                    right = [pair.numbers[0], *right[: P - 1]]
+                self._positives[g, n, : len(right)] = right
+                self._counts[g] = n + 1
+                self.count += 1
+                return True
+        if self.count == 0:
+            sizes = ", ".join(str(len(item.tokens)) for item in pair.items)
+            images = sum(item.pixels is not None for item in pair.items)
+            raise UserError(
+                f"query {pair.qid} with its candidates ({sizes} tokens, {images} images) does not fit into a group "
+                f"({self._shape.rows} rows of {self._shape.row_tokens} tokens, {self._shape.image_slots} image slots): "
+                "raise data.rows or data.image_slots"
+            )
+        return False
+
+    def finish(self) -> ContrastiveBatch:
+        packed = self._packer.finish(self._shape.pairs * (2 + self._shape.negatives))
+        return ContrastiveBatch(packed, self._candidates, self._modalities, self._positives)
