@@ -14,6 +14,7 @@ BENCHMARKS = {
     "stream": "exact search of a pool on disk: seconds and peak memory",
     "loss": "contrastive loss and gradients beside PyTorch's and plain jit's",
     "gradcache": "a step in GradCache chunks beside the plain step; memory by batch",
+    "train-step": "a training step beside transformers' PaliGemma in PyTorch; share of the matrix rate",
     "input": "our loader beside torch's DataLoader with PaliGemmaProcessor",
     "data": "check, prepare, a kill, a resume and memory on a generated M-BEIR directory",
     "packing": "real tokens in each layout, on M-BEIR's training mix",

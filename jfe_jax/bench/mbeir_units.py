@@ -67,8 +67,7 @@ def lengths(count: int, mean_words: int, rng: np.random.Generator) -> np.ndarray
 def shares() -> np.ndarray:
     """How much of the up-sampled training union each unit is, float64 [units]."""
     sizes = np.array([1000.0 * unit.queries for unit in UNITS])
-    whole = {name: sum(1000.0 * unit.queries for unit in UNITS if unit.dataset == name) for name in UPSAMPLE}
-    factors = np.array(
-        [UPSAMPLE[unit.dataset] / whole[unit.dataset] if unit.dataset in whole else 1.0 for unit in UNITS]
-    )
-    return sizes * factors / (sizes * factors).sum()
+    datasets = np.array([unit.dataset for unit in UNITS])
+    for name, count in UPSAMPLE.items():
+        sizes[datasets == name] *= count / sizes[datasets == name].sum()
+    return sizes / sizes.sum()

@@ -1,0 +1,130 @@
+"""One side of `train-step`: what it takes to make it, to check it and to time it; or as a process of its own, because
+two of them do not fit a GPU's memory at once.
+
+`python -m jfe_jax.bench.step_side '{"side": "jfe", "rounds": 5, "settings": {…}}'` prints a line of JSON.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+from jfe_jax.bench import rates
+from jfe_jax.bench.step_compare import STEPS
+from jfe_jax.bench.step_workload import KINDS, Batch, Settings, batches, config
+from jfe_jax.errors import UserError
+
+
+class Timed(NamedTuple):
+    """What a process says.
+
+    Attributes:
+      losses, norms: of the first steps on the mix.
+      seconds: of every step by kind of items, `rounds` times each batch.
+      rate: of this side's own matrix product in the same dtype, FLOP/s.
+      peak: of the device's memory in bytes; 0 on a CPU.
+      prepared: seconds from start to the first timed step.
+      device: its name.
+      took: seconds of the whole process, by the caller's clock.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    seconds: dict[str, list[float]]
+    rate: float
+    peak: int
+    prepared: float
+    device: str
+    took: float = 0.0
+
+
+def make(side: str, settings: Settings) -> Any:
+    """The `Step` of "jfe" or "torch", on its device."""
+    if side == "jfe":
+        from jfe_jax.bench.step_jax import Step
+
+        return Step(config(settings))
+    from jfe_jax import sharding
+    from jfe_jax.bench import weights
+    from jfe_jax.bench.step_torch import Step
+    from jfe_jax.blueprint import blueprint
+    from jfe_jax.config import MeshConfig
+
+    run = config(settings)
+    return Step(
+        run,
+        weights.shapes_of(blueprint(run.model, sharding.make_mesh(MeshConfig(data=1))).abstract),
+        checkpointing=settings.checkpointing,
+        compiled=settings.compiled,
+    )
+
+
+def time_rounds(
+    sides: Sequence[tuple[Any, list[Any]]], rounds: int, progress: Callable[[int], None] = lambda count: None
+) -> list[list[float]]:
+    """Seconds of every step of each side, by turns, after one step on each batch: [side][rounds · batches].
+
+    Args:
+      sides: a `Step` and its batches on the device, as many for each.
+      progress: is told of each step.
+    """
+    seconds: list[list[float]] = [[] for _ in sides]
+    for turn in range(rounds + 1):
+        for number in range(len(sides[0][1])):
+            for (step, there), own in zip(sides, seconds, strict=True):
+                start = time.perf_counter()
+                # The update is part of it.
+                step.step(there[number])
+                step.wait()
+                if turn:
+                    own.append(time.perf_counter() - start)
+                progress(1)
+    return seconds
+
+
+def put(side: str, step: Any, made: list[Batch]) -> list[Any]:
+    """The batches on the device, as `side` takes them."""
+    return [step.put(one.packed if side == "jfe" else one.padded) for one in made]
+
+
+def run(side: str, rounds: int, settings: Settings) -> Timed:
+    """Makes one side, takes the first steps, and times it."""
+    start = time.perf_counter()
+    step = make(side, settings)
+    there = {kind: put(side, step, batches(settings, kind)) for kind in KINDS}
+    first = [step.step(there["mix"][number % settings.batches]) for number in range(STEPS)]
+    losses, norms = ([float(one[place]) for one in first] for place in (0, 1))
+    prepared = time.perf_counter() - start
+    seconds = {kind: time_rounds([(step, there[kind])], rounds)[0] for kind in KINDS}
+    rate = (rates.by_jax if side == "jfe" else rates.by_torch)(settings.dtype)
+    return Timed(losses, norms, seconds, rate, step.peak(), prepared, step.name())
+
+
+def apart(side: str, rounds: int, settings: Settings, cache: str) -> Timed:
+    """`run` in a process of its own.
+
+    Args:
+      cache: directory of XLA's compiled programs, for a second process.
+
+    Raises:
+      UserError: the process failed; the end of what it said.
+    """
+    start = time.perf_counter()
+    env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.96"}
+    if side == "torch":
+        env |= {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    task = json.dumps({"side": side, "rounds": rounds, "settings": asdict(settings)})
+    command = [sys.executable, "-m", "jfe_jax.bench.step_side", task]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise UserError(f"{side}'s process failed:\n{done.stderr[-3000:]}")
+    return Timed(**json.loads(done.stdout.splitlines()[-1]))._replace(took=time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    task = json.loads(sys.argv[1])
+    print(json.dumps(run(task["side"], task["rounds"], Settings(**task["settings"]))._asdict()))
