@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep HLO texts, and results of --search and --scaling")
     parser.add_argument("--step", choices=("both", "train"), default="both", help="train: leave the embedding step out")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--search", action="store_true", help="try meshes, remat policies and chunks; rank what fits")
+    how.add_argument(
+        "--search",
+        action="store_true",
+        help="try meshes, remat policies and chunks, but for those given; rank what fits",
+    )
     how.add_argument("--scaling", action="store_true", help="16 to 1024 chips at this topology's work per chip")
     parser.add_argument("--limit", type=int, default=6, metavar="N", help="--search: compile the N most promising")
     parser.add_argument(

@@ -85,7 +85,7 @@ def _read(computation: Computation, one: Instruction, kind: str, times: float) -
         return []
     operands = [computation.by_name[name].arrays[0] for name in one.operands]
     scale = n if kind == "all-gather" else 1
-    what = _origin(one.op_name)
+    what = origin(one.op_name)
     if len(operands) > 1 and kind != "all-to-all":
         # A combined one has the name of one of its parts; an all-to-all may have an operand for each chip.
         what = f"combined with {what}"
@@ -137,8 +137,11 @@ def _transposed(place: int, dims: Sequence[int], order: Sequence[int]) -> int:
     return sum(at * math.prod(dims[axis + 1 :]) for axis, at in enumerate(index))
 
 
-def _origin(op_name: str) -> str:
-    # "jit(step)/transpose(jvp(shard_map))/tower/while/body/up_df/reduce_scatter" → "tower/up_df, backward"
+def origin(op_name: str) -> str:
+    """Where in the model an instruction comes from, by its name as traced.
+
+    "jit(step)/transpose(jvp(shard_map))/tower/while/body/up_df/reduce_scatter" → "tower/up_df, backward"
+    """
     backward = "transpose(" in op_name
     parts = re.sub(r"[\w.]+\(|\)", "", op_name).split("/")
     # Made of several, with their names between colons.

@@ -1,6 +1,5 @@
 """Compiles a config's training step and embedding step for chips that are not there."""
 
-import math
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from typing import Any
 
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
-from jfe_jax.plan.hlo import BYTES
+from jfe_jax.plan.buffers import Buffers, described, options
 from jfe_jax.plan.topology import Topology
 
 _lock: Any = None
@@ -29,6 +28,7 @@ class Program:
       arguments, outputs, aliased, temporaries, code: bytes a chip; outputs that reuse arguments are in `aliased`.
       seconds, cpu_seconds: that tracing and compiling took, and of all processors together.
       warnings: what libtpu wrote of arrays copied whole to change their layout.
+      buffers: what lies in memory when.
     """
 
     hlo: str
@@ -40,6 +40,7 @@ class Program:
     seconds: float
     cpu_seconds: float
     warnings: tuple[str, ...]
+    buffers: Buffers
 
     @property
     def peak(self) -> int:
@@ -133,31 +134,6 @@ def embedding_step(config: Config, mesh: Any, logs: Path) -> Program:
     return _compiled(step, (plan.abstract, abstract_batch(one, mesh).packed), logs)
 
 
-def loss_alone(config: Config, mesh: Any, logs: Path) -> Program:
-    """The loss and its gradients from embeddings that are there: what of the step's memory is the loss's."""
-    import jax
-    import jax.numpy as jnp
-
-    from jfe_jax.models import embedding_width
-    from jfe_jax.train import state
-    from jfe_jax.train.step import contrast
-
-    training = state.prepare(config, mesh)
-    batch = abstract_batch(config, mesh)
-    valid = batch.packed.valid
-    width = embedding_width(config.model)
-    embeddings = jax.ShapeDtypeStruct((*valid.shape, width), jnp.float32, sharding=valid.sharding)
-
-    def step(loss: Any, embeddings: Any, batch: Any) -> Any:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return jax.grad(lambda *both: contrast(training, *both, batch)[0], (0, 1))(loss, embeddings)
-
-    # It looks at no pixels.
-    pixels = jax.ShapeDtypeStruct((*valid.shape[:-1], 0), jnp.uint8, sharding=valid.sharding)
-    small = batch._replace(packed=batch.packed._replace(pixels=pixels))
-    return _compiled(jax.jit(step), (training.abstract.loss, embeddings, small), logs)
-
-
 def abstract_batch(config: Config, mesh: Any) -> Any:
     """A ContrastiveBatch of the config's shapes on the mesh, without arrays.
 
@@ -187,10 +163,12 @@ def _compiled(step: Any, arguments: tuple[Any, ...], logs: Path) -> Program:
 
     began, worked, seen = time.monotonic(), time.process_time(), _log_sizes(logs)
     lowered = step.lower(*arguments)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        raise _explained(str(error), lowered.as_text()) from error
+    with tempfile.TemporaryDirectory(prefix="jfe_plan_hlo_") as dumped:
+        try:
+            compiled = lowered.compile(compiler_options=options(dumped))
+        except jax.errors.JaxRuntimeError as error:
+            raise _explained(str(error), Buffers.read(Path(dumped))) from error
+        buffers = Buffers.read(Path(dumped))
     memory = compiled.memory_analysis()
     return Program(
         compiled.as_text(),
@@ -202,6 +180,7 @@ def _compiled(step: Any, arguments: tuple[Any, ...], logs: Path) -> Program:
         time.monotonic() - began,
         time.process_time() - worked,
         tuple(line for line in _new_lines(logs, seen) if REMATERIALIZED in line),
+        buffers,
     )
 
 
@@ -218,51 +197,18 @@ def _wait_for_others() -> None:
         fcntl.flock(_lock, fcntl.LOCK_EX)
 
 
-def _explained(text: str, lowered: str) -> UserError:
+def _explained(text: str, buffers: Buffers | None) -> UserError:
     # "… required for HLO temporaries (17.00G) exceeds available HBM (15.75G)", "Used 17.51G of 15.75G hbm"
     used = re.search(r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM|of) \(?([\d.]+)([KMGT]?)\)?", text)
     if "RESOURCE_EXHAUSTED" not in text or not used:
         first = next((line for line in text.splitlines() if line.strip()), text)
         return UserError(f"the compiler refused the step: {first[:300]}")
     needed, available = _bytes(used[1], used[2]), _bytes(used[3], used[4])
-    largest = largest_arrays(lowered)
+    largest = tuple(described(value) for value in buffers.largest(3)) if buffers else ()
+    named = f"; the largest buffers where it is fullest: {'; '.join(largest)}" if largest else ""
     return DoesNotFit(
-        f"does not fit: {needed / 2**30:.2f} GiB of {available / 2**30:.2f} GiB; the largest arrays that the step "
-        f"makes: {'; '.join(largest)}",
-        needed,
-        available,
-        largest,
+        f"does not fit: {needed / 2**30:.2f} GiB of {available / 2**30:.2f} GiB{named}", needed, available, largest
     )
-
-
-def largest_arrays(lowered: str, count: int = 3) -> tuple[str, ...]:
-    """The largest kinds of arrays that a chip makes, as "6.75 GiB bf16[18,1,24,512,16384]", from StableHLO text.
-
-    The compiler names no buffers of what it refuses. In the text, shapes are a chip's own where a computation is
-    written for each chip, and in the functions called there; elsewhere (parameters, optimizer) they are of whole
-    arrays, which are left out if there is any of the former.
-    """
-    own, depth, inside = [], 0, False
-    for line in lowered.splitlines():
-        if "func.func public" in line:
-            inside = False
-        elif "func.func private" in line:
-            inside = True
-        if "sdy.manual_computation" in line:
-            depth += 1
-        elif depth and line.strip().startswith("} : ("):
-            depth -= 1
-            continue
-        if depth or inside:
-            own.append(line)
-    # Reshaped, an array is the same array.
-    sizes: dict[tuple[str, int], str] = {}
-    for dims, dtype in re.findall(r"tensor<((?:\d+x)+)([a-z]+\d+)>", "\n".join(own) if any(own) else lowered):
-        dtype = dtype.replace("i", "s") if dtype.startswith("i") else dtype
-        shape = [int(size) for size in dims.strip("x").split("x")]
-        sizes.setdefault((dtype, math.prod(shape) * BYTES.get(dtype, 4)), f"{dtype}[{','.join(map(str, shape))}]")
-    largest = sorted(sizes, key=lambda one: -one[1])[:count]
-    return tuple(f"{one[1] / 2**30:.2f} GiB {sizes[one]}" for one in largest)
 
 
 def _bytes(number: str, unit: str) -> int:

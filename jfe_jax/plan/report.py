@@ -8,8 +8,9 @@ from typing import Any
 
 from jfe_jax.config import Config
 from jfe_jax.plan import flops
+from jfe_jax.plan.buffers import described
 from jfe_jax.plan.collectives import collectives
-from jfe_jax.plan.compile import DoesNotFit, Program, embedding_step, loss_alone, train_step
+from jfe_jax.plan.compile import DoesNotFit, Program, embedding_step, train_step
 from jfe_jax.plan.costs import work
 from jfe_jax.plan.hlo import Module
 from jfe_jax.plan.roofline import ASSUMPTIONS, roofline
@@ -26,7 +27,7 @@ def make_plan(
     keep: Path | None = None,
     embedding: bool = True,
 ) -> dict[str, Any]:
-    """Compiles the training step, the loss alone and, if wanted, the embedding step; measures all of them.
+    """Compiles the training step and, if wanted, the embedding step; measures both.
 
     Args:
       config: what `jfe train` would run.
@@ -94,7 +95,6 @@ def make_plan(
         }
 
     memory = plan["memory"]
-    memory["loss"] = loss_alone(config, mesh, logs).temporaries
     try:
         say(f"compiling the training step for {topology}")
         program = train_step(config, mesh, logs)
@@ -105,6 +105,9 @@ def make_plan(
         "temporaries": program.temporaries,
         "program": program.code,
         "peak": program.peak,
+        "loss": program.buffers.temporaries("loss"),
+        "loss_on_chip": program.buffers.temporaries("loss", space=1),
+        "largest": [described(value) for value in program.buffers.largest(5)],
     }
     plan["train"] = measured("training step", program, flops.training_flops(config))
     if embedding:
@@ -133,11 +136,12 @@ def as_text(plan: dict[str, Any]) -> str:
         ),
     ]
     if plan["fits"]:
-        share = memory["loss"] / memory["temporaries"]
-        lines.append(
-            f"  the loss alone needs {memory['loss'] / GIB:.3f} GiB of temporaries beside the chip's own memory, "
-            f"{share:.1%} of the step's"
-        )
+        share = memory["loss"] / max(memory["temporaries"], 1)
+        lines += [
+            f"  the loss has {memory['loss'] / GIB:.3f} GiB of temporaries at most, {share:.1%} of the step's, and "
+            f"{memory['loss_on_chip'] / 2**20:.0f} MiB in the on-chip memory",
+            f"  largest where memory is fullest: {'; '.join(memory['largest'])}",
+        ]
         if "embed" in plan:
             lines.append(f"  peak of the embedding step {memory['embedding_peak'] / GIB:.2f}")
     unsplit = plan["unsplit"]

@@ -34,6 +34,16 @@ class Candidate:
     memory: float
     seconds: float
 
+    def agrees(self, given: dict[str, str]) -> bool:
+        """Whether none of `given`, by key, says otherwise; -1 leaves an axis of the mesh open."""
+        own = (_key_and_value(one) for one in self.overrides)
+        return all(given.get(key, value) in (value, "-1") for key, value in own)
+
+
+def _key_and_value(override: str) -> tuple[str, str]:
+    key, _, value = override.lstrip("-").partition("=")
+    return key, value
+
 
 class Runner:
     """Plans in processes of their own.
@@ -95,14 +105,18 @@ class Runner:
 def search(runner: Runner, config: Config, topology: Topology, limit: int) -> list[dict[str, Any]]:
     """Compiles the `limit` most promising settings; what fits first, the fastest first.
 
+    What the runner's overrides say stays as it is.
+
     Raises:
-      UserError: no mesh of the topology's chips goes with the config.
+      UserError: no mesh of the topology's chips goes with the config and the overrides.
     """
+    given = dict(_key_and_value(one) for one in runner.overrides)
     candidates = sorted(
-        settings(config, topology), key=lambda one: (one.memory > topology.chip.hbm_bytes, one.seconds, one.memory)
+        (one for one in settings(config, topology) if one.agrees(given)),
+        key=lambda one: (one.memory > topology.chip.hbm_bytes, one.seconds, one.memory),
     )
     if not candidates:
-        raise UserError(f"no mesh of {topology.chips} chips divides both the weights and the batch")
+        raise UserError(f"no mesh of {topology.chips} chips divides both the weights and the batch as it should")
     runner.say(f"{len(candidates)} settings; compiling {min(limit, len(candidates))}")
     rows = [row(runner.plan(topology, one.overrides), " ".join(one.overrides)) for one in candidates[:limit]]
     return sorted(rows, key=lambda one: (not one["fits"], -one.get("mfu_serial", 0.0)))

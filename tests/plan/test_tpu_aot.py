@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,8 +55,21 @@ def test_a_tiny_step_on_four_chips(tmp_path):
     assert of_table.get("all-reduce", 0) <= text.vocab_size * text.width * 4 / 2
     memory = found["memory"]
     assert 0 < memory["parameters"] < memory["optimizer"] < memory["arguments"] < memory["peak"] < memory["hbm"]
+    # So small that the loss stays on the chip: 32 candidates of 32 numbers, at least.
+    assert memory["loss"] < memory["temporaries"] + memory["loss_on_chip"] and memory["loss_on_chip"] >= 32 * 32 * 4
     assert found["train"]["executed_flops"] >= 0.9 * found["train"]["model_flops"]
     assert 0 < found["embed"]["executed_flops"] < found["train"]["executed_flops"] / 2
+
+
+def test_a_batch_that_is_too_large_names_its_buffers(tmp_path):
+    rows = 2**21
+    done = plan(tmp_path, "--json", f"--data.rows={rows}", "--step", "train")
+    assert done.returncode == 1
+    assert re.search(r"jfe plan: does not fit: [\d.]+ GiB of 15.75 GiB; the largest buffers where it is", done.stderr)
+    largest = json.loads(done.stdout)["largest"]
+    assert len(largest) == 3
+    # A quarter of the rows: the logits of 32 tokens for 4 heads over 32.
+    assert largest[0].startswith(f"{rows // 4 * 32 * 4 * 32 * 4 / 2**30:.2f} GiB f32[") and "tower" in largest[0]
 
 
 def test_meshes_on_slices():
