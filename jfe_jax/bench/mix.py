@@ -5,7 +5,6 @@ Axes: N pairs, B items, S tokens of the longest.
 """
 
 import math
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from jfe_jax.bench.mbeir_units import MODALITIES, PROMPTS, UNITS, lengths, shares
 from jfe_jax.config import Config
-from jfe_jax.data.filling import BatchShape, EncodedPair, Filling
+from jfe_jax.data.filling import BatchShape, EncodedPair, fill
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.packing import ContrastiveBatch
 
@@ -72,7 +71,7 @@ def equal(config: Config, count: int, seed: int = 0) -> list[EncodedPair]:
 def packed(config: Config, pairs: Sequence[EncodedPair], batches: int) -> list[tuple[ContrastiveBatch, list[int]]]:
     """The first `batches` batches, each with the places in `pairs` of what it holds, in order.
 
-    As the loader fills them: in order, and a pair that finds no room waits for the next, at most an eighth of a batch.
+    As the loader fills them.
 
     Raises:
       ValueError: too few pairs.
@@ -89,16 +88,13 @@ def packed(config: Config, pairs: Sequence[EncodedPair], batches: int) -> list[t
         image_size=config.model.vision.image_size,
         layout=data.layout,
     )
-    made, queue = [], deque(range(len(pairs)))
+    made, waiting, stream = [], {}, iter(enumerate(pairs))
     for _ in range(batches):
-        filling, held, waiting = Filling(shape), [], []
-        while filling.count < data.pairs and len(waiting) < max(1, data.pairs // 8):
-            if not queue:
-                raise ValueError(f"{len(pairs)} pairs are too few for {batches} batches of {data.pairs}")
-            place = queue.popleft()
-            (held if filling.add(pairs[place]) else waiting).append(place)
-        queue.extendleft(reversed(waiting))
-        made.append((filling.finish(), held))
+        try:
+            filling, waiting = fill(shape, sorted(waiting.items()), stream)
+        except StopIteration:
+            raise ValueError(f"{len(pairs)} pairs are too few for {batches} batches of {data.pairs}") from None
+        made.append((filling.finish(), sorted(filling.indices[0])))
     return made
 
 

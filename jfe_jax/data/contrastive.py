@@ -4,12 +4,13 @@ Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a
 """
 
 import logging
-from collections import Counter, deque
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import grain
 
-from jfe_jax.data.filling import BatchShape, EncodedPair, Filling
+from jfe_jax.data.filling import BatchShape, EncodedPair, Filling, fill
 from jfe_jax.data.packing import ContrastiveBatch
 from jfe_jax.data.pairs import BadPair
 from jfe_jax.data.reading import PairReader
@@ -18,6 +19,8 @@ from jfe_jax.errors import UserError
 _LOG = logging.getLogger(__name__)
 # Pairs from which on a share of bad ones says something; problems that are logged, and named in the end.
 _ENOUGH, _MOST_PROBLEMS, _SHOWN_PROBLEMS = 10_000, 1000, 20
+# A step with a smaller share of its pairs than this is one to warn of.
+_FEW = 0.9
 
 
 def empty_batch(shape: BatchShape) -> ContrastiveBatch:
@@ -28,9 +31,8 @@ def empty_batch(shape: BatchShape) -> ContrastiveBatch:
 class PairBatches(grain.DatasetIterator):
     """A stream of pairs → ContrastiveBatch of one shape.
 
-    Pairs are taken in order and go into the first group that has a place and room for them. A pair that fits nowhere
-    waits for the next step, where it comes first. So the state is the next place in the stream and the pairs that wait,
-    by their index in it.
+    A step's pairs are those that wait, then the stream's next (see `filling.fill`). So the state is the next place in
+    the stream and the pairs that wait, by their index in it.
 
     Args:
       reader: where pairs come from.
@@ -69,38 +71,36 @@ class PairBatches(grain.DatasetIterator):
 
     def __next__(self) -> ContrastiveBatch:
         """Raises UserError if a pair fits into no batch, or more than the share of them cannot be read."""
-        filling = Filling(self._shape)
-        total = self._shape.groups * self._shape.pairs
-        # Looking a little further finds small pairs that still fit; the bound keeps what waits, and the state, small.
-        most_waiting = max(1, total // 8)
-        queue, waiting, held = deque(self._waiting), [], {}
-        while filling.count < total and len(waiting) < most_waiting:
-            if queue:
-                index = queue.popleft()
-                pair = self._held.get(index) or self._reader.at(index)
-            else:
-                index, pair = self._read()
-            if isinstance(pair, BadPair):
-                self._skip(pair)
-            elif not filling.add(pair):
-                waiting.append(index)
-                held[index] = pair.copied()
-        held |= {index: self._held[index] for index in queue if index in self._held}
-        self._waiting, self._held = [*waiting, *queue], held
+        filling, waiting = fill(self._shape, self._held_back(), self._stream())
         batch = filling.finish()
-        if filling.count < total:
+        self._waiting = sorted(waiting)
+        self._held = {index: waiting[index].copied() for index in self._waiting}
+        total = self._shape.groups * self._shape.pairs
+        if filling.count < _FEW * total:
             self._warn_short(batch, filling.count, total)
         return batch
 
-    def _read(self) -> tuple[int, EncodedPair | BadPair]:
-        index = self._base + self._index + self._count * self._next
-        if not self._started:
-            self._reader.start(index, self._count)
-            self._started = True
-        pair = next(self._reader)
-        self._next += 1
-        self._taken += 1
-        return index, pair
+    def _held_back(self) -> Iterator[tuple[int, EncodedPair]]:
+        for index in self._waiting:
+            pair = self._held.get(index) or self._reader.at(index)
+            if isinstance(pair, BadPair):
+                self._skip(pair)
+            else:
+                yield index, pair
+
+    def _stream(self) -> Iterator[tuple[int, EncodedPair]]:
+        while True:
+            index = self._base + self._index + self._count * self._next
+            if not self._started:
+                self._reader.start(index, self._count)
+                self._started = True
+            pair = next(self._reader)
+            self._next += 1
+            self._taken += 1
+            if isinstance(pair, BadPair):
+                self._skip(pair)
+            else:
+                yield index, pair
 
     def _skip(self, pair: BadPair) -> None:
         self._bad[pair.unit] += 1
@@ -122,8 +122,8 @@ class PairBatches(grain.DatasetIterator):
             packed = batch.packed
             images = int((packed.image_start < self._shape.rows * self._shape.row_tokens).sum())
             _LOG.warning(
-                "%d steps so far had no room for all their pairs; this one has %d of %d, with %d of %d image slots and "
-                "%.0f %% of the row tokens in use: raise data.image_slots or data.rows",
+                "%d steps so far had no room for a tenth of their pairs; this one has %d of %d, with %d of %d image "
+                "slots and %.0f %% of the row tokens in use: raise data.image_slots or data.rows",
                 self._short,
                 count,
                 total,

@@ -3,6 +3,8 @@
 Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a query, B items of a group.
 """
 
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +13,9 @@ import numpy as np
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.packing import ContrastiveBatch, Layout, Packer
 from jfe_jax.errors import UserError
+
+# While fewer than one in so many of a step's pairs wait, others are tried in their place.
+_TRIED = 8
 
 
 class EncodedPair(NamedTuple):
@@ -51,12 +56,13 @@ class Filling:
 
     Attributes:
       count: pairs in it so far.
+      indices: of each group's pairs, in the order in which they came.
     """
 
     def __init__(self, shape: BatchShape):
         self.count = 0
         self._shape = shape
-        self._counts = [0] * shape.groups
+        self.indices: list[list[int]] = [[] for _ in range(shape.groups)]
         self._packer = Packer(
             groups=shape.groups,
             rows=shape.rows,
@@ -70,14 +76,15 @@ class Filling:
         self._modalities = np.full((G, N * (1 + K)), -1, np.int32)
         self._positives = np.full((G, N, P), -1, np.int32)
 
-    def add(self, pair: EncodedPair) -> bool:
-        """Takes the pair into the first group that can hold it, or says that none can.
+    def add(self, index: int, pair: EncodedPair) -> bool:
+        """Takes the pair with that index in the stream into the emptiest group that can hold it, or says that none can.
 
         Raises:
           UserError: not even an empty batch can.
         """
         N, K, P = self._shape.pairs, self._shape.negatives, self._shape.positives
-        for g, n in enumerate(self._counts):
+        for g in sorted(range(self._shape.groups), key=lambda g: -self._packer.free[g]):
+            n = len(self.indices[g])
             if n == N:
                 continue
             # The places of the group's queries, positives and negatives in B (see ContrastiveBatch).
@@ -91,7 +98,7 @@ class Filling:
                 if pair.numbers[0] not in right:
                     right = [pair.numbers[0], *right[: P - 1]]
                 self._positives[g, n, : len(right)] = right
-                self._counts[g] = n + 1
+                self.indices[g].append(index)
                 self.count += 1
                 return True
         if self.count == 0:
@@ -105,5 +112,49 @@ class Filling:
         return False
 
     def finish(self) -> ContrastiveBatch:
-        packed = self._packer.finish(self._shape.pairs * (2 + self._shape.negatives))
+        """The batch; a group's pairs stand in the order of their indices."""
+        N, K = self._shape.pairs, self._shape.negatives
+        packed = self._packer.finish(N * (2 + K))
+        for g, indices in enumerate(self.indices):
+            order = np.arange(N)
+            order[: len(indices)] = np.argsort(indices)
+            places = np.concatenate([order, N + order, (2 * N + order[:, None] * K + np.arange(K)).ravel()])
+            for array in (packed.pool, packed.pool_span, packed.valid):
+                array[g] = array[g, places]
+            for array in (self._candidates, self._modalities):
+                array[g] = array[g, places[N:] - N]
+            self._positives[g] = self._positives[g, order]
         return ContrastiveBatch(packed, self._candidates, self._modalities, self._positives)
+
+
+def fill(
+    shape: BatchShape, waiting: Iterable[tuple[int, EncodedPair]], stream: Iterator[tuple[int, EncodedPair]]
+) -> tuple[Filling, dict[int, EncodedPair]]:
+    """Fills a batch with pairs, which come with their indices; returns it and those that found no room.
+
+    Those that wait are packed first, in their order, so that none waits for long. Then as many of the stream as make
+    up the batch, the largest first: small ones fit into what these leave. Then, one by one, what comes next.
+
+    Raises:
+      UserError: a pair fits into no batch.
+    """
+    total = shape.groups * shape.pairs
+    filling, left = Filling(shape), {}
+
+    def place(index: int, pair: EncodedPair) -> None:
+        if not filling.add(index, pair):
+            left[index] = pair
+
+    for index, pair in waiting:
+        place(index, pair)
+    fresh = itertools.islice(stream, max(0, total - filling.count - len(left)))
+    for index, pair in sorted(fresh, key=_size, reverse=True):
+        place(index, pair)
+    while filling.count < total and len(left) < max(1, total // _TRIED):
+        place(*next(stream))
+    return filling, left
+
+
+def _size(numbered: tuple[int, EncodedPair]) -> tuple[int, int]:
+    lengths = [len(item.tokens) for item in numbered[1].items]
+    return max(lengths), sum(lengths)

@@ -3,6 +3,7 @@
 Axes: G groups, R rows, S tokens of a row, M image slots, B items, H W pixels.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -61,54 +62,46 @@ class ContrastiveBatch(NamedTuple):
 
 
 class Packer:
-    """Finds room for items, one after the other, then lays them out.
+    """Finds room for items, then lays them out.
 
-    Each item goes into the first row of its group that has room (first fit), or, in the padded layout, into a row of
+    Each item goes into the fullest row of its group that has room (best fit), or, in the padded layout, into a row of
     its own. Finding room needs lengths only, so it costs microseconds; tokens and pixels are copied once, at the end.
 
     Args:
       groups, rows, row_tokens, image_slots: G, and R, S and M of each group.
       image_size: H and W of the image slots.
+
+    Attributes:
+      free: tokens that each group has left.
     """
 
     def __init__(self, *, groups: int, rows: int, row_tokens: int, image_slots: int, image_size: int, layout: Layout):
         self.groups, self.rows, self.row_tokens = groups, rows, row_tokens
         self.image_slots, self.image_size, self.layout = image_slots, image_size, layout
-        self._free = np.full((groups, rows), row_tokens, np.int32)
-        self._segments = np.zeros((groups, rows), np.int32)
+        self.free = [rows * row_tokens] * groups
+        # (tokens left, row), in that order.
+        self._left = [[(row_tokens, row) for row in range(rows)] for _ in range(groups)]
         self._images = [0] * groups
-        self._next_row = [0] * groups
-        self._placed: list[tuple[int, int, EncodedItem, int, int]] = []
+        self._placed: list[tuple[int, int, EncodedItem, int]] = []
 
     def add(self, group: int, items: Sequence[tuple[int, EncodedItem]]) -> bool:
         """Takes all of `items` (each with its index in the group's B) into `group`, or, if they do not fit, none."""
-        free, segments = self._free[group], self._segments[group]
-        images, next_row = self._images[group], self._next_row[group]
-        taken: list[tuple[int, int, EncodedItem, int, int]] = []
-        fits = True
-        for index, item in items:
-            length = len(item.tokens)
-            images += item.pixels is not None
-            if self.layout == "padded":
-                row, self._next_row[group] = self._next_row[group], self._next_row[group] + 1
-                fits = row < self.rows and length <= self.row_tokens
-            else:
-                row = int((free >= length).argmax())
-                fits = bool(free[row] >= length)
-            fits = fits and images <= self.image_slots
-            if not fits:
-                break
-            start = (row + 1) * self.row_tokens - int(free[row])
-            free[row] -= length
-            segments[row] += 1
-            taken.append((group, index, item, start, int(segments[row])))
-        if not fits:
-            for _, _, item, start, _ in taken:
-                free[start // self.row_tokens] += len(item.tokens)
-                segments[start // self.row_tokens] -= 1
-            self._next_row[group] = next_row
+        images = self._images[group] + sum(item.pixels is not None for _, item in items)
+        if images > self.image_slots:
             return False
-        self._images[group] = images
+        left, taken = self._left[group].copy(), []
+        # The longest first: they fit into the fewest rows.
+        for index, item in sorted(items, key=lambda one: -len(one[1].tokens)):
+            length = len(item.tokens)
+            at = bisect_left(left, (length, -1))
+            if at == len(left):
+                return False
+            room, row = left.pop(at)
+            if self.layout == "packed":
+                insort(left, (room - length, row))
+            taken.append((group, index, item, (row + 1) * self.row_tokens - room))
+        self._left[group], self._images[group] = left, images
+        self.free[group] -= sum(len(item.tokens) for _, item in items)
         self._placed += taken
         return True
 
@@ -121,21 +114,25 @@ class Packer:
         pool, pool_span = np.zeros((G, B), np.int32), np.zeros((G, B, 2), np.int32)
         valid = np.zeros((G, B), bool)
         if self._placed:
-            group, index, items, start, segment = zip(*self._placed, strict=True)
+            # In the order in which they lie.
+            self._placed.sort(key=lambda one: (one[0], one[3]))
+            group, index, items, start = zip(*self._placed, strict=True)
             lengths = np.array([len(item.tokens) for item in items])
             ends = np.cumsum(lengths)
             inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
             group, index, start = np.array(group), np.array(index), np.array(start, np.int32)
             where = np.repeat(group * (R * S) + start, lengths) + inside
             tokens[where] = np.concatenate([item.tokens for item in items])
-            segments[where] = np.repeat(np.array(segment, np.int32), lengths)
+            row = group * R + start // S
+            number = np.arange(len(row)) - np.searchsorted(row, row) + 1
+            segments[where] = np.repeat(number.astype(np.int32), lengths)
             positions[where] = inside
             pool[group, index] = start + lengths - 1
             pool_span[group, index, 0] = start
             pool_span[group, index, 1] = start + lengths
             valid[group, index] = True
         used = [0] * G
-        for g, _, item, start, _ in self._placed:
+        for g, _, item, start in self._placed:
             if item.pixels is not None:
                 pixels[g, used[g]] = item.pixels
                 image_start[g, used[g]] = start

@@ -24,8 +24,6 @@ _AHEAD = 32
 class PairReader:
     """Pairs start, start + stride, start + 2 · stride, …
 
-    Those of workers lie in shared memory, which must not outlive the reader: what is kept has to be copied.
-
     Args:
       pairs: EncodedPair (or BadPair) by index, endless.
       workers: reader processes; 0 reads in threads of this one.
@@ -68,7 +66,6 @@ class PairReader:
 
     def close(self) -> None:
         """Stops reading."""
-        # With what it shares: memory that is held when the iterator ends is never freed.
         self._chunk = iter(())
         if self._iterator is not None:
             self._iterator.close()
@@ -89,6 +86,8 @@ def _to_chunk(pairs: Sequence[EncodedPair | BadPair]) -> dict[str, np.ndarray]:
 
 
 def _from_chunk(chunk: dict[str, np.ndarray]) -> Iterator[EncodedPair | BadPair]:
+    # Copied: shared memory is scarce (64 MiB in a container), and what is still held when the reader ends is never freed.
+    chunk = {name: np.array(array) for name, array in chunk.items()}
     tokens, pixels = chunk["tokens"], chunk["pixels"]
     rest, shape = pickle.loads(chunk["rest"].tobytes())
     items, token, image = [], 0, 0
