@@ -86,7 +86,7 @@ def _to_chunk(pairs: Sequence[EncodedPair | BadPair]) -> dict[str, np.ndarray]:
 
 
 def _from_chunk(chunk: dict[str, np.ndarray]) -> Iterator[EncodedPair | BadPair]:
-    # Copied: shared memory is scarce (64 MiB in a container), and what is still held when the reader ends is never freed.
+    # Copied: shared memory is scarce (64 MiB in a container), and what is held when the reader ends is never freed.
     chunk = {name: np.array(array) for name, array in chunk.items()}
     tokens, pixels = chunk["tokens"], chunk["pixels"]
     rest, shape = pickle.loads(chunk["rest"].tobytes())
