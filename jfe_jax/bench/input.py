@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from jfe_jax.bench import mbeir_like
-from jfe_jax.bench.result import Progress, Result, ratios, table
+from jfe_jax.bench.result import Progress, Result, Table, ratios, table
 from jfe_jax.bench.tokenizer import IMAGE_TOKEN, VOCABULARY, paligemma_tokenizer
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data.items import Item
@@ -31,6 +32,8 @@ from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 
 ROWS, THEIR_BATCH = 3000, 32
+# `model.vision.resampler`, and what the tables call it.
+RESAMPLERS = {"pillow": "Resized as Pillow does", "torchvision": "Resized as torchvision does"}
 
 
 class Rate(NamedTuple):
@@ -64,40 +67,49 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         for _ in prepare(Mbeir(raw), out, progress=progress):
             pass
         pairs = _items(raw)
-        cfg = _config(out, tokenizer, args.workers)
-        processor = _processor(tokenizer)
-        compared = _compare(pairs, cfg, processor)
-        loader = _loader(pairs, processor, args.workers, args.items)
-        ours, threads, theirs = (
-            f"jfe, {args.workers} workers",
-            f"jfe, {_threads()} threads",
-            f"torch, {args.workers} workers",
-        )
-        sides: dict[str, Callable[[], Iterator[int]]] = {
-            ours: lambda: _ours(cfg),
-            threads: lambda: _ours(_config(out, tokenizer, 0)),
-            theirs: lambda: _theirs(loader),
-        }
-        rates: dict[str, list[Rate]] = {name: [] for name in sides}
+        sides: dict[str, dict[str, Callable[[], Iterator[int]]]] = {}
+        compared = 0
+        for resampler in RESAMPLERS:
+            ours, threads = (_config(out, tokenizer, workers, resampler) for workers in (args.workers, 0))
+            processor = _processor(tokenizer, resampler)
+            compared += _compare(pairs, ours, processor)
+            loader = _loader(pairs, processor, args.workers, args.items)
+            sides[resampler] = {
+                f"jfe, {args.workers} workers": partial(_ours, ours),
+                f"jfe, {_threads()} threads": partial(_ours, threads),
+                f"torch, {args.workers} workers": partial(_theirs, loader),
+            }
+        rates: dict[tuple[str, str], list[Rate]] = {(one, side): [] for one in sides for side in sides[one]}
         with progress("rounds", args.rounds) as done:
             for turn in range(args.rounds):
-                for name in list(sides)[:: 1 if turn % 2 else -1]:
-                    rates[name].append(_rate(sides[name](), args.items, endless=name != theirs))
+                for one, side in list(rates)[:: 1 if turn % 2 else -1]:
+                    rates[one, side].append(_rate(sides[one][side](), args.items, side.startswith("jfe"), args.workers))
                 done(1)
     share = sum(image is not None for image, _ in pairs) / len(pairs)
+    return Result(
+        tables=[
+            _table(RESAMPLERS[one], {side: rates[one, side] for side in sides[one]}, f"torch, {args.workers} workers")
+            for one in sides
+        ],
+        packages=["pillow", "cykooz-resizer", "tokenizers", "grain", "transformers", "torch"],
+        method=f"{args.rounds} rounds of {args.items:,} items by turns: median (least to most)",
+        checked=f"{compared} items: pixels to 1/255, and ids, equal",
+        notes=[
+            f"{share:.0%} of the items have an image, each its own file.",
+            "transformers resizes as Pillow does where torchvision is not installed, as here; what its other backend calls "
+            "is called here in torch.",
+        ],
+    )
+
+
+def _table(title: str, rates: dict[str, list[Rate]], theirs: str) -> Table:
     columns = {name: [list(one) for one in zip(*found, strict=True)] for name, found in rates.items()}
     rows = [
         [name, seconds, ratios(seconds, columns[theirs][0]), busy, ratios(busy, columns[theirs][1])]
         for name, (seconds, busy) in columns.items()
     ]
     formats = {"": "", "items/s": ".0f", "/ torch": ".2f", "items per CPU second": ".0f", " / torch": ".2f"}
-    return Result(
-        tables=[table(formats, rows)],
-        packages=["pillow", "tokenizers", "grain", "transformers", "torch"],
-        method=f"{args.rounds} rounds of {args.items:,} items by turns: median (least to most)",
-        checked=f"{compared} items: pixels to 1/255, and ids, equal",
-        notes=[f"{share:.0%} of the items have an image; transformers resizes with Pillow, as ours does."],
-    )
+    return table(formats, rows, title)
 
 
 def _threads() -> int:
@@ -117,11 +129,14 @@ def _items(raw: Path) -> list[tuple[str | None, str]]:
     return items
 
 
-def _config(prepared: Path, tokenizer: Path, workers: int) -> Config:
-    # 16 pairs of each kind of item fill rows of 1,280 tokens to more than 90 %, see `jfe bench packing`.
+def _config(prepared: Path, tokenizer: Path, workers: int, resampler: str) -> Config:
     return from_dict(
         {
-            "model": {"image_token": IMAGE_TOKEN, "text": {"vocab_size": VOCABULARY}},
+            "model": {
+                "image_token": IMAGE_TOKEN,
+                "text": {"vocab_size": VOCABULARY},
+                "vision": {"resampler": resampler},
+            },
             "tokens": {"tokenizer": str(tokenizer), "max_text_tokens": 380},
             "data": {
                 "path": str(prepared),
@@ -144,11 +159,14 @@ def _ours(cfg: Config) -> Iterator[int]:
         batches.close()
 
 
-def _processor(tokenizer: Path) -> Any:
+def _processor(tokenizer: Path, resampler: str) -> Any:
     from transformers import PaliGemmaProcessor, PreTrainedTokenizerFast
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-    images = SiglipImageProcessorPil(size={"height": 224, "width": 224})
+    from jfe_jax.bench.siglip_torch import SiglipImageProcessorTorch
+
+    made = SiglipImageProcessorPil if resampler == "pillow" else SiglipImageProcessorTorch
+    images = made(size={"height": 224, "width": 224})
     images.image_seq_length = 256
     return PaliGemmaProcessor(images, PreTrainedTokenizerFast.from_pretrained(tokenizer, padding_side="right"))
 
@@ -212,8 +230,10 @@ def _theirs(loader: Any) -> Iterator[int]:
         yield count
 
 
-def _rate(batches: Iterator[int], items: int, endless: bool) -> Rate:
-    next(batches)
+def _rate(batches: Iterator[int], items: int, endless: bool, workers: int) -> Rate:
+    # Until every worker has given something.
+    for _ in range(workers + 1):
+        next(batches)
     start, busy, done = time.monotonic(), _cpu_seconds(), 0
     while done < items:
         done += next(batches)

@@ -3,7 +3,9 @@
 Axes: H W pixels.
 """
 
+import importlib.util
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -18,6 +20,8 @@ warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112
 _LARGEST_RESIZED = 1 << 25
+# One of each thread: it has a lock.
+_RESIZER = threading.local()
 
 
 def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image:
@@ -52,7 +56,11 @@ def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image
 
 
 def to_pixels(
-    image: bytes | Path | np.ndarray, size: int, name: str = "image", resize: Literal["stretch", "crop"] = "stretch"
+    image: bytes | Path | np.ndarray,
+    size: int,
+    name: str = "image",
+    resize: Literal["stretch", "crop"] = "stretch",
+    resampler: Literal["pillow", "torchvision"] = "pillow",
 ) -> np.ndarray:
     """Decodes and resizes (bicubic) → uint8 [size, size, 3], read-only.
 
@@ -60,11 +68,14 @@ def to_pixels(
       image, name: as for `decode`.
       resize: "stretch" does not keep the aspect ratio, as SigLIP and PaliGemma; "crop" makes the shorter side `size`
         and takes the centre, as CLIP.
+      resampler: whose resizing, see `config.VisionConfig`; "torchvision" stretches only.
 
     Raises:
       UserError: as `decode`.
     """
     rgb = decode(image, name)
+    if resampler == "torchvision" and rgb.size != (size, size):
+        return _as_torchvision(rgb, size)
     if rgb.size != (size, size):
         rgb = _centre(rgb, size) if resize == "crop" else rgb.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.asarray(rgb)
@@ -77,6 +88,35 @@ def shift(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
     """Moves uint8 [H, W, 3] by so many pixels (negative: up, left); the edge that opens repeats what was outermost."""
     rows, columns = (np.arange(size) for size in pixels.shape[:2])
     return pixels[(rows - down).clip(0, len(rows) - 1)][:, (columns - right).clip(0, len(columns) - 1)]
+
+
+def check_resampler(resampler: str, resize: str) -> None:
+    """Raises UserError if images cannot be resized so."""
+    if resampler != "torchvision":
+        return
+    if resize != "stretch":
+        raise UserError("model.vision.resampler: torchvision goes with model.vision.resize: stretch only; take pillow")
+    if importlib.util.find_spec("cykooz_resizer") is None:
+        raise UserError("model.vision.resampler: torchvision needs cykooz-resizer; pip install it, or take pillow")
+
+
+def _as_torchvision(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 [size, size, 3], read-only: rows first, then columns, with weights of 16 bits and 8 bits in between.
+
+    (Pillow has weights of 22 bits and begins with the columns where the image is higher than wide.)
+    """
+    from cykooz_resizer import FilterType, ImageData, PixelType, ResizeAlg, ResizeOptions, Resizer
+
+    if not hasattr(_RESIZER, "resizer"):
+        _RESIZER.resizer = Resizer()
+        _RESIZER.options = ResizeOptions(ResizeAlg.convolution(FilterType.catmull_rom))
+    pixels = ImageData(*image.size, PixelType.U8x3, image.tobytes())
+    for width, height in ((size, image.height), (size, size)):
+        if (width, height) != (pixels.width, pixels.height):
+            resized = ImageData(width, height, PixelType.U8x3)
+            _RESIZER.resizer.resize(pixels, resized, _RESIZER.options)
+            pixels = resized
+    return np.frombuffer(pixels.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
 def _centre(image: Image.Image, size: int) -> Image.Image:

@@ -19,8 +19,9 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jfe_jax.config import TokensConfig, VisionConfig
-from jfe_jax.data.images import to_pixels
+from jfe_jax.data.images import check_resampler, to_pixels
 from jfe_jax.data.items import EncodedItem, Item
+from jfe_jax.data.words import TextEncoder
 from jfe_jax.errors import UserError
 
 # Texts come one at a time, and a pool of threads for a single text costs more than the text.
@@ -47,7 +48,7 @@ class ItemEncoder:
     """
 
     def __init__(self, tokens: TokensConfig, vision: VisionConfig, image_token: int):
-        self._tokenizer, special = _load(Path(tokens.tokenizer), SPECIAL_OF[tokens.template])
+        tokenizer, special = _load(Path(tokens.tokenizer), SPECIAL_OF[tokens.template])
         self.pad_id, self.bos_id, self.eos_id, self.image_id = (
             special.get(name) for name in ("pad", "bos", "eos", "image")
         )
@@ -55,22 +56,19 @@ class ItemEncoder:
             raise UserError(
                 f"{tokens.tokenizer}: {IMAGE} has id {self.image_id}, but model.image_token is {image_token}; set it so"
             )
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-        self.image_size, self._resize = vision.image_size, vision.resize
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self._encode = TextEncoder(tokenizer)
+        self.image_size, self._resize, self._resampler = vision.image_size, vision.resize, vision.resampler
+        check_resampler(vision.resampler, vision.resize)
         self.cut_texts = 0
         self._max_text, self._template = tokens.max_text_tokens, tokens.template
         self._head = np.array([] if self.bos_id is None else [self.bos_id], np.int32)
         placeholders = np.full(0 if self.image_id is None else vision.patches, self.image_id or 0, np.int32)
         self._image_head = np.concatenate([placeholders, self._head])
         self._newline = "\n" if tokens.newline and tokens.template == "paligemma" else ""
-        self._close = self._tokenizer.encode(self._newline, add_special_tokens=False).ids
+        self._close = self._encode(self._newline)
         self._tail = np.array([*self._close, self.eos_id], np.int32)
         self.longest = len(self._image_head) + self._max_text + len(self._tail)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        # Pickling forgets it.
-        self._tokenizer.encode_special_tokens = True
 
     def encode(self, item: Item, name: str = "image") -> EncodedItem:
         """Tokens int32 [S] and pixels uint8 [H, W, 3] (None without an image); `name` stands for the image in errors.
@@ -85,16 +83,16 @@ class ItemEncoder:
 
     def pixels(self, image: bytes | Path | np.ndarray, name: str) -> np.ndarray:
         """The pixels of `encode` alone, uint8 [H, W, 3]."""
-        return to_pixels(image, self.image_size, name, self._resize)
+        return to_pixels(image, self.image_size, name, self._resize, self._resampler)
 
     def tokens(self, text: str | None, instruction: str | None, has_image: bool) -> np.ndarray:
         """The tokens of `encode` alone, int32 [S]."""
         whole = f"{instruction} {text}" if instruction and text else instruction or text or ""
         if has_image and not whole and self._template != "paligemma":
             return self._tail[-1:]
-        # The fast variant leaves out the offsets, which take as long as the ids. The newline is encoded with the text,
-        # as PaliGemma's processor does: after a text that ends in one, the two may be one token.
-        ids = self._tokenizer.encode_batch_fast([whole + self._newline], add_special_tokens=False)[0].ids
+        # The newline is encoded with the text, as PaliGemma's processor does: after a text that ends in one, the two
+        # may be one token.
+        ids = self._encode(whole + self._newline)
         closed = ids[len(ids) - len(self._close) :] == self._close
         tail = self._tail if closed else self._tail[-1:]
         ids = ids[: len(ids) - len(self._close)] if closed else ids
@@ -172,8 +170,6 @@ def _load(directory: Path, wanted: tuple[str, ...]) -> tuple[Tokenizer, dict[str
         raise UserError(f"{file}: not a tokenizer ({' '.join(str(error).split())})") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    # A text that spells a special token is text.
-    tokenizer.encode_special_tokens = True
     named = {name: token for name, token in (_SPECIAL | {"image": IMAGE}).items() if name in wanted}
     for settings in ("special_tokens_map.json", "tokenizer_config.json"):
         tree = _read_json(directory / settings)

@@ -205,5 +205,5 @@ def _layer_types(depth: int) -> list[str]:
 
 
 # Of the fields that are not in the tables, PaliGemma leaves the defaults.
-assert {*_VISION, "activation", "resize", "mean", "std"} == set(VisionConfig.__dataclass_fields__)
+assert {*_VISION, "activation", "resize", "resampler", "mean", "std"} == set(VisionConfig.__dataclass_fields__)
 assert {*_GEMMA_2, "rope_theta", "post_norms", "positions", "activation"} == set(TextConfig.__dataclass_fields__)

@@ -32,6 +32,33 @@ def test_pixels_are_those_of_siglips_processor(shape):
     assert np.abs(got / 255 - (wanted + 1) / 2).max() <= 1 / 255
 
 
+@pytest.mark.parametrize(
+    "shape", [(50, 40), (40, 50), (32, 32), (16, 16), (20, 90), (33, 32), (32, 70), (1, 5), (300, 200), (700, 1000)]
+)
+def test_pixels_are_those_of_torchvisions_resizing(shape):
+    """To the bit; its kernel for 8 bits is torch's own, which is called here as torchvision calls it."""
+    import torch
+
+    picture = noise(*shape)
+    channels = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None]
+    wanted = torch.nn.functional.interpolate(channels, size=[32, 32], mode="bicubic", antialias=True)
+    got = images.to_pixels(encoded(picture), 32, resampler="torchvision")
+    np.testing.assert_array_equal(got, wanted[0].permute(1, 2, 0).numpy())
+    assert got.dtype == np.uint8 and not got.flags.writeable
+    if shape[0] <= shape[1]:
+        # Pillow then goes the same way, with finer weights.
+        assert np.abs(got.astype(int) - images.to_pixels(encoded(picture), 32)).max() <= 2
+
+
+def test_a_resampler_that_cannot_be_had_is_refused(monkeypatch):
+    with pytest.raises(UserError, match=r"goes with .* stretch only"):
+        images.check_resampler("torchvision", "crop")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    images.check_resampler("pillow", "stretch")
+    with pytest.raises(UserError, match="needs cykooz-resizer"):
+        images.check_resampler("torchvision", "stretch")
+
+
 def test_file_bytes_and_pixels_are_the_same_image(tmp_path):
     picture = noise(12, 12)
     file = tmp_path / "one.png"

@@ -1,0 +1,80 @@
+"""Text → ids, word by word where that changes nothing: the words of a language come again and again."""
+
+import json
+import re
+from typing import Any
+
+from tokenizers import Tokenizer
+
+# A word with the spaces before it, or spaces at the end.
+_PIECE = re.compile(" *[^ ]+| +")
+_SPACE = "▁"
+# Words that are kept, and the longest of them: megabytes.
+_MOST, _LONGEST = 100_000, 40
+
+
+class TextEncoder:
+    """`tokenizer`'s ids of a text, without special tokens. Picklable.
+
+    Gemma's tokenizer takes a whole text as one word and merges it pair by pair. As no entry of its vocabulary reaches
+    over a space into the next word, the words' own ids, side by side, are the same, and most are known already.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        # A text that spells a special token is text.
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self.by_word = words_are_apart(tokenizer)
+        self._known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str) -> list[int]:
+        if not self.by_word or _SPACE in text:
+            return self._encode([text])[0]
+        pieces = _PIECE.findall(text)
+        known = self._known
+        try:
+            return [one for piece in pieces for one in known[piece]]
+        except KeyError:
+            pass
+        new = [piece for piece in {*pieces} if piece not in known]
+        encoded = dict(zip(new, self._encode(new), strict=True))
+        ids = [one for piece in pieces for one in (encoded[piece] if piece in encoded else known[piece])]
+        # Threads share what is known; one that still holds what another has dropped is as right.
+        if len(known) > _MOST:
+            self._known = known = {}
+        known.update((piece, one) for piece, one in encoded.items() if len(piece) <= _LONGEST)
+        return ids
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        # The fast variant leaves out the offsets, which take as long as the ids.
+        return [one.ids for one in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_tokenizer": self._tokenizer, "by_word": self.by_word}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _known={})
+        # Pickling forgets it.
+        self._tokenizer.encode_special_tokens = True
+
+
+def words_are_apart(tokenizer: Tokenizer) -> bool:
+    """Whether a text's ids are those of its words, each with the spaces before it, one after the other.
+
+    So it is for BPE over bytes and characters that knows a space as "▁" and has no entry in which one follows another
+    character, if nothing else looks at more than a word.
+    """
+    tree = json.loads(tokenizer.to_str())
+    model, added = tree["model"], tree["added_tokens"]
+    if tree["normalizer"] != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
+        return False
+    if tree["pre_tokenizer"] is not None or model["type"] != "BPE" or not model["byte_fallback"] or model["dropout"]:
+        return False
+    if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        return False
+    # Without an unknown character none is fused with the next.
+    if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+        return False
+    if any(one["lstrip"] or one["rstrip"] or one["single_word"] or " " in one["content"] for one in added):
+        return False
+    return not any(_SPACE in token.lstrip(_SPACE) for token in model["vocab"])
