@@ -96,8 +96,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         checked=f"{compared} items: pixels to 1/255, and ids, equal",
         notes=[
             f"{share:.0%} of the items have an image, each its own file.",
-            "transformers resizes as Pillow does where torchvision is not installed, as here; what its other backend calls "
-            "is called here in torch.",
+            "transformers resizes as Pillow does where torchvision is not installed, as here; of its other backend, what "
+            "it calls of torch is called.",
         ],
     )
 
