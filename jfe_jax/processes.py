@@ -8,6 +8,23 @@ from jfe_jax.errors import UserError
 COORDINATOR, COUNT, INDEX, DETECT = "JFE_COORDINATOR", "JFE_PROCESSES", "JFE_PROCESS", "JFE_DISTRIBUTED"
 
 
+def is_first() -> bool:
+    """Whether this process writes what only one of them is to write."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def meet(what: str) -> None:
+    """Waits for all processes; `what` has been done, and is the same in each."""
+    import jax
+
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(f"jfe: {what}")
+
+
 def join() -> None:
     """Joins the job's other processes, if the environment names any; to be called before jax is used.
 

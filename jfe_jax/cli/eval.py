@@ -28,17 +28,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--controls", action="store_true", help="give both halves alone, too, in the same run")
     parser.add_argument(
+        "--embeddings",
+        type=Path,
+        metavar="DIR",
+        help="where embeddings are, or go: evaluations of one checkpoint can share them (default OUT/embeddings)",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="of the candidates' embeddings on disk: float32 (default), float16 (half; scores off by some 1e-4) or "
+        "int8 (a quarter; some 1e-2); the report says by how much at most",
+    )
+    parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items embedded at a time (default 8192)")
+    parser.add_argument("--overwrite", action="store_true", help="embed and search anew, whatever is there")
+    parser.add_argument(
         "--depth", type=int, default=50, metavar="K", help="results a query in the run files (default 50)"
     )
 
 
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.cli.progress import bar
-    from jfe_jax.retrieval import evaluation_report, results
-    from jfe_jax.retrieval.evaluate import ask
-    from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.errors import UserError
+    from jfe_jax.processes import is_first, join
     from jfe_jax.retrieval.sources import read_questions
 
+    if args.shard < 1:
+        raise UserError(f"--shard {args.shard}: at least one item")
+    join()
     # The data first: what is wrong with it is known before a model is loaded.
     questions = read_questions(
         args.data,
@@ -47,13 +63,22 @@ def run(args: argparse.Namespace) -> None:
         units=_listed(args.units),
         instruction=_instruction(args.instruction),
     )
+    from jfe_jax.retrieval import evaluation_report, results
+    from jfe_jax.retrieval.evaluate import Keep, ask
+    from jfe_jax.retrieval.retriever import Retriever
+
     evaluation = ask(
         Retriever.load(args.checkpoint),
         questions,
         given=list(dict.fromkeys([args.queries, *(("text", "image") if args.controls else ())])),
         depth=args.depth,
+        keep=Keep(
+            folder=args.out, embeddings=args.embeddings, dtype=args.dtype, shard=args.shard, overwrite=args.overwrite
+        ),
         progress=bar,
     )
+    if not is_first():
+        return
     results.write(args.out, evaluation.results, evaluation.answers, evaluation.pools)
     evaluation_report.write(args.out / "report.html", evaluation)
     for warning in evaluation.results["warnings"]:

@@ -23,6 +23,7 @@ from jfe_jax.data.mbeir_rows import (
     Candidate,
     Query,
     dataset_id,
+    decode_row,
     format_string,
     normal_modality,
     parse_candidate,
@@ -106,6 +107,14 @@ class Mbeir:
     def pool(self, split: str, unit: Unit, kind: Literal["local", "global"]) -> list[Candidate]:
         """All candidates of a unit's local or global pool, in the file's order."""
         return list(self.candidates(self.pool_file(split, unit, kind)))
+
+    def candidate(self, line: bytes, file: Path, number: int) -> Candidate:
+        """The candidate on a line, of that number, of a pool file."""
+        row, problem = decode_row(line)
+        candidate, problems = (None, [problem]) if problem else parse_candidate(row, self.path)
+        if candidate is None or problems:
+            raise UserError(f"{file}:{number}: {problems[0]}")
+        return candidate
 
     def candidates(self, file: Path) -> Iterator[Candidate]:
         """The rows of one pool file."""

@@ -4,7 +4,9 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from jfe_jax.data.catalogue import lines_with_places
 from jfe_jax.data.mbeir import Candidate, Mbeir
+from jfe_jax.data.mbeir_rows import decode_row
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.compare import Run
 from jfe_jax.retrieval.gallery import SHOWN, Card, Ranking
@@ -87,29 +89,37 @@ def _questions(
         instruction = None if results["instruction"] is None else 0
         units = names if results["protocol"] == MMEB.name else ()
         questions = read_questions(Path(results["data"]), units=units, instruction=instruction)
-        known = {one.did: one for one in questions.table.candidates}
         for unit in questions.units:
             for asked in unit.asked:
                 if (unit.unit.name, asked.query.qid) in chosen:
-                    yield unit.unit.name, asked, known
+                    dids = wanted | asked.relevant.keys()
+                    found = ((did, questions.table.find(did)) for did in dids)
+                    yield unit.unit.name, asked, {did: one for did, one in found if one is not None}
         return
     mbeir, split = Mbeir(results["data"]), results["split"]
     number = 0 if results["instruction"] == ALL_PROMPTS else results["instruction"]
-    for name in names:
-        unit = mbeir.unit(split, name)
-        qrels = mbeir.qrels(split, unit)
-        wanted = wanted | {did for key in chosen if key[0] == name for did in qrels.get(key[1], ())}
-        # Of a large pool only what is shown.
-        candidates = {one.did: one for one in mbeir.candidates(mbeir.pool_file(split, unit, pool)) if one.did in wanted}
+    units = {name: mbeir.unit(split, name) for name in names}
+    qrels = {name: mbeir.qrels(split, unit) for name, unit in units.items()}
+    wanted = wanted | {did for name, qid in chosen for did in qrels[name].get(qid, ())}
+    files = {name: mbeir.pool_file(split, unit, pool) for name, unit in units.items()}
+    # Of a large pool only what is shown, in one pass.
+    known = {file: _wanted(mbeir, file, wanted) for file in dict.fromkeys(files.values())}
+    for name, unit in units.items():
+        candidates = known[files[name]]
         for query in mbeir.iter_queries(split, unit):
             if (name, query.qid) not in chosen:
                 continue
             line = lines[name, query.qid]
-            relevant = {did: gain for did, gain in qrels.get(query.qid, {}).items() if gain > 0}
+            relevant = {did: gain for did, gain in qrels[name].get(query.qid, {}).items() if gain > 0}
             right = next((candidates[did] for did in relevant if did in candidates), None)
             prompts = mbeir.instructions(unit.dataset, query.modality, right.modality, required=False) if right else ()
             instruction = prompts[number] if number is not None and prompts else None
             yield name, Asked(query, relevant, instruction, line["cluster"], line["kind"], line["edit"]), candidates
+
+
+def _wanted(mbeir: Mbeir, file: Path, dids: set[str]) -> dict[str, Candidate]:
+    rows = (line for line in lines_with_places(file) if (row := decode_row(line[2])[0]) and row.get("did") in dids)
+    return {one.did: one for number, _, line in rows if (one := mbeir.candidate(line, file, number))}
 
 
 def _candidates(found: Sequence[tuple[str, float]], known: dict[str, Candidate]) -> list[tuple[Candidate, float]]:

@@ -16,6 +16,7 @@ import jax
 
 from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
+from jfe_jax.processes import meet
 from jfe_jax.retrieval.index import IDS, MANIFEST, Index, Manifest
 from jfe_jax.retrieval.retriever import Retriever
 from jfe_jax.retrieval.search import require_finite
@@ -95,12 +96,12 @@ def embed(
     if overwrite and first:
         (out / MANIFEST).unlink(missing_ok=True)
         remove(out)
-    _meet("overwritten")
+    meet("overwritten")
     if (out / MANIFEST).exists():
         return Embedded(_finished(out, plan, progress), storage.count, storage.count)
     if first:
         storage.begin()
-    _meet("begun")
+    meet("begun")
     kept = 0
     for number in range(jax.process_index(), storage.count, jax.process_count()):
         start, stop = storage.bounds(number)
@@ -113,10 +114,10 @@ def embed(
         rows = retriever.encode(source.items(start, stop), names=names, progress=progress)
         require_finite(rows, names, str(retriever.path))
         storage.write(number, rows)
-    _meet("embedded")
+    meet("embedded")
     if first:
         _finish(storage, retriever, source)
-    _meet("finished")
+    meet("finished")
     return Embedded(Index.open(out), storage.count, kept)
 
 
@@ -136,9 +137,12 @@ def _finished(out: Path, plan: dict, progress: Callable[[int], None] | None) -> 
 
 def _finish(storage: Storage, retriever: Retriever, source: Source) -> None:
     shards = storage.finish()
-    names = "".join(f"{one}\n" for one in source.ids).encode()
-    part = storage.folder / f"{IDS}.part"
-    part.write_bytes(names)
+    part, digest = storage.folder / f"{IDS}.part", hashlib.sha256()
+    with part.open("wb") as stream:
+        for start in range(0, len(source.ids), SHARD):
+            names = "".join(f"{one}\n" for one in source.ids[start : start + SHARD]).encode()
+            digest.update(names)
+            stream.write(names)
     os.replace(part, storage.folder / IDS)
     # Last: what has no manifest does not open.
     Manifest(
@@ -146,17 +150,9 @@ def _finish(storage: Storage, retriever: Retriever, source: Source) -> None:
         checkpoint=str(retriever.path.resolve()),
         step=retriever.step,
         source=str(source.path.resolve()),
-        ids_digest=hashlib.sha256(names).hexdigest(),
+        ids_digest=digest.hexdigest(),
         norm=max(shard.norm for shard in shards),
         score_error=max(shard.error for shard in shards),
         shards=shards,
     ).write(storage.folder)
     clear(storage.folder)
-
-
-def _meet(what: str) -> None:
-    """Waits for all processes."""
-    if jax.process_count() > 1:
-        from jax.experimental.multihost_utils import sync_global_devices
-
-        sync_global_devices(f"jfe embed: {what}")

@@ -1,28 +1,36 @@
 """An evaluation: embed the pools once, ask every query, count.
 
-Axes: Q queries, T right candidates of a query, X candidates that show the query's own image, E embedding.
+Axes: Q queries, E embedding.
 """
 
+import bisect
 import contextlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import jax
 import numpy as np
 
+from jfe_jax.data.catalogue import content_id
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import Mbeir
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval import metrics
+from jfe_jax.retrieval.answering import Job, Kept, answer, scores
+from jfe_jax.retrieval.embed import SHARD
 from jfe_jax.retrieval.means import with_means
-from jfe_jax.retrieval.mistakes import mistakes
-from jfe_jax.retrieval.protocol import Asked, Pools, Questions, UnitQueries, once, read_mbeir, rectangle
+from jfe_jax.retrieval.protocol import Pools, Questions, UnitQueries, once, read_mbeir
 from jfe_jax.retrieval.results import Answers, unit_results
 from jfe_jax.retrieval.retriever import Retriever
-from jfe_jax.retrieval.search import require_finite, search
+from jfe_jax.retrieval.stores import Stores, Wanted
 
 # Deep enough for others to compute hit@50 from the run files.
 DEPTH = max(metrics.CUTOFFS)
+# The folders in an evaluation's own directory.
+EMBEDDINGS, SEARCHES = "embeddings", "searches"
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 
@@ -33,13 +41,37 @@ class Evaluation:
 
     Attributes:
       results: ready for JSON; see results.py.
-      answers: everything that was asked, in the order of the units, then pools, then what was given.
-      pools: the candidates.
+      answers: everything that was asked, in the order of the units, then what was given, then pools.
+      questions: what was asked.
     """
 
     results: dict
     answers: list[Answers]
-    pools: Pools
+    questions: Questions
+
+    @property
+    def pools(self) -> Pools:
+        """The candidates."""
+        return self.questions.table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keep:
+    """What of an evaluation is kept, so that a killed one goes on.
+
+    Attributes:
+      folder: where finished searches are; None keeps nothing.
+      embeddings: where the embeddings are, which evaluations of one checkpoint can share; folder/embeddings if None.
+      dtype: how the candidates' embeddings are stored, one of storage.DTYPES; the queries' are float32.
+      shard: items that are embedded at a time.
+      overwrite: begin anew, whatever is there.
+    """
+
+    folder: Path | None = None
+    embeddings: Path | None = None
+    dtype: str = "float32"
+    shard: int = SHARD
+    overwrite: bool = False
 
 
 def evaluate(
@@ -52,6 +84,7 @@ def evaluate(
     instruction: int | str | None = 0,
     given: Sequence[str] = ("all",),
     depth: int = DEPTH,
+    keep: Keep = Keep(),
     progress: Progress,
 ) -> Evaluation:
     """Evaluates a model on the units of a split (all of them, if none is named).
@@ -64,10 +97,11 @@ def evaluate(
       progress: (name, items) → a context that gives a function to call with the items done.
 
     Raises:
-      UserError: a file is missing or wrong, an image cannot be read, an embedding is not finite, nothing to ask.
+      UserError: a file is missing or wrong, an image cannot be read, an embedding is not finite, nothing to ask, or
+        what is kept is another checkpoint's.
     """
     questions = read_mbeir(mbeir, split, pools, units, instruction)
-    return ask(retriever, questions, given=given, depth=depth, progress=progress)
+    return ask(retriever, questions, given=given, depth=depth, keep=keep, progress=progress)
 
 
 def ask(
@@ -76,35 +110,18 @@ def ask(
     *,
     given: Sequence[str] = ("all",),
     depth: int = DEPTH,
+    keep: Keep = Keep(),
     progress: Progress,
 ) -> Evaluation:
-    """As `evaluate`, whatever the questions were read from."""
+    """As `evaluate`, whatever the questions were read from. Every process of a job calls it, and has the same."""
     start = time.monotonic()
-    table, units, pools = questions.table, questions.units, questions.pools
-    jobs = [
-        (unit, mode, asked)
-        for unit in units
-        for mode in given
-        if (asked := [one for one in unit.asked if one.item(mode) is not None])
-    ]
-    if not jobs:
-        where = questions.path if questions.split is None else f"{questions.path}: the units of split {questions.split}"
-        raise UserError(f"{where}: there is no judged query to ask (given {', '.join(given)})")
+    jobs = _jobs(questions, given)
     _require_images(jobs)
-    items = [candidate.item() for candidate in table.candidates]
-    names = [f"candidate {candidate.did}" for candidate in table.candidates]
-    for _, mode, asked in jobs:
-        items += [one.item(mode) for one in asked]
-        names += [f"query {one.query.qid}" for one in asked]
-    embeddings = _embed_unique(retriever, items, names, progress)
-    candidates, at = embeddings[: len(table.candidates)], len(table.candidates)
-    answers = []
-    with progress("searching", len(jobs) * len(pools)) as tick:
-        for unit, mode, asked in jobs:
-            queries, at = embeddings[at : at + len(asked)], at + len(asked)
-            for pool in pools:
-                answers.append(_ask(unit, mode, pool, asked, queries, candidates, table, max(depth, 10)))
-                tick(1)
+    with contextlib.ExitStack() as ending:
+        # Embeddings are on disk in any case: what memory an evaluation needs does not depend on it.
+        folder = keep.folder or Path(ending.enter_context(tempfile.TemporaryDirectory()))
+        answers, error = _answers(retriever, questions, jobs, folder, depth, keep, progress)
+    units = questions.units
     entries = [unit_results(unit, [one for one in answers if one.unit is unit]) for unit in units]
     results = with_means(entries, questions.protocol)
     about = {
@@ -118,110 +135,120 @@ def ask(
         "split": questions.split,
         "instruction": questions.instruction,
         "given": list(given),
-        "pools": list(pools),
-        "candidates": len(table.candidates),
+        "pools": list(questions.pools),
+        "candidates": len(questions.table.candidates),
+        "dtype": keep.dtype,
+        "score_error": error if keep.dtype != "float32" else 0.0,
         "warnings": _warnings(retriever, units, answers),
         "seconds": round(time.monotonic() - start, 1),
     }
-    return Evaluation(about | results, answers, table)
+    return Evaluation(about | results, answers, questions)
 
 
-def _embed_unique(retriever: Retriever, items: list[Item], names: list[str], progress: Progress) -> np.ndarray:
-    """float32 [B, E]; what is asked or found several times is embedded once."""
-    numbers: dict[Item, int] = {}
-    first: list[int] = []
-    place = np.empty(len(items), np.int64)
-    for position, item in enumerate(items):
-        if item not in numbers:
-            numbers[item] = len(first)
-            first.append(position)
-        place[position] = numbers[item]
-    unique_names = [names[position] for position in first]
-    with progress("embedding", len(first)) as tick:
-        rows = retriever.encode([items[position] for position in first], names=unique_names, progress=tick)
-    require_finite(rows, unique_names, str(retriever.path))
-    return rows[place]
+def _jobs(questions: Questions, given: Sequence[str]) -> list[Job]:
+    jobs, first = [], 0
+    for unit in questions.units:
+        for mode in given:
+            asked = [one for one in unit.asked if one.item(mode) is not None]
+            if asked:
+                jobs.append(Job(unit, mode, asked, first))
+                first += len(asked)
+    if not jobs:
+        where = questions.path if questions.split is None else f"{questions.path}: the units of split {questions.split}"
+        raise UserError(f"{where}: there is no judged query to ask (given {', '.join(given)})")
+    return jobs
 
 
-def _ask(
-    unit: UnitQueries,
-    mode: str,
-    pool: str,
-    questions: list[Asked],
-    queries: np.ndarray,
-    candidates: np.ndarray,
-    table: Pools,
+def _answers(
+    retriever: Retriever,
+    questions: Questions,
+    jobs: list[Job],
+    folder: Path,
     depth: int,
-) -> Answers:
-    if questions[0].among is not None:
-        return _ask_among(unit, mode, pool, questions, queries, candidates, table, depth)
-    rows = table.rows[pool, unit.unit.name]
-    targets = table.targets(questions, pool, unit.unit.name)
-    parts = (targets.right, targets.own, targets.foil)
-    found = search(queries, candidates[rows], depth, np.maximum(np.concatenate(parts, axis=1), -1))
-    ranks, own_ranks, foil_ranks = np.split(found.ranks, np.cumsum([part.shape[1] for part in parts])[:-1], axis=1)
-    dangling = targets.right == -2
-    return Answers(
-        unit=unit,
-        pool=pool,
-        given=mode,
-        asked=questions,
-        pool_size=len(rows),
-        ranks=np.where(dangling, metrics.NOT_RETRIEVED, ranks),
-        gains=targets.gains,
-        own_ranks=own_ranks,
-        foil_ranks=foil_ranks,
-        dangling=int(dangling[once(questions)].sum()),
-        rows=rows[found.rows],
-        scores=found.scores,
-        mistakes=mistakes(questions, rows[found.rows[:, 0]], table),
-    )
+    keep: Keep,
+    progress: Progress,
+) -> tuple[list[Answers], float]:
+    """The answers, and how far a score may be off as embeddings are rounded."""
+    table, pools, depth = questions.table, questions.pools, max(depth, 10)
+    candidates, queries = _Candidates(questions), _Queries(questions, jobs)
+    with Stores(
+        keep.embeddings or folder / EMBEDDINGS, retriever, overwrite=keep.overwrite, shard=keep.shard
+    ) as stores:
+        stored = [
+            _embedded(stores, wanted, dtype, progress)
+            for wanted, dtype in ((candidates, keep.dtype), (queries, "float32"))
+        ]
+    kept = Kept(folder / SEARCHES, f"{retriever.fingerprint} {keep.dtype}")
+    with progress("searching, scores", scores(jobs, pools, table) // jax.process_count()) as tick:
+        answers = answer(
+            jobs,
+            pools,
+            table,
+            *(stores.rows(one) for one in stored),
+            queries.contents,
+            depth=depth,
+            kept=kept,
+            progress=tick,
+        )
+    return answers, stores.score_error(stored[0])
 
 
-def _ask_among(
-    unit: UnitQueries,
-    mode: str,
-    pool: str,
-    questions: list[Asked],
-    queries: np.ndarray,
-    candidates: np.ndarray,
-    table: Pools,
-    depth: int,
-) -> Answers:
-    """Each query against its own candidates; a wrong one with the right one's score stands before it."""
-    ranks, gains = ([[] for _ in questions] for _ in range(2))
-    kept = np.full((len(questions), min(depth, max(len(one.among) for one in questions))), -1)
-    scores = np.zeros(kept.shape, np.float32)
-    for number, (asked, query) in enumerate(zip(questions, queries, strict=True)):
-        own = np.unique([table.row[did] for did in asked.among])
-        found = np.vecdot(candidates[own].astype(np.float64), query.astype(np.float64)).astype(np.float32)
-        right = np.array([table.candidates[row].did in asked.relevant for row in own])
-        order = np.lexsort((own, right, -found))
-        ranks[number] = (np.flatnonzero(right[order]) + 1).tolist()
-        gains[number] = [asked.relevant[table.candidates[own[at]].did] for at in order if right[at]]
-        best = order[: kept.shape[1]]
-        kept[number, : len(best)], scores[number, : len(best)] = own[best], found[best]
-    nothing = np.zeros((len(questions), 0), np.int64)
-    return Answers(
-        unit=unit,
-        pool=pool,
-        given=mode,
-        asked=questions,
-        pool_size=len(table.rows[pool, unit.unit.name]),
-        ranks=rectangle(ranks, metrics.PADDING, np.int64),
-        gains=rectangle(gains, 0, np.float32),
-        own_ranks=nothing,
-        foil_ranks=nothing,
-        dangling=0,
-        rows=kept,
-        scores=scores,
-        mistakes=mistakes(questions, kept[:, 0], table),
-    )
+def _embedded(stores: Stores, wanted: Wanted, dtype: str, progress: Progress):
+    missing = len(stores.missing(wanted, dtype))
+    if not missing:
+        return stores.complete(wanted, dtype)
+    with progress(f"embedding {wanted.kind}", -(-missing // jax.process_count())) as tick:
+        return stores.complete(wanted, dtype, tick)
 
 
-def _require_images(jobs: list[tuple[UnitQueries, str, list[Asked]]]) -> None:
+class _Candidates:
+    """The candidates, as stores.Wanted."""
+
+    kind = "candidates"
+
+    def __init__(self, questions: Questions):
+        self._known, self.path = questions.table.candidates, questions.path
+        self.contents, self.files, self.names = self._known.contents, self._known.files, self._known.names
+
+    def id(self, number: int) -> str:
+        return self._known.did(number)
+
+    def item(self, number: int) -> Item:
+        return self._known[number].item()
+
+
+class _Queries:
+    """All jobs' queries, as stores.Wanted."""
+
+    kind = "queries"
+
+    def __init__(self, questions: Questions, jobs: list[Job]):
+        self._jobs, self.path = jobs, questions.path
+        self._firsts = [job.first for job in jobs]
+        root = questions.table.candidates.root
+        items = (one.item(job.given) for job in jobs for one in job.asked)
+        self.contents = np.array([content_id(one.instruction, one.text, one.image, root) for one in items])
+        self.names = list(dict.fromkeys(f"{job.unit.unit.name}.queries" for job in jobs))
+        number = [self.names.index(f"{job.unit.unit.name}.queries") for job in jobs]
+        self.files = np.repeat(np.array(number, np.int16), [len(job.asked) for job in jobs])
+
+    def id(self, number: int) -> str:
+        job, asked = self._at(number)
+        given = "" if job.given == "all" else f" {job.given}"
+        return asked.query.qid + (f" prompt {asked.prompt}" if asked.prompt is not None else "") + given
+
+    def item(self, number: int) -> Item:
+        job, asked = self._at(number)
+        return asked.item(job.given)
+
+    def _at(self, number: int):
+        job = self._jobs[bisect.bisect_right(self._firsts, number) - 1]
+        return job, job.asked[number - job.first]
+
+
+def _require_images(jobs: list[Job]) -> None:
     """Before hours of embedding: the queries' images are there."""
-    wanted = {one.item(mode).image: one.query.qid for _, mode, asked in jobs for one in asked}
+    wanted = {one.item(job.given).image: one.query.qid for job in jobs for one in job.asked}
     wanted.pop(None, None)
     missing = [image for image in wanted if not image.is_file()]
     if missing:

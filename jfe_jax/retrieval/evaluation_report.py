@@ -240,6 +240,6 @@ def _card(one: Answers, number: int, outcome: str, evaluation: Evaluation) -> Ca
     asked = one.asked[number]
     rank = None if one.best[number] == NOT_RETRIEVED else int(one.best[number])
     found = zip(one.rows[number][:SHOWN], one.scores[number].tolist(), strict=False)
-    right = next((candidates[evaluation.pools.row[did]] for did in asked.relevant if did in evaluation.pools.row), None)
+    right = next((known for did in asked.relevant if (known := evaluation.pools.find(did)) is not None), None)
     ranking = Ranking("", rank, [(candidates[row], score) for row, score in found if row >= 0])
     return Card(one.unit.unit.name, outcome, asked, [ranking], right)

@@ -9,6 +9,7 @@ manifest.json     which checkpoint made it of what, and the checksums
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,25 @@ class Manifest:
         write_json(folder / MANIFEST, dataclasses.asdict(self))
 
 
+class Names(Sequence[str]):
+    """The lines of ids.txt, by number: millions of them take little more memory than the file."""
+
+    def __init__(self, content: bytes):
+        content.decode()
+        self._content = content
+        self._ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self[one] for one in range(*number.indices(len(self)))]
+        number = range(len(self))[number]
+        start = self._ends[number - 1] + 1 if number else 0
+        return self._content[start : self._ends[number]].decode()
+
+
 @dataclass(frozen=True)
 class Index:
     """An embedded pool, opened.
@@ -71,7 +91,7 @@ class Index:
 
     path: Path
     manifest: Manifest
-    ids: list[str]
+    ids: "Names"
     rows: FileRows
 
     @classmethod
@@ -83,7 +103,7 @@ class Index:
             names = (path / IDS).read_bytes()
             scales = np.load(path / SCALES) if manifest.dtype == "int8" else None
             rows = FileRows(path / EMBEDDINGS, scales, manifest.norm)
-            ids = names.decode().split("\n")[:-1]
+            ids = Names(names)
             wanted = (manifest.items, manifest.width)
             if (
                 rows.shape != wanted

@@ -33,7 +33,7 @@ class ItemsFile:
         for number, start, line in _lines(self.path):
             digest.update(line)
             if not line.isspace():
-                self.ids.append(_parsed(line, self.path, number, seen)[0])
+                self.ids.append(parse_line(line, self.path, number, seen)[0])
                 self._starts.append(start)
                 self._numbers.append(number)
         if not self.ids:
@@ -49,7 +49,7 @@ class ItemsFile:
             items = []
             for place in range(start, stop):
                 stream.seek(self._starts[place])
-                items.append(_parsed(stream.readline(), self.path, self._numbers[place], {})[1])
+                items.append(parse_line(stream.readline(), self.path, self._numbers[place], {})[1])
         return items
 
 
@@ -63,7 +63,7 @@ def read_items(path: str | Path) -> Iterator[tuple[str, Item]]:
     seen: dict[str, int] = {}
     for number, _, line in _lines(Path(path)):
         if not line.isspace():
-            yield _parsed(line, Path(path), number, seen)
+            yield parse_line(line, Path(path), number, seen)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -78,7 +78,8 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _parsed(line: bytes, path: Path, number: int, seen: dict[str, int]) -> tuple[str, Item]:
+def parse_line(line: bytes, path: Path, number: int, seen: dict[str, int]) -> tuple[str, Item]:
+    """The id and item of a line; `seen` are the ids of the lines before, to which it is added. Raises UserError."""
     where = f"{path}:{number}"
     try:
         record = json.loads(line.decode())

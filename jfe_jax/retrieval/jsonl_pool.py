@@ -11,13 +11,12 @@ Image paths are relative to the directory. Texts are taken as they are.
 import re
 from pathlib import Path
 
-import numpy as np
-
+from jfe_jax.data.catalogue import read_catalogue
 from jfe_jax.data.mbeir import TASKS, Candidate, Query, Unit
 from jfe_jax.data.mbeir_rows import read_lines
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.groups import JSONL
-from jfe_jax.retrieval.items_file import read_items
+from jfe_jax.retrieval.items_file import parse_line, read_items
 from jfe_jax.retrieval.protocol import Asked, Pools, Questions, UnitQueries, not_asked
 
 QUERIES, CANDIDATES = "queries.jsonl", "candidates.jsonl"
@@ -34,29 +33,22 @@ def read_jsonl(path: Path, *, instructed: bool = True) -> Questions:
       UserError: a file is missing or empty, a line is wrong (with its number), an id is there twice or holds blanks, an
         image is missing, or no judged candidate is in the pool.
     """
-    candidates = {}
-    for did, item in read_items(path / CANDIDATES):
-        if item.instruction:
-            raise UserError(f"{path / CANDIDATES}: candidate {did} has an instruction; only queries have one")
-        candidates[_plain(did, path / CANDIDATES)] = Candidate(did, item.text or None, item.image, item.modality)
-    if not candidates:
-        raise UserError(f"{path / CANDIDATES}: the pool of candidates is empty")
-    order = sorted(candidates, reverse=True)
-    table = Pools([candidates[did] for did in order], {})
+    candidates, members = read_catalogue([path / CANDIDATES], _candidate, path, repeated=False)
     qrels = _read_qrels(path)
     asked, known = [], set()
     for qid, item in read_items(path / QUERIES):
         known.add(_plain(qid, path / QUERIES))
         relevant = {did: gain for did, gain in qrels.get(qid, {}).items() if gain > 0}
         if relevant:
-            wanted = next((candidates[did].modality for did in relevant if did in candidates), "text")
+            there = next((row for did in relevant if (row := candidates.row(did)) >= 0), None)
+            wanted = "text" if there is None else candidates.modality(there)
             query = Query(qid, item.text or None, item.image, item.modality, None, (), ())
             instruction = item.instruction if instructed else None
             asked.append(Asked(query, relevant, instruction, qid, None, None, wanted=wanted))
     if not known:
         raise UserError(f"{path / QUERIES}: no queries")
     judged = {did for one in asked for did in one.relevant}
-    if judged and not judged & candidates.keys():
+    if judged and all(candidates.row(did) < 0 for did in judged):
         raise UserError(
             f"{path}: none of the {len(judged)} right candidates of the qrels, such as {min(judged)}, is in "
             f"{CANDIDATES}: are its ids the same?"
@@ -67,8 +59,15 @@ def read_jsonl(path: Path, *, instructed: bool = True) -> Questions:
     strange = qrels.keys() - known
     warnings = [not_asked(name, strange)] if strange else []
     unit = UnitQueries(Unit(name, name, None), task, asked, len(known) - len(asked), warnings)
-    table.rows[POOL, name] = np.arange(len(order))
+    table = Pools(candidates, {(POOL, name): members[path / CANDIDATES]})
     return Questions(JSONL, path, None, "own" if instructed else None, (POOL,), table, [unit])
+
+
+def _candidate(line: bytes, file: Path, number: int) -> Candidate:
+    did, item = parse_line(line, file, number, {})
+    if item.instruction:
+        raise UserError(f"{file}: candidate {did} has an instruction; only queries have one")
+    return Candidate(_plain(did, file), item.text or None, item.image, item.modality)
 
 
 def _read_qrels(path: Path) -> dict[str, dict[str, int]]:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jfe_jax.data.mbeir import Candidate
 from jfe_jax.retrieval.protocol import Asked, Pools
 
 # A mistake's number is its place here, from 1.
@@ -23,17 +22,17 @@ def mistakes(asked: Sequence[Asked], first: np.ndarray, pools: Pools) -> np.ndar
     Args:
       first: int [Q]; the first result of each query, a position in `pools.candidates`.
     """
-    return np.array(
-        [_mistake(one, pools.candidates[row], pools) for one, row in zip(asked, first, strict=True)], np.int8
-    )
+    return np.array([_mistake(one, int(row), pools) for one, row in zip(asked, first, strict=True)], np.int8)
 
 
-def _mistake(asked: Asked, found: Candidate, pools: Pools) -> int:
-    if found.did in asked.relevant:
+def _mistake(asked: Asked, row: int, pools: Pools) -> int:
+    known = pools.candidates
+    if known.did(row) in asked.relevant:
         return 0
-    right = [pools.candidates[pools.row[did]] for did in asked.relevant if did in pools.row]
-    if found.modality in {asked.wanted, *(one.modality for one in right)}:
+    right = [one for did in asked.relevant if (one := known.row(did)) >= 0]
+    if known.modality(row) in {asked.wanted, *map(known.modality, right)}:
         return 3
+    found, right = known[row], [known[one] for one in right]
     about = [asked.query, *right]
     same_image = found.image is not None and any(found.image == one.image for one in about)
     same_text = found.text is not None and any(_plain(found.text) == _plain(one.text) for one in about if one.text)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jfe_jax.data.catalogue import Catalogue
 from jfe_jax.data.mbeir import TASKS, Candidate, Query, Unit
 from jfe_jax.data.mmeb import Content, images_folder, read_task, task_files
 from jfe_jax.errors import UserError
@@ -46,11 +47,13 @@ def read_mmeb(path: Path, units: Sequence[str] = ()) -> Questions:
             raise UserError(f"{files[name][0]}: no rows")
         tasks = {TASKS.get((one.query.modality, one.wanted), -1) for one in asked}
         read.append(UnitQueries(Unit(name, name, None), tasks.pop() if len(tasks) == 1 else -1, asked, 0))
-    candidates = [Candidate(did, *content, _modality(content)) for content, did in reversed(dids.items())]
+    candidates = [Candidate(did, *content, _modality(content)) for content, did in dids.items()]
     _require_images(candidates, images)
-    table = Pools(candidates, {})
-    table.rows.update({(POOL, name): np.unique([table.row[did] for did in own]) for name, own in members.items()})
-    return Questions(MMEB, path, "test", "own", (POOL,), table, read)
+    table = Catalogue.of(candidates, images)
+    rows = {
+        (POOL, name): np.unique(np.array([table.row(did) for did in own], np.int32)) for name, own in members.items()
+    }
+    return Questions(MMEB, path, "test", "own", (POOL,), Pools(table, rows), read)
 
 
 def _modality(content: Content) -> str:

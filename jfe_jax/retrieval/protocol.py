@@ -7,7 +7,6 @@ Axes: Q queries, N candidates of a pool, T right candidates of a query, X candid
 """
 
 import json
-from collections import defaultdict
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jfe_jax.data.catalogue import Catalogue, read_catalogue
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import TASKS, Candidate, Mbeir, Query, Unit
 from jfe_jax.errors import UserError
@@ -105,6 +105,14 @@ def once(asked: Sequence[Asked]) -> list[int]:
     return list(first.values())
 
 
+def by_prompt(asked: Sequence[Asked]) -> dict[int | None, list[int]]:
+    """Positions of what was asked with each prompt."""
+    numbers: dict[int | None, list[int]] = {}
+    for number, one in enumerate(asked):
+        numbers.setdefault(one.prompt, []).append(number)
+    return numbers
+
+
 @dataclass
 class Questions:
     """All that an evaluation asks.
@@ -131,33 +139,29 @@ class Pools:
 
     Attributes:
       candidates: in falling order of their ids.
-      rows: int [N] of each (pool, unit's name): positions in `candidates`, rising.
-      row: candidate id → position.
+      rows: int32 [N] of each (pool, unit's name): positions in `candidates`, rising; the same array for the same pool.
     """
 
-    candidates: list[Candidate]
+    candidates: Catalogue
     rows: dict[tuple[str, str], np.ndarray]
-    row: dict[str, int] = field(init=False)
 
-    def __post_init__(self):
-        self.row = {candidate.did: number for number, candidate in enumerate(self.candidates)}
-        self._showing = defaultdict(list)
-        for number, candidate in enumerate(self.candidates):
-            if candidate.image is not None:
-                self._showing[candidate.image].append(number)
+    def find(self, did: str) -> Candidate | None:
+        """The candidate of that id."""
+        row = self.candidates.row(did)
+        return self.candidates[row] if row >= 0 else None
 
     def targets(self, asked: Sequence[Asked], pool: str, unit: str) -> "Targets":
         """Where in the pool what counts for each query stands."""
-        rows = self.rows[pool, unit]
+        rows, known = self.rows[pool, unit], self.candidates
         right, gains, own, foils = [], [], [], []
         for one in asked:
-            wanted = [self.row.get(did, -2) for did in one.relevant]
-            shown = self._showing.get(one.query.image, ()) if one.query.image is not None else ()
+            wanted = [known.row(did) for did in one.relevant]
+            shown = known.showing(one.query.image).tolist() if one.query.image is not None else ()
             right.append([_position(rows, number) if number >= 0 else -2 for number in wanted])
             gains.append(list(one.relevant.values()))
             found = [_position(rows, number) for number in shown if number not in wanted]
             own.append([number for number in found if number >= 0])
-            foil = self.row.get(one.foil, -2) if one.foil not in one.relevant else -2
+            foil = known.row(one.foil) if one.foil is not None and one.foil not in one.relevant else -1
             foils.append([max(_position(rows, foil), -1) if foil >= 0 else -1])
         return Targets(
             rectangle(right, -1, np.int32),
@@ -188,22 +192,9 @@ def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[
     Raises:
       UserError: a pool is missing or empty, or two rows give one id to different candidates.
     """
-    known: dict[str, Candidate] = {}
-    members: dict[Path, list[str]] = {}
     files = {(pool, unit.name): mbeir.pool_file(split, unit, pool) for pool in pools for unit in units}
-    for file in dict.fromkeys(files.values()):
-        members[file] = []
-        for candidate in mbeir.candidates(file):
-            other = known.setdefault(candidate.did, candidate)
-            if (other.text, other.image) != (candidate.text, candidate.image):
-                raise UserError(f"{file}: candidate {candidate.did} is another one than in a pool read before")
-            members[file].append(candidate.did)
-        if not members[file]:
-            raise UserError(f"{file}: the pool of candidates is empty")
-    order = sorted(known, reverse=True)
-    row = {did: number for number, did in enumerate(order)}
-    by_file = {file: np.unique([row[did] for did in dids]) for file, dids in members.items()}
-    return Pools([known[did] for did in order], {key: by_file[file] for key, file in files.items()})
+    candidates, members = read_catalogue(list(dict.fromkeys(files.values())), mbeir.candidate, mbeir.path)
+    return Pools(candidates, {key: members[file] for key, file in files.items()})
 
 
 def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction: int | str | None) -> UnitQueries:
@@ -220,7 +211,8 @@ def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction
         if not relevant:
             unjudged += 1
             continue
-        wanted = next((pools.candidates[pools.row[did]].modality for did in relevant if did in pools.row), None)
+        there = next((row for did in relevant if (row := pools.candidates.row(did)) >= 0), None)
+        wanted = None if there is None else pools.candidates.modality(there)
         if task is None and wanted is not None:
             task = TASKS.get((query.modality, wanted))
         wanted = wanted or _wanted_modality(task)

@@ -28,7 +28,7 @@ from jfe_jax.retrieval import metrics
 from jfe_jax.retrieval.groups import TASK_NAMES
 from jfe_jax.retrieval.means import spread
 from jfe_jax.retrieval.mistakes import MISTAKES
-from jfe_jax.retrieval.protocol import Asked, Pools, UnitQueries, once
+from jfe_jax.retrieval.protocol import Asked, Pools, UnitQueries, by_prompt, once
 from jfe_jax.retrieval.storage import write_json
 
 # What a query's line says besides ranks, which give hit@k and mrr.
@@ -112,7 +112,7 @@ def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
     for one in answers:
         best_without = metrics.best_rank(one.ranks_without_source)
         own, foil = metrics.best_rank(one.own_ranks), metrics.best_rank(one.foil_ranks)
-        several = len(_by_prompt(one.asked)) > 1
+        several = len(by_prompt(one.asked)) > 1
         for number, asked in enumerate(one.asked):
             yield {
                 "unit": one.unit.unit.name,
@@ -148,21 +148,19 @@ def write(out: Path, results: dict, answers: list[Answers], pools: Pools) -> Non
     with (out / "queries.jsonl").open("w", encoding="utf-8") as file:
         for line in query_lines(answers):
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    dids = [candidate.did for candidate in pools.candidates]
     for one in answers:
         if one.given != answers[0].given:
             continue
         name = one.unit.unit.name
-        for prompt, numbers in _by_prompt(one.asked).items():
-            part = f".prompt{prompt}" if len(_by_prompt(one.asked)) > 1 else ""
+        for prompt, numbers in by_prompt(one.asked).items():
+            part = f".prompt{prompt}" if len(by_prompt(one.asked)) > 1 else ""
             with (out / "runs" / f"{name}.{one.pool}{part}.trec").open("w", encoding="utf-8") as file:
                 for number in numbers:
                     qid, found = one.asked[number].query.qid, one.rows[number]
-                    for rank, (row, score) in enumerate(zip(found, one.scores[number].tolist(), strict=True), 1):
-                        if row < 0:
-                            break
+                    dids = pools.candidates.dids(found[found >= 0])
+                    for rank, (did, score) in enumerate(zip(dids, one.scores[number].tolist(), strict=False), 1):
                         # Nine digits give a float32 back exactly.
-                        file.write(f"{qid} Q0 {dids[row]} {rank} {score:.9g} jfe\n")
+                        file.write(f"{qid} Q0 {did} {rank} {score:.9g} jfe\n")
         with (out / "qrels" / f"{name}.qrels").open("w", encoding="utf-8") as file:
             for number in once(one.asked):
                 asked = one.asked[number]
@@ -189,20 +187,13 @@ def _entry(one: Answers) -> dict:
     }
 
 
-def _by_prompt(asked: list[Asked]) -> dict[int | None, list[int]]:
-    numbers: dict[int | None, list[int]] = {}
-    for number, one in enumerate(asked):
-        numbers.setdefault(one.prompt, []).append(number)
-    return numbers
-
-
 def _prompts(one: Answers) -> dict:
-    by_prompt = _by_prompt(one.asked)
-    if len(by_prompt) == 1:
+    prompts = by_prompt(one.asked)
+    if len(prompts) == 1:
         return {}
     told = {
         str(prompt): metrics.means({name: values[numbers] for name, values in one.metrics.items()})
-        for prompt, numbers in by_prompt.items()
+        for prompt, numbers in prompts.items()
     }
     return {"prompts": told, "spread": spread(list(told.values()))}
 

@@ -62,7 +62,7 @@ def test_an_index_opens_with_its_items_in_order(retriever, source, expected, tmp
     assert [item for _, item in read_items(source.path)] == source.items(0, 11)
     done = embed(retriever, source, tmp_path / "index", shard=4)
     index = Index.open(tmp_path / "index")
-    assert index.ids == source.ids and index.ids[2] == "both" and index.embeddings.dtype == np.float32
+    assert list(index.ids) == source.ids and index.ids[2] == "both" and index.embeddings.dtype == np.float32
     np.testing.assert_allclose(index.embeddings, expected, atol=1e-5)
     assert (done.shards, done.kept, index.manifest.step) == (3, 0, 0)
     assert index.manifest.fingerprint == retriever.fingerprint
