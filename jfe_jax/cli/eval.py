@@ -28,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--controls", action="store_true", help="give both halves alone, too, in the same run")
     parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where images are that are not unpacked: what `jfe data prepare` made; or what the wanted ones of a "
+        "compressed mbeir_images.tar.gz are copied into, once (default EMBEDDINGS/images)",
+    )
+    parser.add_argument(
         "--embeddings",
         type=Path,
         metavar="DIR",
@@ -73,7 +80,12 @@ def run(args: argparse.Namespace) -> None:
         given=list(dict.fromkeys([args.queries, *(("text", "image") if args.controls else ())])),
         depth=args.depth,
         keep=Keep(
-            folder=args.out, embeddings=args.embeddings, dtype=args.dtype, shard=args.shard, overwrite=args.overwrite
+            folder=args.out,
+            embeddings=args.embeddings,
+            images=args.images,
+            dtype=args.dtype,
+            shard=args.shard,
+            overwrite=args.overwrite,
         ),
         progress=bar,
     )

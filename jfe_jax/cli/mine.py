@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="up to which images are the same, of 255 (default 2)",
     )
     parser.add_argument("--instruction", default="0", metavar="N", help="which prompt, from 0, or none (default 0)")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="where images are that are not unpacked: what `jfe data prepare` made; or what the wanted ones of a "
+        "compressed mbeir_images.tar.gz are copied into, once (default OUT/mining/images)",
+    )
     parser.add_argument("--dtype", default="float16", help="of the pool's embeddings on disk (default float16)")
     parser.add_argument("--overwrite", action="store_true", help="embed the pools anew, whatever is there")
 
@@ -81,6 +88,7 @@ def run(args: argparse.Namespace) -> None:
         settings,
         split=args.split,
         units=units,
+        images=args.images,
         overwrite=args.overwrite,
         progress=bar,
     ):

@@ -15,6 +15,7 @@ from pathlib import Path
 from jfe_jax.errors import UserError
 
 _READ_BYTES = 1 << 20
+_GZIP = b"\x1f\x8b"
 
 
 class Archive:
@@ -29,6 +30,12 @@ class Archive:
         self.parts = list(parts)
         self.size, self.done = sum(part.stat().st_size for part in self.parts), 0
 
+    @property
+    def compressed(self) -> bool:
+        """Whether it is, by gzip: then it can only be read from its beginning."""
+        with open(self.parts[0], "rb") as stream:
+            return stream.read(2) == _GZIP
+
     def __str__(self) -> str:
         return str(self.parts[0]) + (f" … {self.parts[-1].name}" if len(self.parts) > 1 else "")
 
@@ -42,7 +49,7 @@ class Archive:
         found, raw = False, _Joined(self)
         try:
             joined = io.BufferedReader(raw, _READ_BYTES)
-            gzipped = joined.peek(2)[:2] == b"\x1f\x8b"
+            gzipped = joined.peek(2)[:2] == _GZIP
             stream = io.BufferedReader(gzip.GzipFile(fileobj=joined), _READ_BYTES) if gzipped else joined
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 while (member := archive.next()) is not None:

@@ -8,7 +8,7 @@ import io
 import threading
 import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -24,13 +24,19 @@ _LARGEST_RESIZED = 1 << 25
 _RESIZER = threading.local()
 
 
-def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image:
+class Stored(Protocol):
+    """An image that is no file of its own, such as one in an archive; `str` says where it is."""
+
+    def read_bytes(self) -> bytes: ...
+
+
+def decode(image: "bytes | Path | Stored | np.ndarray", name: str = "image") -> Image.Image:
     """Opens an image as RGB.
 
     EXIF orientation is applied, palettes are resolved, 16-bit grey is scaled to 8 bits, transparency is laid on white.
 
     Args:
-      image: encoded bytes, a file, or uint8 [height, width, 3].
+      image: encoded bytes, a file, one stored elsewhere, or uint8 [height, width, 3].
       name: what errors call an image that has no file name.
 
     Raises:
@@ -40,8 +46,9 @@ def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"{name}: pixels must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
         return Image.fromarray(image)
-    if isinstance(image, Path):
+    if not isinstance(image, bytes):
         name = str(image)
+        image = image if isinstance(image, Path) else image.read_bytes()
     try:
         with Image.open(io.BytesIO(image) if isinstance(image, bytes) else image) as opened:
             opened.load()
@@ -56,7 +63,7 @@ def decode(image: bytes | Path | np.ndarray, name: str = "image") -> Image.Image
 
 
 def to_pixels(
-    image: bytes | Path | np.ndarray,
+    image: "bytes | Path | Stored | np.ndarray",
     size: int,
     name: str = "image",
     resize: Literal["stretch", "crop"] = "stretch",

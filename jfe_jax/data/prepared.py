@@ -53,7 +53,7 @@ class Prepared:
             raise UserError(f"data.path: {path or 'not set'}: no prepared data there; make it with `jfe data prepare`")
         self._info: dict[str, Any] = {}
         self._pools: dict[int, Any] = {}
-        self._images: dict[str, _ImageStore] = {}
+        self._images: dict[str, ImageStore] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_info": {}, "_pools": self._pools, "_images": self._images}
@@ -123,10 +123,10 @@ class Prepared:
             pool = self._pools[dataset] = RawRecords(place, "pool")
         return pool
 
-    def _store(self, part: str) -> "_ImageStore":
+    def _store(self, part: str) -> "ImageStore":
         store = self._images.get(part)
         if store is None:
-            store = self._images[part] = _ImageStore(self.path / IMAGES / part / VERSION)
+            store = self._images[part] = ImageStore(self.path / IMAGES / part / VERSION)
         return store
 
     def _part(self, name: str) -> Any:
@@ -138,7 +138,7 @@ class Prepared:
         return self._info[name]
 
 
-class _ImageStore:
+class ImageStore:
     """One part of images: bytes by id. The index is a memory map; a part without images has none."""
 
     def __init__(self, place: Path):
@@ -152,15 +152,27 @@ class _ImageStore:
     def _index(self) -> tuple[np.ndarray, np.ndarray]:
         return np.load(self._place / "ids.npy", mmap_mode="r"), np.load(self._place / "rows.npy", mmap_mode="r")
 
+    def has(self, image_id: int) -> bool:
+        return self._row(image_id) is not None
+
     def find(self, image_id: int) -> bytes | None:
+        row = self._row(image_id)
+        if row is None:
+            return None
+        example = tf_example_pb2.Example.FromString(self._records[row])
+        return example.features.feature["image"].bytes_list.value[0]
+
+    def _row(self, image_id: int) -> int | None:
         if self._records is None:
             return None
         ids, rows = self._index
         at = int(np.searchsorted(ids, image_id))
-        if at == len(ids) or ids[at] != image_id:
-            return None
-        example = tf_example_pb2.Example.FromString(self._records[int(rows[at])])
-        return example.features.feature["image"].bytes_list.value[0]
+        return int(rows[at]) if at < len(ids) and ids[at] == image_id else None
+
+
+def metadata_of(place: Path) -> dict[str, Any]:
+    """What builder.py wrote beside the records of a part."""
+    return tfds.builder_from_directory(place).info.metadata
 
 
 class RawRecords:

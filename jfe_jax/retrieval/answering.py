@@ -19,7 +19,7 @@ import numpy as np
 from jfe_jax.processes import is_first
 from jfe_jax.retrieval import metrics
 from jfe_jax.retrieval.mistakes import mistakes
-from jfe_jax.retrieval.protocol import Asked, Pools, Targets, UnitQueries, by_prompt, once, rectangle
+from jfe_jax.retrieval.protocol import Asked, Pools, Questions, Targets, UnitQueries, by_prompt, once, rectangle
 from jfe_jax.retrieval.results import Answers
 from jfe_jax.retrieval.rows import ArrayRows, Rows
 from jfe_jax.retrieval.search import Found, Searcher
@@ -89,8 +89,7 @@ class Kept:
 
 def answer(
     jobs: Sequence[Job],
-    pools: Sequence[str],
-    table: Pools,
+    questions: Questions,
     candidates: StoredRows,
     queries: StoredRows,
     contents: np.ndarray,
@@ -99,13 +98,15 @@ def answer(
     kept: Kept,
     progress: Callable[[int], None],
 ) -> list[Answers]:
-    """Answers of each job on each pool, in this order.
+    """Answers of each job on each of the questions' pools, in this order.
 
     Args:
-      candidates: embeddings of table.candidates; `queries` of all jobs' queries, and `contents`, what those say.
+      candidates: embeddings of the questions' candidates; `queries` of all jobs' queries, and `contents`, what they
+        say.
       progress: called with the number of scores computed, or found computed, since its last call; see `scores`.
     """
     done: dict[tuple[int, str], Answers] = {}
+    pools, table = questions.pools, questions.table
     # Units that share a pool one after the other: it is opened once.
     shared: dict[int, list[tuple[int, str]]] = {}
     for number, job in enumerate(jobs):

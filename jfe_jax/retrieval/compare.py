@@ -8,6 +8,7 @@ Axes: M models, R runs, U units, C clusters, Q queries.
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -217,7 +218,8 @@ def summary(comparison: Comparison, *, details: bool = True) -> dict:
     """Everything that is said about one comparison, ready for JSON.
 
     Gains are of the first model over another, in the unit of the metric (1 = 100 %), each as {"value", "low", "high"}
-    with its 95 % interval; `details` adds kinds and edits.
+    with its 95 % interval; "pairs" has those of every model over every one behind it, as {model: {other: gain}}, from
+    the same draws. `details` adds kinds and edits.
     "best_other" has the highest mean where fusion is needed (where none is, the first other).
     """
     groups = [group for group in (needs_fusion(), does_not()) if comparison.counts(group)]
@@ -237,37 +239,38 @@ def summary(comparison: Comparison, *, details: bool = True) -> dict:
         told[family] = {member.name: _told(comparison, member, drawn[family][member.name]) for member in members}
     if len(groups) == 2 and others:
         one, other = (group.name for group in groups)
-        told["difference_of_gains"] = _gains(
-            comparison,
-            comparison.means(groups[0]) - comparison.means(groups[1]),
-            drawn["groups"][one] - drawn["groups"][other],
-        )
+        means = comparison.means(groups[0]) - comparison.means(groups[1])
+        pairs = _pairs(comparison, means, drawn["groups"][one] - drawn["groups"][other])
+        told |= {"difference_of_gains": _of_first(pairs), "difference_of_pairs": pairs}
     return told
 
 
 def _told(comparison: Comparison, slice_: Slice, replicates: np.ndarray) -> dict:
     means = comparison.means(slice_)
+    pairs = _pairs(comparison, means, replicates)
     return {
         "queries": comparison.counts(slice_),
         "models": {
             name: {"mean": _nanmean(row, 0).item(), "sd": float(np.nanstd(row, ddof=1)) if len(row) > 1 else None}
             for name, row in zip(comparison.names, means, strict=True)
         },
-        "gains": _gains(comparison, means, replicates),
+        "gains": _of_first(pairs),
+        "pairs": pairs,
     }
 
 
-def _gains(comparison: Comparison, means: np.ndarray, replicates: np.ndarray) -> dict:
-    gains = {}
-    for number, name in enumerate(comparison.names[1:], 1):
-        drawn = replicates[:, 0] - replicates[:, number]
-        low, high = np.nanquantile(drawn, [0.025, 0.975])
-        gains[name] = {
-            "value": _nanmean(means[0] - means[number], 0).item(),
-            "low": float(low),
-            "high": float(high),
-        }
-    return gains
+def _pairs(comparison: Comparison, means: np.ndarray, replicates: np.ndarray) -> dict:
+    """Means [M, R] and their replicates [replicates, M] → the gain of every model over every one behind it."""
+    names, pairs = comparison.names, {}
+    for one, other in itertools.combinations(range(len(names)), 2):
+        low, high = np.nanquantile(replicates[:, one] - replicates[:, other], [0.025, 0.975])
+        value = _nanmean(means[one] - means[other], 0).item()
+        pairs.setdefault(names[one], {})[names[other]] = {"value": value, "low": float(low), "high": float(high)}
+    return pairs
+
+
+def _of_first(pairs: dict) -> dict:
+    return dict(next(iter(pairs.values()), {}))
 
 
 def _mean_of_units(rates: np.ndarray) -> np.ndarray:

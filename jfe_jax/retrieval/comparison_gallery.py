@@ -7,6 +7,7 @@ from pathlib import Path
 from jfe_jax.data.catalogue import lines_with_places
 from jfe_jax.data.mbeir import Candidate, Mbeir
 from jfe_jax.data.mbeir_rows import decode_row
+from jfe_jax.data.stored_images import Images, Unpacked, open_images
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.compare import Run
 from jfe_jax.retrieval.gallery import SHOWN, Card, Ranking
@@ -30,6 +31,18 @@ def cards(models: dict[str, list[Run]], pool: str, other: str | None) -> tuple[l
         return _pick(runs, shown, pool), ""
     except (UserError, OSError) as error:
         return [], f'<p class="note">No gallery: {text(error)}</p>'
+
+
+def images(models: dict[str, list[Run]]) -> Images:
+    """Where the images of the first run are."""
+    results = next(iter(models.values()))[0].results
+    if not results.get("images"):
+        return Unpacked()
+    try:
+        return open_images(Path(results["data"]), Path(results["images"]), list, copies=False)
+    except (UserError, OSError):
+        # They have gone since: a page without pictures.
+        return Unpacked()
 
 
 def _pick(runs: list[Run], names: list[str], pool: str) -> list[Card]:

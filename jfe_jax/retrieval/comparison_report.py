@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from jfe_jax.retrieval import charts, page
+from jfe_jax.retrieval import charts, comparison_pairs, page
 from jfe_jax.retrieval.compare import Run
-from jfe_jax.retrieval.comparison_gallery import cards, outcomes
+from jfe_jax.retrieval.comparison_gallery import cards, images, outcomes
 from jfe_jax.retrieval.gallery import gallery
 from jfe_jax.retrieval.page import percent, points, text
 
@@ -35,6 +35,7 @@ def markdown(told: dict) -> str:
             if "difference_of_gains" in entry:
                 cells = [""] * len(names) + [_gain(entry["difference_of_gains"][model]) for model in names[1:]]
                 lines.append(f"| **difference of the gains** | | {' | '.join(cells)} |")
+            lines += comparison_pairs.markdown(entry)
             blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
@@ -58,6 +59,7 @@ def write(path: Path, told: dict, models: dict[str, list[Run]]) -> None:
     names = list(models)
     best = told["pools"][main]["with_source"]["best_other"]
     chosen, note = cards(models, main, best)
+    shown = gallery(chosen, outcomes(names[0], best), images(models))
     runs = [(name, i, Path(run.results["checkpoint"])) for i, name in enumerate(names) for run in models[name]]
     training = charts.training_charts(runs)
     sections = [
@@ -71,11 +73,12 @@ def write(path: Path, told: dict, models: dict[str, list[Run]]) -> None:
             )
             for pool in pools
         ),
+        ("pairs", f"Every pair, {main} pool", comparison_pairs.matrices(told["pools"][main], told["metric"])),
         ("kinds", f"Kinds of query, {main} pool", _kinds(told, main)),
         ("controls", "Half of the query alone", _controls(told)),
         ("twoway", "Two-way choices", _two_way(models, pools)),
         ("training", "Training", charts.legend(names) + training if training else ""),
-        ("gallery", f"Queries and what was found, {main} pool", note + gallery(chosen, outcomes(names[0], best))),
+        ("gallery", f"Queries and what was found, {main} pool", note + shown),
         ("runs", "Evaluations compared", _runs(models)),
     ]
     path.write_text(page.page(f"{' against '.join(names)}", sections, _lead(told)), encoding="utf-8")

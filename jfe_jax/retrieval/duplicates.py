@@ -14,6 +14,7 @@ from PIL import Image
 
 from jfe_jax.data.images import decode
 from jfe_jax.data.mbeir import Candidate
+from jfe_jax.data.stored_images import Images, StoredImage, Unpacked
 
 _SIDE = 16
 # Of 768 bytes each.
@@ -25,10 +26,11 @@ class Duplicates:
 
     Args:
       image_difference: mean difference of the averages, of 255, up to which two images are the same.
+      images: where they are; files if not given.
     """
 
-    def __init__(self, image_difference: float):
-        self._difference = image_difference
+    def __init__(self, image_difference: float, images: Images | None = None):
+        self._difference, self._images = image_difference, images or Unpacked()
         self._hashes: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
 
     def same(self, one: Candidate, other: Candidate) -> bool:
@@ -47,7 +49,7 @@ class Duplicates:
     def _hash(self, image: Path) -> np.ndarray:
         known = self._hashes.get(image)
         if known is None:
-            known = self._hashes[image] = image_hash(image)
+            known = self._hashes[image] = image_hash(self._images.get(image))
             if len(self._hashes) > _KEPT:
                 self._hashes.popitem(last=False)
         else:
@@ -55,7 +57,7 @@ class Duplicates:
         return known
 
 
-def image_hash(image: Path) -> np.ndarray:
+def image_hash(image: Path | StoredImage) -> np.ndarray:
     """uint8 [16, 16, 3]: averages of the picture's cells."""
     return np.asarray(decode(image).resize((_SIDE, _SIDE), Image.Resampling.BOX))
 

@@ -17,20 +17,24 @@ import numpy as np
 from jfe_jax.data.catalogue import content_id
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.numbering import image_id
+from jfe_jax.data.stored_images import Images, Unpacked, open_images, opened
 from jfe_jax.errors import UserError
+from jfe_jax.processes import is_first, meet
 from jfe_jax.retrieval import metrics
 from jfe_jax.retrieval.answering import Job, Kept, answer, scores
 from jfe_jax.retrieval.embed import SHARD
+from jfe_jax.retrieval.groups import MBEIR
 from jfe_jax.retrieval.means import with_means
-from jfe_jax.retrieval.protocol import Pools, Questions, UnitQueries, once, read_mbeir
+from jfe_jax.retrieval.protocol import Asked, Pools, Questions, UnitQueries, once, read_mbeir
 from jfe_jax.retrieval.results import Answers, unit_results
 from jfe_jax.retrieval.retriever import Retriever
-from jfe_jax.retrieval.stores import Stores, Wanted
+from jfe_jax.retrieval.stores import Stored, Stores, Wanted
 
 # Deep enough for others to compute hit@50 from the run files.
 DEPTH = max(metrics.CUTOFFS)
 # The folders in an evaluation's own directory.
-EMBEDDINGS, SEARCHES = "embeddings", "searches"
+EMBEDDINGS, SEARCHES, IMAGES = "embeddings", "searches", "images"
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 
@@ -43,11 +47,13 @@ class Evaluation:
       results: ready for JSON; see results.py.
       answers: everything that was asked, in the order of the units, then what was given, then pools.
       questions: what was asked.
+      images: where the images are.
     """
 
     results: dict
     answers: list[Answers]
     questions: Questions
+    images: Images
 
     @property
     def pools(self) -> Pools:
@@ -62,6 +68,8 @@ class Keep:
     Attributes:
       folder: where finished searches are; None keeps nothing.
       embeddings: where the embeddings are, which evaluations of one checkpoint can share; folder/embeddings if None.
+      images: where images are read from, or copied to, if they are not unpacked; see stored_images.open_images;
+        `embeddings`/images if None.
       dtype: how the candidates' embeddings are stored, one of storage.DTYPES; the queries' are float32.
       shard: items that are embedded at a time.
       overwrite: begin anew, whatever is there.
@@ -69,6 +77,7 @@ class Keep:
 
     folder: Path | None = None
     embeddings: Path | None = None
+    images: Path | None = None
     dtype: str = "float32"
     shard: int = SHARD
     overwrite: bool = False
@@ -116,11 +125,22 @@ def ask(
     """As `evaluate`, whatever the questions were read from. Every process of a job calls it, and has the same."""
     start = time.monotonic()
     jobs = _jobs(questions, given)
-    _require_images(jobs)
     with contextlib.ExitStack() as ending:
         # Embeddings are on disk in any case: what memory an evaluation needs does not depend on it.
         folder = keep.folder or Path(ending.enter_context(tempfile.TemporaryDirectory()))
-        answers, error = _answers(retriever, questions, jobs, folder, depth, keep, progress)
+        embeddings = keep.embeddings or folder / EMBEDDINGS
+        place = keep.images or embeddings / IMAGES
+        images = _images(questions, jobs, place, progress)
+        _require_images(jobs, images)
+        with _stores(retriever, embeddings, images, keep) as stores:
+            wanted = _Candidates(questions, images), _Queries(questions, images, jobs)
+            stored = [_embedded(stores, *one, progress) for one in zip(wanted, (keep.dtype, "float32"), strict=True)]
+        kept = Kept(folder / SEARCHES, f"{retriever.fingerprint} {keep.dtype} {images.form}")
+        rows = [stores.rows(one) for one in stored]
+        total = scores(jobs, questions.pools, questions.table)
+        with progress("searching, scores", total // jax.process_count()) as tick:
+            answers = answer(jobs, questions, *rows, wanted[1].contents, depth=max(depth, 10), kept=kept, progress=tick)
+        error = stores.score_error(stored[0])
     units = questions.units
     entries = [unit_results(unit, [one for one in answers if one.unit is unit]) for unit in units]
     results = with_means(entries, questions.protocol)
@@ -132,6 +152,7 @@ def ask(
         "model": retriever.config.model.kind,
         "parameters": retriever.parameters,
         "data": str(questions.path),
+        "images": None if isinstance(images, Unpacked) else str(place),
         "split": questions.split,
         "instruction": questions.instruction,
         "given": list(given),
@@ -142,7 +163,7 @@ def ask(
         "warnings": _warnings(retriever, units, answers),
         "seconds": round(time.monotonic() - start, 1),
     }
-    return Evaluation(about | results, answers, questions)
+    return Evaluation(about | results, answers, questions, images)
 
 
 def _jobs(questions: Questions, given: Sequence[str]) -> list[Job]:
@@ -159,41 +180,11 @@ def _jobs(questions: Questions, given: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def _answers(
-    retriever: Retriever,
-    questions: Questions,
-    jobs: list[Job],
-    folder: Path,
-    depth: int,
-    keep: Keep,
-    progress: Progress,
-) -> tuple[list[Answers], float]:
-    """The answers, and how far a score may be off as embeddings are rounded."""
-    table, pools, depth = questions.table, questions.pools, max(depth, 10)
-    candidates, queries = _Candidates(questions), _Queries(questions, jobs)
-    with Stores(
-        keep.embeddings or folder / EMBEDDINGS, retriever, overwrite=keep.overwrite, shard=keep.shard
-    ) as stores:
-        stored = [
-            _embedded(stores, wanted, dtype, progress)
-            for wanted, dtype in ((candidates, keep.dtype), (queries, "float32"))
-        ]
-    kept = Kept(folder / SEARCHES, f"{retriever.fingerprint} {keep.dtype}")
-    with progress("searching, scores", scores(jobs, pools, table) // jax.process_count()) as tick:
-        answers = answer(
-            jobs,
-            pools,
-            table,
-            *(stores.rows(one) for one in stored),
-            queries.contents,
-            depth=depth,
-            kept=kept,
-            progress=tick,
-        )
-    return answers, stores.score_error(stored[0])
+def _stores(retriever: Retriever, folder: Path, images: Images, keep: Keep) -> Stores:
+    return Stores(folder, retriever, form=images.form, overwrite=keep.overwrite, shard=keep.shard)
 
 
-def _embedded(stores: Stores, wanted: Wanted, dtype: str, progress: Progress):
+def _embedded(stores: Stores, wanted: Wanted, dtype: str, progress: Progress) -> Stored:
     missing = len(stores.missing(wanted, dtype))
     if not missing:
         return stores.complete(wanted, dtype)
@@ -206,15 +197,15 @@ class _Candidates:
 
     kind = "candidates"
 
-    def __init__(self, questions: Questions):
-        self._known, self.path = questions.table.candidates, questions.path
+    def __init__(self, questions: Questions, images: Images):
+        self._images, self._known, self.path = images, questions.table.candidates, questions.path
         self.contents, self.files, self.names = self._known.contents, self._known.files, self._known.names
 
     def id(self, number: int) -> str:
         return self._known.did(number)
 
     def item(self, number: int) -> Item:
-        return self._known[number].item()
+        return opened(self._known[number].item(), self._images)
 
 
 class _Queries:
@@ -222,8 +213,8 @@ class _Queries:
 
     kind = "queries"
 
-    def __init__(self, questions: Questions, jobs: list[Job]):
-        self._jobs, self.path = jobs, questions.path
+    def __init__(self, questions: Questions, images: Images, jobs: list[Job]):
+        self._images, self._jobs, self.path = images, jobs, questions.path
         self._firsts = [job.first for job in jobs]
         root = questions.table.candidates.root
         items = (one.item(job.given) for job in jobs for one in job.asked)
@@ -239,18 +230,33 @@ class _Queries:
 
     def item(self, number: int) -> Item:
         job, asked = self._at(number)
-        return asked.item(job.given)
+        return opened(asked.item(job.given), self._images)
 
-    def _at(self, number: int):
+    def _at(self, number: int) -> tuple[Job, Asked]:
         job = self._jobs[bisect.bisect_right(self._firsts, number) - 1]
         return job, job.asked[number - job.first]
 
 
-def _require_images(jobs: list[Job]) -> None:
+def _images(questions: Questions, jobs: list[Job], place: Path, progress: Progress) -> Images:
+    """Where the images are; those of the other protocols were found when their rows were read."""
+    if questions.protocol is not MBEIR:
+        return Unpacked()
+    known = questions.table.candidates
+    shown = {one.query.image for job in jobs for one in job.asked} - {None}
+
+    def wanted() -> np.ndarray:
+        return np.concatenate([known.images, np.array([image_id(image, known.root) for image in shown], np.int64)])
+
+    images = open_images(questions.path, place, wanted, progress) if is_first() else None
+    meet("images copied")
+    return images or open_images(questions.path, place, wanted, copies=False)
+
+
+def _require_images(jobs: list[Job], images: Images) -> None:
     """Before hours of embedding: the queries' images are there."""
     wanted = {one.item(job.given).image: one.query.qid for job in jobs for one in job.asked}
     wanted.pop(None, None)
-    missing = [image for image in wanted if not image.is_file()]
+    missing = [image for image in wanted if images.find(image) is None]
     if missing:
         raise UserError(
             f"{missing[0]}: no such image, of query {wanted[missing[0]]} ({len(missing)} of {len(wanted)} images of "

@@ -50,6 +50,7 @@ def write(path: Path, evaluation: Evaluation) -> None:
     """Writes the self-contained page."""
     results = evaluation.results
     pools = results["pools"]
+    found = gallery(_cards(evaluation, pools[-1]), OUTCOMES, evaluation.images)
     sections = [
         ("summary", "Summary", _summary(results)),
         ("published", "Beside published figures", beside(results)),
@@ -60,7 +61,7 @@ def write(path: Path, evaluation: Evaluation) -> None:
         ("kinds", "Kinds of query", "".join(_kinds(results, pool) for pool in pools)),
         ("controls", "Half of the query alone", "".join(_controls(results, pool) for pool in pools)),
         ("training", "Training", charts.training_charts([("training", 0, Path(results["checkpoint"]))])),
-        ("gallery", f"Queries and what was found, {pools[-1]} pool", gallery(_cards(evaluation, pools[-1]), OUTCOMES)),
+        ("gallery", f"Queries and what was found, {pools[-1]} pool", found),
     ]
     title = f"Evaluation of {results['checkpoint']}"
     path.write_text(page.page(title, sections, _lead(results)), encoding="utf-8")

@@ -1,5 +1,7 @@
 """Queries with what was found for them, as cards: the right ones marked, thumbnails inside the page."""
 
+from __future__ import annotations
+
 import base64
 import io
 from collections.abc import Sequence
@@ -10,6 +12,7 @@ from PIL import Image
 
 from jfe_jax.data.images import decode
 from jfe_jax.data.mbeir import Candidate
+from jfe_jax.data.stored_images import Images
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.page import text
 from jfe_jax.retrieval.protocol import Asked
@@ -39,11 +42,11 @@ class Card:
     right: Candidate | None
 
 
-def gallery(cards: Sequence[Card], outcomes: Sequence[str]) -> str:
+def gallery(cards: Sequence[Card], outcomes: Sequence[str], images: Images) -> str:
     """Cards with filters by unit and outcome; empty without cards."""
     if not cards:
         return ""
-    thumbnails: dict[Path, str] = {}
+    thumbnails = _Thumbnails(images)
     units = dict.fromkeys(card.unit for card in cards)
     outcomes = [outcome for outcome in outcomes if any(card.outcome == outcome for card in cards)]
     filters = _select("unit", "all units", list(units)) + _select("outcome", "all outcomes", outcomes)
@@ -51,7 +54,7 @@ def gallery(cards: Sequence[Card], outcomes: Sequence[str]) -> str:
     return f'<div class="filters">{filters}<span class="shown note"></span></div><div class="gallery">{inner}</div>'
 
 
-def _card(card: Card, thumbnails: dict[Path, str]) -> str:
+def _card(card: Card, thumbnails: _Thumbnails) -> str:
     query = card.asked.query
     tags = [f'<span class="tag">{text(card.unit)}</span>']
     tags += [f'<span class="tag">{text(value)}</span>' for value in (card.asked.kind, card.asked.edit) if value]
@@ -66,7 +69,7 @@ def _card(card: Card, thumbnails: dict[Path, str]) -> str:
     )
 
 
-def _ranking(ranking: Ranking, card: Card, thumbnails: dict[Path, str]) -> str:
+def _ranking(ranking: Ranking, card: Card, thumbnails: _Thumbnails) -> str:
     rank = "not in the pool" if ranking.rank is None else f"right one at {ranking.rank}"
     state = "right" if ranking.rank == 1 else "wrong"
     model = f"<b>{text(ranking.model)}</b> " if ranking.model else ""
@@ -79,31 +82,35 @@ def _ranking(ranking: Ranking, card: Card, thumbnails: dict[Path, str]) -> str:
     )
 
 
-def _result(found: Candidate, caption: str, card: Card, thumbnails: dict[Path, str]) -> str:
+def _result(found: Candidate, caption: str, card: Card, thumbnails: _Thumbnails) -> str:
     right = ' class="right"' if found.did in card.asked.relevant else ""
     picture = _picture(found.image, thumbnails, found.did) if found.image is not None else ""
     words = f'<div class="words">{text(_short(found.text))}</div>' if found.text else ""
     return f'<li{right} title="{text(found.did)}">{picture}{words}<span class="score">{caption}</span></li>'
 
 
-def _picture(path: Path, thumbnails: dict[Path, str], name: str) -> str:
-    if path not in thumbnails:
-        thumbnails[path] = _thumbnail(path)
+def _picture(path: Path, thumbnails: _Thumbnails, name: str) -> str:
     if not thumbnails[path]:
         return f'<div class="words note">{text(path.name)}: no image</div>'
     return f'<img class="picture" loading="lazy" alt="{text(name)}" src="{thumbnails[path]}">'
 
 
-def _thumbnail(path: Path) -> str:
-    try:
-        image = decode(path)
-    except UserError:
-        # The figures are there; a report does without a picture that has gone since.
-        return ""
-    image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=70)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+class _Thumbnails(dict[Path, str]):
+    """Images as data URLs, made when they are asked for."""
+
+    def __init__(self, images: Images):
+        self._images = images
+
+    def __missing__(self, path: Path) -> str:
+        try:
+            image = decode(self._images.get(path))
+        except UserError:
+            # The figures are there; a report does without a picture that has gone since.
+            return self.setdefault(path, "")
+        image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "WEBP", quality=70)
+        return self.setdefault(path, f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}")
 
 
 def _select(name: str, everything: str, values: Sequence[str]) -> str:

@@ -4,6 +4,7 @@ What negatives.py chooses is written as `neg_cand_list`, where training reads it
 """
 
 import contextlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -12,8 +13,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jfe_jax.data.mbeir import Mbeir, Unit
 from jfe_jax.data.mbeir_rows import parse_query, read_rows
+from jfe_jax.data.numbering import image_id
+from jfe_jax.data.stored_images import open_images
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.duplicates import Duplicates
 from jfe_jax.retrieval.mine_pool import Pool, PoolFile
@@ -48,6 +53,7 @@ def mine(
     *,
     split: str = "train",
     units: Sequence[str] = (),
+    images: Path | None = None,
     overwrite: bool = False,
     progress: Progress,
 ) -> Iterator[Mined]:
@@ -57,6 +63,8 @@ def mine(
     on, and another window costs only a search.
 
     Args:
+      images: where images are read from, or copied to, if they are not unpacked; see stored_images.open_images;
+        out/mining/images if not given.
       overwrite: embed the pools anew, whatever is there.
 
     Raises:
@@ -68,8 +76,9 @@ def mine(
     pools = {unit.name: mbeir.pool_file(split, unit, settings.pool) for unit in chosen}
     link_all(mbeir.path, out, {mbeir.query_file(split, unit).relative_to(mbeir.path) for unit in chosen})
     summary = []
+    opened = open_images(mbeir.path, images or out / WORK / "images", lambda: _wanted(mbeir, split, pools), progress)
     for path in dict.fromkeys(pools.values()):
-        file = PoolFile(mbeir, path)
+        file = PoolFile(mbeir, path, opened)
         with progress(f"embedding {path.stem}", len(file.ids)) as tick:
             pool = Pool(retriever, file, out / WORK / path.stem, settings.dtype, overwrite, tick)
         for unit in (one for one in chosen if pools[one.name] == path):
@@ -85,6 +94,15 @@ def mine(
         "units": {one.unit: dict(one.counts) for one in summary},
     }
     (out / WORK / "mining.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def _wanted(mbeir: Mbeir, split: str, pools: dict[str, Path]) -> np.ndarray:
+    """int64: image_id of all that the pools and the queries show."""
+    rows = itertools.chain(
+        *(mbeir.candidates(file) for file in dict.fromkeys(pools.values())),
+        *(mbeir.iter_queries(split, mbeir.unit(split, name)) for name in pools),
+    )
+    return np.fromiter((image_id(one.image, mbeir.path) for one in rows), np.int64)
 
 
 def link_all(source: Path, out: Path, written: set[Path]) -> None:
@@ -129,7 +147,7 @@ def _mine_unit(
     target = out / file.relative_to(mbeir.path)
     part = target.with_name(f"{target.name}.part")
     lines = sum(1 for _ in read_rows(file))
-    duplicates = Duplicates(settings.image_difference)
+    duplicates = Duplicates(settings.image_difference, pool.file.images)
     with progress(f"mining {unit.name}", lines) as tick, part.open("w", encoding="utf-8", newline="\n") as stream:
         for rows in _chunks(read_rows(file), _QUERIES):
             asked = [
@@ -159,7 +177,7 @@ def _asked(
     if not right:
         counts["no_positive"] += 1
         return None
-    if query.image is not None and not query.image.is_file():
+    if query.image is not None and pool.file.images.find(query.image) is None:
         counts["missing_image"] += 1
         return None
     return Asked(number, query, right, pool.file.candidates[right[0]].modality)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import MODALITIES, Candidate, Mbeir
+from jfe_jax.data.stored_images import Images, opened
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.embed import embed
 from jfe_jax.retrieval.retriever import Retriever
@@ -22,6 +23,7 @@ class PoolFile:
     """The candidates of a pool file, by modality and id: what `embed` takes.
 
     Attributes:
+      images: where the images are.
       candidates: N; those whose image is missing are left out, and counted in `missing`.
       row: candidate id → position.
       ranges: modality → first position and the one after the last.
@@ -30,12 +32,12 @@ class PoolFile:
       UserError: a row is wrong, or there is no candidate with its image.
     """
 
-    def __init__(self, mbeir: Mbeir, path: Path):
-        self.path = path
+    def __init__(self, mbeir: Mbeir, path: Path, images: Images):
+        self.path, self.images = path, images
         there: dict[str, Candidate] = {}
         self.missing = 0
         for candidate in mbeir.candidates(path):
-            if candidate.image is not None and not candidate.image.is_file():
+            if candidate.image is not None and images.find(candidate.image) is None:
                 self.missing += 1
             else:
                 there[candidate.did] = candidate
@@ -56,7 +58,7 @@ class PoolFile:
 
     def items(self, start: int, stop: int) -> list[Item]:
         """As embed.Source."""
-        return [one.item() for one in self.candidates[start:stop]]
+        return [opened(one.item(), self.images) for one in self.candidates[start:stop]]
 
 
 class Pool:

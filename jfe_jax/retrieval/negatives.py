@@ -15,6 +15,7 @@ import numpy as np
 
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import MODALITIES, Mbeir, Query, Unit
+from jfe_jax.data.stored_images import opened
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.duplicates import Duplicates
 from jfe_jax.retrieval.mine_pool import Pool
@@ -91,7 +92,9 @@ def negatives_of(
 ) -> Iterator[tuple[Asked, list[int]]]:
     """Each query with its negatives' positions in the pool."""
     names = [f"query {one.query.qid}" for one in asked]
-    embeddings = retriever.encode([_item(mbeir, settings, unit, one) for one in asked], names=names)
+    embeddings = retriever.encode(
+        [opened(_item(mbeir, settings, unit, one), pool.file.images) for one in asked], names=names
+    )
     require_finite(embeddings, names, str(retriever.path))
     depth = settings.last_rank + max(len(one.right) for one in asked)
     for wanted in dict.fromkeys(one.wanted for one in asked):

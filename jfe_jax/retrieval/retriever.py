@@ -194,7 +194,7 @@ class Retriever:
             yield EncodedItem(self._encoder.tokens(item.text, item.instruction, pixels is not None), pixels)
 
     def _pixels_of(self, image: bytes | Path | np.ndarray, name: str) -> np.ndarray:
-        if not isinstance(image, Path):
+        if isinstance(image, bytes | np.ndarray):
             return self._encoder.pixels(image, name)
         pixels = self._pixels.get(image)
         if pixels is None:

@@ -69,14 +69,23 @@ class Stores:
     """The directory, opened for one checkpoint.
 
     Args:
+      form: of the images, as stored_images.Images has it.
       overwrite: if another checkpoint's embeddings are there, or damaged ones, remove them.
 
     Raises:
       UserError: another checkpoint's embeddings are there, or another evaluation is at work there.
     """
 
-    def __init__(self, folder: Path, retriever: Retriever, *, overwrite: bool = False, shard: int = SHARD):
-        self.folder, self._retriever, self._shard = folder, retriever, shard
+    def __init__(
+        self,
+        folder: Path,
+        retriever: Retriever,
+        *,
+        form: str = "as published",
+        overwrite: bool = False,
+        shard: int = SHARD,
+    ):
+        self.folder, self._retriever, self._form, self._shard = folder, retriever, form, shard
         self._lock = None
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
@@ -139,6 +148,7 @@ class Stores:
             "fingerprint": self._retriever.fingerprint,
             "checkpoint": str(self._retriever.path.resolve()),
             "step": self._retriever.step,
+            "images": self._form,
         }
         try:
             told = json.loads((self.folder / CHECKPOINT).read_text(encoding="utf-8"))
@@ -149,6 +159,11 @@ class Stores:
                 f"{self.folder}: holds embeddings of {told['checkpoint']} step {told['step']} ({told['fingerprint']}), "
                 f"not of {mine['checkpoint']} step {mine['step']} ({mine['fingerprint']}); take another directory, or "
                 "replace them with --overwrite"
+            )
+        if told["images"] != mine["images"] and not overwrite:
+            raise UserError(
+                f"{self.folder}: holds embeddings of images in another form ({told['images']}, not {mine['images']}); "
+                "take another directory, or replace them with --overwrite"
             )
         if overwrite:
             for place in [*self.folder.glob(f"*/{MANIFEST}"), *self.folder.glob(f"*/{PLAN}")]:

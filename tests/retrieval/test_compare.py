@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jfe_jax.errors import UserError
-from jfe_jax.retrieval import comparison_report
+from jfe_jax.retrieval import comparison_pairs, comparison_report, page
 from jfe_jax.retrieval.compare import Comparison, compare, load_models, needs_fusion, of_unit, summary
 
 UNITS = {"a_task7": 7, "b_task7": 7, "c_task6": 6, "d_task0": 0}
@@ -132,6 +132,32 @@ def test_the_best_other_is_the_best_where_fusion_is_needed(tmp_path):
     assert said.startswith("jfe over strong") and "+40.0" in said
     table = comparison_report.markdown(told)
     assert "| a_task7 | 10 | 90.0 | 10.0 | 50.0 |" in table
+
+
+def test_every_pair_has_the_interval_that_it_would_have_alone(tmp_path):
+    random = np.random.default_rng(0)
+    models = {}
+    for name in ("jfe", "sum", "cls"):
+        rows = [line(unit, i, random.random() < 0.5) for unit in ("a_task7", "d_task0") for i in range(40)]
+        models |= load_models({name: [written(tmp_path / name, rows)]})
+    told = compare(models, replicates=100)
+    entry = told["pools"]["global"]["with_source"]
+    for one, other in (("jfe", "sum"), ("jfe", "cls"), ("sum", "cls")):
+        alone = compare({name: models[name] for name in (one, other)}, replicates=100)["pools"]["global"]["with_source"]
+        for family in ("groups", "units"):
+            for name, row in entry[family].items():
+                assert row["pairs"][one][other] == alone[family][name]["gains"][other]
+        assert entry["difference_of_pairs"][one][other] == alone["difference_of_gains"][other]
+    gain = entry["groups"]["needs fusion"]["pairs"]["sum"]["cls"]
+    assert gain["low"] < gain["value"] < gain["high"]
+    said = f"{page.points(gain['value'])} [{page.points(gain['low'])}, {page.points(gain['high'])}]"
+    assert f"| sum over cls | {said} |" in comparison_report.markdown(told)
+    shown = comparison_pairs.matrices(told["pools"]["global"], "hit@1")
+    back = f"<small>[{page.points(-gain['high'])}, {page.points(-gain['low'])}]</small>"
+    assert back in shown, "the row of cls under sum"
+    two = compare({name: models[name] for name in ("jfe", "sum")}, replicates=5)
+    assert not comparison_pairs.matrices(two["pools"]["global"], "hit@1")
+    assert "other pairs" not in comparison_report.markdown(two)
 
 
 def test_kinds_edits_controls_and_the_source_are_told_apart(tmp_path):

@@ -14,13 +14,18 @@ import pytest
 
 from jfe_jax.cli.main import main
 from jfe_jax.data.mbeir import Mbeir
+from jfe_jax.data.prepare import prepare
 from jfe_jax.errors import UserError
+from jfe_jax.retrieval import comparison_report, evaluation_report, results
+from jfe_jax.retrieval.compare import compare, load_models
 from jfe_jax.retrieval.evaluate import Keep, evaluate
+from jfe_jax.retrieval.mine import mine
+from jfe_jax.retrieval.negatives import Settings
 from jfe_jax.retrieval.rows import FileRows
 from jfe_jax.retrieval.search import Searcher
 from jfe_jax.retrieval.storage import encode
 from jfe_jax.retrieval.stores import Stored, StoredRows, Stores
-from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, edit_row
+from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, archive_images, edit_row
 from tests.retrieval.tiny import quiet, random_retriever, save, tiny_config
 
 UNITS = ["shapes_task0", "shapes_task7"]
@@ -163,6 +168,43 @@ def test_rows_of_several_files_in_another_order(tmp_path, dtype):
     some = random.permutation(450)[:60]
     np.testing.assert_array_equal(rows.take(some), expected[some])
     np.testing.assert_array_equal(rows[some].read(5, 50)[0], rows.read(0, 450)[0][some][5:50])
+
+
+def test_images_are_read_from_the_archive(shapes_retriever, mbeir_path, tmp_path):
+    path = shutil.copytree(mbeir_path, tmp_path / "data", ignore=shutil.ignore_patterns("model"))
+    keep = Keep(folder=tmp_path / "out", embeddings=tmp_path / "shared")
+    files, pages = [], []
+    for archived in (False, True):
+        if archived:
+            archive_images(path, parts=3)
+            shutil.rmtree(tmp_path / "shared")
+        evaluation = evaluate(shapes_retriever, Mbeir(path), units=UNITS, keep=keep, progress=quiet)
+        results.write(tmp_path / "out", evaluation.results, evaluation.answers, evaluation.pools)
+        evaluation_report.write(tmp_path / "out/report.html", evaluation)
+        files.append((tmp_path / "out/runs/shapes_task7.global.trec").read_bytes())
+        pages.append((tmp_path / "out/report.html").read_text())
+    assert files[0] == files[1] and "data:image/webp" in pages[1]
+    assert pages[0].count("data:image/webp") == pages[1].count("data:image/webp")
+    told = evaluation.results
+    assert told["images"] == str(tmp_path / "shared/images") and (tmp_path / "shared/images/images.tar").exists()
+    models = load_models({"one": [tmp_path / "out"]})
+    comparison_report.write(tmp_path / "compare.html", compare(models, replicates=5), models)
+    assert "data:image/webp" in (tmp_path / "compare.html").read_text()
+    (mined,) = mine(shapes_retriever, Mbeir(path), tmp_path / "mined", Settings(), units=UNITS[1:], progress=quiet)
+    assert mined.counts["queries"] == 6 and not mined.counts["missing_image"] + mined.counts["missing_candidate_image"]
+    assert mined.counts["wanted_modality"]
+    edit_row(path / "query/test/mbeir_shapes_task7_test.jsonl", 2, query_img_path="mbeir_images/gone.png")
+    with pytest.raises(UserError, match=r"gone\.png: no such image, of query 0:\d+ \(1 of"):
+        evaluate(shapes_retriever, Mbeir(path), units=UNITS, keep=keep, progress=quiet)
+
+
+def test_prepared_images_of_another_size_are_not_mixed_in(shapes_retriever, mbeir_path, tmp_path):
+    keep = {"folder": tmp_path / "out", "embeddings": tmp_path / "shared"}
+    ask(shapes_retriever, mbeir_path, Keep(**keep), pools=["local"])
+    mbeir = Mbeir(mbeir_path)
+    list(prepare(mbeir, tmp_path / "small", splits=["test"], units=UNITS, short_side=16, progress=quiet))
+    with pytest.raises(UserError, match=r"images in another form \(as published, not short side 16 at most\)"):
+        ask(shapes_retriever, mbeir_path, Keep(**keep, images=tmp_path / "small"), pools=["local"])
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Two real processes on one machine embed their shares into one index, and search it together."""
+"""Two real processes on one machine embed their shares into one index, and search it together; so they evaluate."""
 
 import json
 import os
@@ -8,35 +8,40 @@ import sys
 import numpy as np
 import pytest
 
+from jfe_jax.data.mbeir import Mbeir
 from jfe_jax.retrieval.embed import embed
+from jfe_jax.retrieval.evaluate import evaluate
 from jfe_jax.retrieval.items_file import ItemsFile
 from jfe_jax.retrieval.search import search
-from tests.retrieval.tiny import save, tiny_retriever
+from tests.retrieval.tiny import quiet, save, tiny_retriever
 
 SCRIPT = """
 import sys
 import jax
 import numpy as np
 from jfe_jax.cli.main import main
-run, items, out, told = sys.argv[1:]
+run, items, out, told, shapes, data = sys.argv[1:]
 assert main(["embed", "--checkpoint", run, "--items", items, "--out", out, "--shard", "8"]) == 0
 from jfe_jax.retrieval.index import Index
 from jfe_jax.retrieval.search import search
 rows = Index.open(out).rows
 asked = rows.take(np.array([3, 20])).astype(np.float32)
+words = ["--data", data, "--units", "shapes_task7", "--shard", "8", "--out", f"{told}/eval"]
+assert main(["eval", "--checkpoint", shapes, *words]) == 0
 np.savez(f"{told}/{jax.process_index()}.npz", **search(asked, rows, 30, np.array([[25, 0], [20, -1]]))._asdict())
 """
 
 
 @pytest.mark.slow
 @pytest.mark.multiprocess
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_two_processes_give_what_one_gives(shapes_retriever, mbeir_path, tmp_path):
     retriever = tiny_retriever(tmp_path)
     run = save(retriever, tmp_path / "run")
     items = tmp_path / "items.jsonl"
     # Equal texts: ties between the two shares.
     items.write_text("".join(json.dumps({"id": f"t{i}", "text": f"text {i % 25}"}) + "\n" for i in range(40)))
     command = [sys.executable, "-c", SCRIPT, str(run), str(items), str(tmp_path / "two"), str(tmp_path)]
+    command += [str(save(shapes_retriever, tmp_path / "shapes")), str(mbeir_path)]
     launch = [sys.executable, "launch/local.py", "--processes", "2", "--devices", "2", "--", *command]
     done = subprocess.run(
         launch,
@@ -46,7 +51,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         timeout=180,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("40 embeddings") == 1, "one process speaks"
+    assert done.stdout.count("40 embeddings") == 1 == done.stdout.count("report.html"), "one process speaks"
     one = embed(retriever, ItemsFile(items), tmp_path / "one", shard=8).index
     two = np.load(tmp_path / "two" / "embeddings.npy")
     np.testing.assert_allclose(two, one.embeddings, atol=1e-5)
@@ -56,3 +61,9 @@ def test_two_processes_give_what_one_gives(tmp_path):
         found = np.load(tmp_path / f"{number}.npz")
         for name, value in expected._asdict().items():
             np.testing.assert_array_equal(found[name], value)
+    alone = evaluate(shapes_retriever, Mbeir(mbeir_path), units=["shapes_task7"], progress=quiet)
+    for answers in alone.answers:
+        lines = (tmp_path / f"eval/runs/shapes_task7.{answers.pool}.trec").read_text().split()
+        np.testing.assert_allclose(np.array(lines[4::6], float), answers.scores.reshape(-1), atol=1e-5)
+    told = json.loads((tmp_path / "eval/results.json").read_text())
+    assert told["units"]["shapes_task7"]["pools"]["global"]["size"] == alone.answers[1].pool_size
