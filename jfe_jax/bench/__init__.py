@@ -12,6 +12,7 @@ BENCHMARKS = {
     "convert": "from-hf beside a plain copy of the files: rate and peak memory",
     "search": "exact search beside faiss.IndexFlatIP (pip install faiss-cpu)",
     "stream": "exact search of a pool on disk: seconds and peak memory",
+    "evaluate": "an evaluation at M-BEIR's size, killed and taken up again: seconds and peak memory",
     "loss": "contrastive loss and gradients beside PyTorch's and plain jit's",
     "gradcache": "a step in GradCache chunks beside the plain step; memory by batch",
     "train-step": "a training step beside transformers' PaliGemma in PyTorch; share of the matrix rate",

@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> None:
     from jfe_jax.errors import UserError
     from jfe_jax.processes import is_first, join
     from jfe_jax.retrieval.sources import read_questions
+    from jfe_jax.retrieval.storage import DTYPES
 
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype {args.dtype}: it is {', '.join(DTYPES)}")
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     join()
@@ -95,6 +98,8 @@ def run(args: argparse.Namespace) -> None:
     evaluation_report.write(args.out / "report.html", evaluation)
     for warning in evaluation.results["warnings"]:
         print(f"warning: {warning}")
+    if args.dtype != "float32":
+        print(f"embeddings stored as {evaluation_report.rounding(evaluation.results)}")
     print(evaluation_report.headline(evaluation.results))
     print(f"{args.out / 'report.html'} ({evaluation.results['seconds']} s)")
 

@@ -63,9 +63,11 @@ class Images(Protocol):
 
     Attributes:
       form: what was done to them; embeddings of one form are not those of another.
+      inside: what they are in, for errors: " in …", or nothing.
     """
 
     form: str
+    inside: str
 
     def find(self, image: Path) -> Path | StoredImage | None:
         """The image of that path; None if there is none."""
@@ -82,7 +84,7 @@ def opened(item: Item, images: Images) -> Item:
 class Unpacked:
     """Files."""
 
-    form = "as published"
+    form, inside = "as published", ""
 
     def find(self, image: Path) -> Path | None:
         return image if image.is_file() else None
@@ -94,7 +96,7 @@ class Unpacked:
 class _Inside:
     """Images in something."""
 
-    what: Path
+    inside: str
 
     def find(self, image: Path) -> StoredImage | None:
         raise NotImplementedError
@@ -102,7 +104,7 @@ class _Inside:
     def get(self, image: Path) -> StoredImage:
         found = self.find(image)
         if found is None:
-            raise UserError(f"{image}: no such image in {self.what}")
+            raise UserError(f"{image}: no such image{self.inside}")
         return found
 
 
@@ -120,10 +122,10 @@ class TarImages(_Inside):
     form = "as published"
 
     def __init__(self, root: Path, parts: Sequence[Path]):
-        self._root, self.what = root, parts[0]
+        self._root, self.inside = root, f" in {parts[0]}"
         self._file = _Joined(parts)
         ids, starts, sizes = array("q"), array("q"), array("q")
-        for member in _members(self._file, self.what, whole=True):
+        for member in _members(self._file, parts[0], whole=True):
             ids.append(name_id(member.name.removeprefix("./")))
             starts.append(member.offset_data)
             sizes.append(member.size)
@@ -135,7 +137,7 @@ class TarImages(_Inside):
         if at == len(self.ids) or self.ids[at] != key:
             return None
         start, size = int(self._starts[at]), int(self._sizes[at])
-        return StoredImage(f"{image} in {self.what}", functools.partial(self._file.read_at, start, size))
+        return StoredImage(f"{image}{self.inside}", functools.partial(self._file.read_at, start, size))
 
 
 class PreparedImages(_Inside):
@@ -145,7 +147,8 @@ class PreparedImages(_Inside):
         from jfe_jax.data.builder import IMAGES, VERSION
         from jfe_jax.data.prepared import ImageStore
 
-        self._root, self.what = root, prepared
+        self._root = root
+        self.inside = f" in {prepared} (`jfe data prepare --splits test` writes the test queries')"
         places = sorted((prepared / IMAGES).glob(f"*/{VERSION}"))
         self._stores = [ImageStore(place) for place in places]
         sides = {_short_side(place) for place in places}
@@ -158,7 +161,7 @@ class PreparedImages(_Inside):
         key = image_id(image, self._root)
         for store in self._stores:
             if store.has(key):
-                return StoredImage(f"{image} in {self.what}", functools.partial(store.find, key))
+                return StoredImage(f"{image} in prepared data", functools.partial(store.find, key))
         return None
 
 

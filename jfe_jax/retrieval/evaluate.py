@@ -259,8 +259,8 @@ def _require_images(jobs: list[Job], images: Images) -> None:
     missing = [image for image in wanted if images.find(image) is None]
     if missing:
         raise UserError(
-            f"{missing[0]}: no such image, of query {wanted[missing[0]]} ({len(missing)} of {len(wanted)} images of "
-            "queries are missing)"
+            f"{missing[0]}: no such image{images.inside}, of query {wanted[missing[0]]} ({len(missing)} of "
+            f"{len(wanted)} images of queries are missing)"
         )
 
 

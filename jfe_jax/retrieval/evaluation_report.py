@@ -46,6 +46,13 @@ def headlines(results: dict) -> list[str]:
     return lines
 
 
+def rounding(results: dict) -> str:
+    """How the candidates' embeddings were stored, and what that may have cost."""
+    if results["dtype"] == "float32":
+        return "float32"
+    return f"{results['dtype']}: scores off by {results['score_error']:.1e} at most"
+
+
 def write(path: Path, evaluation: Evaluation) -> None:
     """Writes the self-contained page."""
     results = evaluation.results
@@ -77,6 +84,7 @@ def _lead(results: dict) -> str:
             ("step", results["step"]),
             ("data", ", ".join(filter(None, (results["data"], results["split"])))),
             ("candidates", f"{results['candidates']:,}"),
+            ("embeddings", rounding(results)),
             ("instruction", instruction),
             ("query", results["given"][0]),
         ]

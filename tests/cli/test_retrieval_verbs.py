@@ -191,6 +191,7 @@ def test_eval_of_one_half_of_chosen_units(mbeir, runs, tmp_path, capsys):
 def test_eval_refuses_unknown_names(mbeir, runs, tmp_path, capsys):
     words = ("eval", "--checkpoint", runs[0], "--out", tmp_path, "--data")
     assert "--pool union" in failed(capsys, *words, mbeir, "--pool", "union")
+    assert "--dtype half: it is float32" in failed(capsys, *words, mbeir, "--dtype", "half")
     assert "--instruction two" in failed(capsys, *words, mbeir, "--instruction", "two")
     assert "no M-BEIR directory" in failed(capsys, *words, tmp_path / "none")
 
