@@ -26,7 +26,7 @@ def meet(what: str) -> None:
 
 
 def join() -> None:
-    """Joins the job's other processes, if the environment names any; to be called before jax is used.
+    """Joins the job's other processes, if the environment names any; to be called before jax is used, or again.
 
     JFE_COORDINATOR (host:port of process 0), JFE_PROCESSES and JFE_PROCESS say it outright. JFE_DISTRIBUTED=1 lets jax
     ask its surroundings: a TPU slice's metadata, or SLURM's variables.
@@ -41,6 +41,8 @@ def join() -> None:
         raise UserError(f"{', '.join(given)} is set; set {COORDINATOR}, {COUNT} and {INDEX}, or none of them")
     import jax
 
+    if jax.distributed.is_initialized():
+        return
     # What processes on CPUs exchange arrays by; other platforms have their own.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
