@@ -2,7 +2,7 @@
 
 Both read the queries and positives of the same generated M-BEIR directory with the same number of worker processes:
 ours from shards to packed batches, theirs from files to padded ones. Texts alone, which the processor does not take, go
-through its tokenizer. A side is started, gives one batch, and is then timed; the sides take turns.
+through its tokenizer. A side gives some batches and is then timed; the sides take turns.
 """
 
 import argparse
@@ -32,6 +32,8 @@ from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 
 ROWS, THEIR_BATCH = 3000, 32
+# Batches of a side that go before those that are timed.
+_SKIPPED = 6
 # `model.vision.resampler`, and what the tables call it.
 RESAMPLERS = {"pillow": "Resized as Pillow does", "torchvision": "Resized as torchvision does"}
 
@@ -67,24 +69,29 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         for _ in prepare(Mbeir(raw), out, progress=progress):
             pass
         pairs = _items(raw)
+        # Each gives a stream of batches' items. Ours is endless and goes on in the next round; theirs is an epoch.
         sides: dict[str, dict[str, Callable[[], Iterator[int]]]] = {}
+        opened: list[Iterator[int]] = []
         compared = 0
         for resampler in RESAMPLERS:
-            ours, threads = (_config(out, tokenizer, workers, resampler) for workers in (args.workers, 0))
+            ours = [_config(out, tokenizer, workers, resampler) for workers in (args.workers, 0)]
             processor = _processor(tokenizer, resampler)
-            compared += _compare(pairs, ours, processor)
+            compared += _compare(pairs, ours[0], processor)
+            opened += map(_ours, ours)
             loader = _loader(pairs, processor, args.workers, args.items)
             sides[resampler] = {
-                f"jfe, {args.workers} workers": partial(_ours, ours),
-                f"jfe, {_threads()} threads": partial(_ours, threads),
+                f"jfe, {args.workers} workers": partial(iter, opened[-2]),
+                f"jfe, {_threads()} threads": partial(iter, opened[-1]),
                 f"torch, {args.workers} workers": partial(_theirs, loader),
             }
         rates: dict[tuple[str, str], list[Rate]] = {(one, side): [] for one in sides for side in sides[one]}
         with progress("rounds", args.rounds) as done:
             for turn in range(args.rounds):
                 for one, side in list(rates)[:: 1 if turn % 2 else -1]:
-                    rates[one, side].append(_rate(sides[one][side](), args.items, side.startswith("jfe"), args.workers))
+                    rates[one, side].append(_rate(sides[one][side](), args.items, side.startswith("jfe")))
                 done(1)
+        for batches in opened:
+            batches.close()
     share = sum(image is not None for image, _ in pairs) / len(pairs)
     return Result(
         tables=[
@@ -96,8 +103,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         checked=f"{compared} items: pixels to 1/255, and ids, equal",
         notes=[
             f"{share:.0%} of the items have an image, each its own file.",
-            "transformers resizes as Pillow does where torchvision is not installed, as here; of its other backend, what "
-            "it calls of torch is called.",
+            "Where torchvision is not installed, as here, transformers resizes as Pillow does; what torchvision calls of "
+            "torch is called for the other table.",
         ],
     )
 
@@ -214,7 +221,7 @@ def _loader(items: list[tuple[str | None, str]], processor: Any, workers: int, c
 
     shuffled = random.Random(0).sample(items, len(items))
     return torch.utils.data.DataLoader(
-        Files([shuffled[i % len(shuffled)] for i in range(count + (2 * workers + 2) * THEIR_BATCH)]),
+        Files([shuffled[i % len(shuffled)] for i in range(count + (_SKIPPED + 2 * workers + 2) * THEIR_BATCH)]),
         batch_size=THEIR_BATCH,
         num_workers=workers,
         collate_fn=Collate(processor),
@@ -230,17 +237,15 @@ def _theirs(loader: Any) -> Iterator[int]:
         yield count
 
 
-def _rate(batches: Iterator[int], items: int, endless: bool, workers: int) -> Rate:
-    # Until every worker has given something.
-    for _ in range(workers + 1):
+def _rate(batches: Iterator[int], items: int, endless: bool) -> Rate:
+    # What had been made ahead, and until every worker has given something.
+    for _ in range(_SKIPPED):
         next(batches)
     start, busy, done = time.monotonic(), _cpu_seconds(), 0
     while done < items:
         done += next(batches)
     seconds, busy = time.monotonic() - start, _cpu_seconds() - busy
-    if endless:
-        batches.close()
-    else:
+    if not endless:
         for _ in batches:
             pass
     return Rate(done / seconds, done / busy)

@@ -25,6 +25,8 @@ from jfe_jax.data.tokens import ItemEncoder
 
 BUCKETS = (32, 64, 128, 192, 256, 288, 320, 384, 512, 640)
 GROUPS, GROUP_TOKENS = 4, 10_240
+# Pairs, rows, their tokens and image slots of a device, of which a host has GROUPS.
+STAGE2_NAME, STAGE2 = "configs/paligemma_3b/stage2.yaml: 64 pairs, rows of 1,152", (16, 6, 1152, 22)
 _ONE_PIXEL = np.zeros((1, 1, 3), np.uint8)
 
 
@@ -45,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, progress: Progress) -> Result:
     """Measures every layout."""
     formats = {"layout": "", "real tokens": ".1%", "pairs a step": ".1f", "shapes": ""}
-    with progress("layouts", 7) as done:
+    with progress("layouts", 9) as done:
         rows = []
         for row in measure(args.steps):
             rows.append([row.layout, float(row.real), float(row.pairs), row.shapes])
@@ -75,16 +77,24 @@ def measure(steps: int, pairs: int = 20_000) -> Iterator[Row]:
     # The rows are what runs out: that a step has no room for more pairs is what is wanted here.
     logging.disable(logging.WARNING)
     try:
-        for row_tokens in (640, 1024, 1280, 2048):
-            rows = GROUP_TOKENS // row_tokens
+        shapes = {
+            f"packed, rows of {row_tokens:,}": (
+                round(1.5 * batch / GROUPS),
+                GROUP_TOKENS // row_tokens,
+                row_tokens,
+                round(1.25 * 2 * images * batch / GROUPS),
+            )
+            for row_tokens in (640, 1024, 1152, 1280, 2048)
+        }
+        for name, (per_group, rows, row_tokens, slots) in (shapes | {STAGE2_NAME: STAGE2}).items():
             shape = BatchShape(
                 groups=GROUPS,
-                pairs=round(1.5 * batch / GROUPS),
+                pairs=per_group,
                 negatives=0,
                 positives=1,
                 rows=rows,
                 row_tokens=row_tokens,
-                image_slots=round(1.25 * 2 * images * batch / GROUPS),
+                image_slots=slots,
                 image_size=1,
                 layout="packed",
             )
@@ -92,7 +102,7 @@ def measure(steps: int, pairs: int = 20_000) -> Iterator[Row]:
             made = [next(batches) for _ in range(steps)]
             real = np.mean([(one.packed.segments > 0).mean() for one in made])
             count = np.mean([one.packed.valid.sum() / 2 for one in made])
-            yield Row(f"packed, rows of {row_tokens:,}", float(real), float(count), "1")
+            yield Row(name, float(real), float(count), "1")
     finally:
         logging.disable(logging.NOTSET)
 
