@@ -103,8 +103,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         checked=f"{compared} items: pixels to 1/255, and ids, equal",
         notes=[
             f"{share:.0%} of the items have an image, each its own file.",
-            "Where torchvision is not installed, as here, transformers resizes as Pillow does; what torchvision calls of "
-            "torch is called for the other table.",
+            "Where torchvision is not installed, as here, transformers resizes as Pillow does; for the other table its "
+            "kernel in torch is called as it does.",
         ],
     )
 

@@ -42,7 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prepare.add_argument("--name", help="other formats: name of the data set; its units are NAME_task{t}")
     prepare.add_argument("--number", type=int, default=100, help="other formats: its number, its own in --out (100)")
-    prepare.add_argument("--images", type=Path, metavar="DIR", help="mmeb, captions: what image paths are relative to")
+    prepare.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="mmeb, captions: what image paths are relative to; tfds: the data_dir of a data set given by name",
+    )
     prepare.add_argument("--out", type=Path, required=True, help="where the shards go")
     prepare.add_argument("--units", nargs="+", metavar="UNIT", help="only these, e.g. mscoco_task0 (default: all)")
     prepare.add_argument("--splits", nargs="+", metavar="SPLIT", help="only these (default: all but test* and union*)")

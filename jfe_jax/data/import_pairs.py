@@ -10,7 +10,7 @@ from jfe_jax.data.image_sources import ImageSource
 from jfe_jax.data.mbeir import Mbeir
 from jfe_jax.data.numbering import MAX_DATASET
 from jfe_jax.data.pair_files import write_pairs
-from jfe_jax.data.pair_sources import FORMATS
+from jfe_jax.data.pair_sources import FORMATS, tfds_place
 from jfe_jax.errors import UserError
 
 SOURCES = "sources"
@@ -25,11 +25,13 @@ def import_pairs(
       kind: one of FORMATS.
       name: of the data set; its units are {name}_task{t}.
       number: its id, the candidates' number is made of it.
-      images: directory that image paths are relative to.
+      images: directory that image paths are relative to; data_dir of a TFDS data set given by name.
 
     Raises:
       UserError: the source cannot be read, or name or number are taken or not possible.
     """
+    if kind == "tfds" and not source.exists():
+        source = tfds_place(str(source), images)
     if not source.exists():
         raise UserError(f"{source}: no such file or directory")
     if not re.fullmatch(r"[a-z0-9]+", name):

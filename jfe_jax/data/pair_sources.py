@@ -64,6 +64,27 @@ def tfds_captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], Im
     return reader.pairs(), reader
 
 
+def tfds_place(name: str, data_dir: Path | None) -> Path:
+    """Where the data set of that name lies, in TFDS's own data_dir if none is given; its newest version.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION].
+
+    Raises:
+      UserError: it is not there.
+    """
+    whole, _, version = name.partition(":")
+    dataset, _, config = whole.partition("/")
+    try:
+        found = tfds.core.read_only_builder.builder_from_files(
+            dataset, config=config or None, version=version or None, data_dir=data_dir
+        )
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        where = data_dir or "TFDS's own data_dir (give another with --images)"
+        raise UserError(f"{name}: neither a directory nor a TFDS data set that is prepared in {where}") from error
+    return Path(found.data_dir)
+
+
 FORMATS: dict[str, Callable[[Path, Path | None], tuple[Iterable[Pair], ImageSource]]] = {
     "mmeb": mmeb,
     "captions": captions,

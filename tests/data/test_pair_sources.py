@@ -127,6 +127,18 @@ def test_a_tfds_data_set_of_captions(tmp_path):
     assert read_back(tmp_path / "out") == CAPTIONED
 
 
+def test_a_tfds_data_set_by_name(tmp_path, capsys):
+    made = Captioned(data_dir=tmp_path / "in", file_format="array_record")
+    made.download_and_prepare(download_dir=tmp_path / "down")
+    for number, name in enumerate((made.name, f"{made.name}:1.0.0")):
+        out = tmp_path / f"out{number}"
+        assert prepare(name, out, "tfds", "--images", tmp_path / "in") == 0
+        assert read_back(out) == CAPTIONED
+    for name in (f"{made.name}:2.0.0", f"{made.name}/other", "unheard_of", "no such/name"):
+        assert prepare(name, tmp_path / "none", "tfds", "--images", tmp_path / "in") == 1
+        assert f"{name}: neither a directory nor a TFDS data set" in capsys.readouterr().err
+
+
 TRIPLET = {"mine_task1": [(("A man eats.", None), [("He has food.", None)], [("Nobody eats.", None)])]}
 
 
