@@ -172,6 +172,7 @@ class Stores:
 
     def _add(self, folder: Path, verify: bool = False) -> None:
         index = Index.open(folder)
+        index.require_made_by(self._retriever)
         if verify:
             index.require_undamaged()
         try:
