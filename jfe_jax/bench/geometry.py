@@ -1,8 +1,8 @@
 """Sizes of PaliGemma's architecture that the benchmarks run.
 
-The small ones keep the published proportions: patches of 14 pixels at 224 px, heads of 72 in the image tower, one kv
-head, an MLP of eight times the width in the text tower. Their vocabulary is cut: the published one of 257,216 would be
-99 M of parameters at a width of 384.
+The small ones keep the published proportions: 256 patches of 14 pixels, heads of 72 in the image tower, one kv head, an
+MLP of eight times the width in the text tower, a fifth of its parameters in the image tower. Their vocabulary is cut:
+the published one of 257,216 would be 99 M of parameters at a width of 384.
 """
 
 from jfe_jax.config import ModelConfig, TextConfig, VisionConfig
@@ -28,10 +28,10 @@ def _vision(width: int, depth: int, mlp_dim: int, num_heads: int, image_size: in
 GEOMETRIES = {
     # 0.3 M, for trying a benchmark out.
     "tiny": ModelConfig(vision=_vision(72, 2, 144, 1, 56), text=_text(512, 64, 2, 512, 2, 32), image_token=511),
-    # 30 M: 16 M in the text tower, 6 M in the image tower, 8 M in the table.
-    "30m": ModelConfig(vision=_vision(288, 6, 1152, 4), text=_text(20480, 384, 4, 3072, 6, 64), image_token=20479),
-    # 150 M: 82 M, 35 M and 31 M.
-    "150m": ModelConfig(vision=_vision(576, 9, 2304, 8), text=_text(40960, 768, 5, 6144, 6, 128), image_token=40959),
+    # 30 M: 16 M in the text tower, 3 M in the image tower, 11 M in the table.
+    "30m": ModelConfig(vision=_vision(288, 3, 1152, 4), text=_text(28672, 384, 4, 3072, 6, 64), image_token=28671),
+    # 145 M: 78 M, 16 M and 50 M.
+    "150m": ModelConfig(vision=_vision(576, 4, 2304, 8), text=_text(65536, 768, 5, 6144, 6, 128), image_token=65535),
     # PaliGemma 3B at 224 px as it is: configs/paligemma_3b/paligemma_3b.yaml.
     "3b": ModelConfig(),
 }

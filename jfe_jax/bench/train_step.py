@@ -11,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jfe_jax.bench import rates, step_compare, step_side
@@ -41,7 +42,7 @@ COLUMNS = {
 
 
 class Measured(NamedTuple):
-    """Of both sides, ours first.
+    """Of our side and PyTorch's, which may be left out.
 
     Attributes:
       seconds: of every step by kind of items, round by round, batch by batch in each round.
@@ -51,7 +52,7 @@ class Measured(NamedTuple):
       notes: sentences.
     """
 
-    seconds: dict[str, tuple[list[float], list[float]]]
+    seconds: dict[str, list[list[float]]]
     rate: float
     checked: str
     device: str = ""
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=["none", "full", "up", "dots"], default="none", help="of our model")
     parser.add_argument("--checkpointing", action="store_true", help="PyTorch's layers are computed again")
     parser.add_argument("--compiled", action="store_true", help="PyTorch's side through torch.compile")
+    parser.add_argument("--alone", action="store_true", help="CPU: our side only, for its share of the matrix rate")
     parser.add_argument("--turns", type=int, default=2, help="GPU: processes of each side, by turns")
     parser.add_argument("--budget-seconds", type=float, default=400, help="GPU: no turn that would end later")
 
@@ -91,7 +93,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         raise UserError(f"{error.name} is not installed: pip install 'jfe-jax[hf]'") from error
     torch.set_num_threads(rates.threads())
     if args.device == "cpu":
-        found = _on_cpu(settings, args.rounds, progress)
+        found = _on_cpu(settings, args.rounds, SIDES[:1] if args.alone else SIDES, progress)
     else:
         found = _on_gpu(settings, args.rounds, args.turns, args.budget_seconds)
     how = [settings.geometry, settings.dtype]
@@ -113,19 +115,22 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     )
 
 
-def _on_cpu(settings: Settings, rounds: int, progress: Progress) -> Measured:
-    sides = [step_side.make(name, settings) for name in SIDES]
+def _on_cpu(settings: Settings, rounds: int, names: Sequence[str], progress: Progress) -> Measured:
+    sides = [step_side.make(name, settings) for name in names]
     made = {kind: batches(settings, kind) for kind in KINDS}
-    agreement = step_compare.compare(*sides, made["mix"])
+    words = ""
+    if len(sides) > 1:
+        found = step_compare.compare(*sides, made["mix"])
+        words = ", ".join(f"{name} to {value:.0e}" for name, value in found._asdict().items())
+        words += " (relative; weights by what a step changes)"
     seconds, rate = {}, _rate(settings)
-    with progress("steps", 2 * len(KINDS) * (rounds + 1) * settings.batches) as done:
+    with progress("steps", len(sides) * len(KINDS) * (rounds + 1) * settings.batches) as done:
         for kind in KINDS:
-            there = [(side, step_side.put(name, side, made[kind])) for name, side in zip(SIDES, sides, strict=True)]
-            seconds[kind] = tuple(step_side.time_rounds(there, rounds, done))
+            there = [(side, step_side.put(name, side, made[kind])) for name, side in zip(names, sides, strict=True)]
+            seconds[kind] = step_side.time_rounds(there, rounds, done)
             # Whatever else the machine does, it may do less of later.
             rate = max(rate, _rate(settings))
-    words = ", ".join(f"{name} to {value:.0e}" for name, value in agreement._asdict().items())
-    return Measured(seconds, rate, f"{words} (relative; weights by what a step changes)")
+    return Measured(seconds, rate, words)
 
 
 def _rate(settings: Settings) -> float:
@@ -153,7 +158,7 @@ def _on_gpu(settings: Settings, rounds: int, turns: int, budget: float) -> Measu
     if not max(apart) <= ROUNDED:
         raise UserError(f"losses and gradient norms differ by {apart}: the two sides do not compute the same")
     seconds = {
-        kind: tuple([second for one in results for second in one.seconds[kind]] for results in found.values())
+        kind: [[second for one in results for second in one.seconds[kind]] for results in found.values()]
         for kind in KINDS
     }
     peaks = " and ".join(f"{one.peak / 2**30:.1f} GiB ({side})" for side, one in zip(SIDES, first, strict=True))
@@ -177,7 +182,9 @@ def _row(kind: str, found: Measured, settings: Settings) -> list[Any]:
     rounds = [[sum(own[at : at + len(made)]) for at in range(0, len(own), len(made))] for own in found.seconds[kind]]
     speeds = [[pairs / second for second in own] for own in rounds]
     real = [statistics.mean(batch.real[side] for batch in made) for side in (0, 1)]
+    used = [[work / second / found.rate for second in own] for own in rounds]
+    if len(rounds) == 1:
+        return [kind, pairs / len(made), *real, *speeds, None, None, *used, None]
     # On a GPU there may be more rounds of one side.
     ratios = [a / b for a, b in zip(*speeds, strict=False)]
-    used = [[work / second / found.rate for second in own] for own in rounds]
     return [kind, pairs / len(made), *real, *speeds, ratios, *used]

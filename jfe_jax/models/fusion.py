@@ -31,14 +31,19 @@ class FusionEncoder(nnx.Module):
         return embed_groups(self, FusionEncoder._embed, packed, jnp.dtype(self.cfg.dtype))
 
     def _embed(self, packed: PackedBatch) -> jax.Array:
+        if self.cfg.pooling == "last":
+            return unit(self._run(packed, packed.pool).astype(jnp.float32))
         return unit(pool(self.hidden(packed), packed, self.cfg.pooling))
 
     def hidden(self, packed: PackedBatch) -> jax.Array:
         """Hidden state of every token after the final norm, [G, R, S, D] in the compute dtype."""
+        return self._run(packed)
+
+    def _run(self, packed: PackedBatch, where: jax.Array | None = None) -> jax.Array:
         x = self.embedder(packed.tokens)
         if packed.pixels.shape[1]:
             x = place(self.projector(self.vision(packed.pixels)), x, packed.image_start)
-        return self.tower(x, packed.segments, packed.positions)
+        return self.tower(x, packed.segments, packed.positions, where)
 
 
 def place(features: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:

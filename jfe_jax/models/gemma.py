@@ -13,8 +13,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jfe_jax import gather
 from jfe_jax.config import TextConfig
+from jfe_jax.models import layers
 from jfe_jax.models.attention import Segments, attend
-from jfe_jax.models.layers import SAVED_UP, Adaptable, run_stack, stack, weight, zeros
+from jfe_jax.models.layers import SAVED_UP, UNROLLED_DEPTH, Adaptable, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
 
 # Far below any logit, yet finite: a row of nothing else still has a softmax.
@@ -23,6 +24,25 @@ MASKED = -1e30
 HEADS = ("group", None, None, "heads", None)
 KV_HEADS = ("group", None, None, "kv_heads", None)
 MLP = ("group", None, None, "mlp")
+
+
+def ends_early(depth: int) -> bool:
+    """Whether a tower's last layer computes only what is asked for. In a loop over layers it would need a copy of all
+    the others' weights."""
+    return depth <= UNROLLED_DEPTH
+
+
+def take(x: jax.Array, where: jax.Array) -> jax.Array:
+    """Tokens [G, R, S, …] at the places `where` [G, B] of the flattened R·S: [G, B, 1, …]."""
+    flat = x.reshape(x.shape[0], -1, *x.shape[3:])
+    index = where.reshape(*where.shape, *[1] * (x.ndim - 3))
+    return jnp.take_along_axis(flat, index, axis=1, mode="clip")[:, :, None]
+
+
+def rows_of(x: jax.Array, where: jax.Array) -> jax.Array:
+    """The rows [S, …] of [G, R, S, …] that the places `where` [G, B] of the flattened R·S lie in: [G, B, S, …]."""
+    index = (where // x.shape[2]).reshape(*where.shape, *[1] * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="clip")
 
 
 class RMSNorm(nnx.Module):
@@ -62,6 +82,16 @@ class GemmaAttention(Adaptable):
         out = constrain(attend(self.how, query, key, value, bias, self.scale, self.softcap), HEADS)
         return self.project(out, "out_nhd", inner=2)
 
+    def at(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], where: jax.Array, bias: jax.Array) -> jax.Array:
+        """What the tokens `where` [G, B] of the flattened R·S get: [G, B, 1, D]; `bias` is of their rows' tokens."""
+        query = self.project(take(x, where), "query_dnh")
+        query = constrain(rotate(query, *(take(angle, where) for angle in angles)), HEADS)
+        key = constrain(rotate(self.project(x, "key_dkh"), *angles), KV_HEADS)
+        value = constrain(self.project(x, "value_dkh"), KV_HEADS)
+        key, value = (rows_of(each, where) for each in (key, value))
+        out = constrain(layers.attend(query, key, value, bias, self.scale, self.softcap), HEADS)
+        return self.project(out, "out_nhd", inner=2)
+
 
 class GemmaBlock(Adaptable):
     """Pre-norm transformer block with a gated tanh-GELU MLP; Gemma 2's normalises what it adds as well."""
@@ -88,7 +118,14 @@ class GemmaBlock(Adaptable):
         """[G, R, S, D] → [G, R, S, D]; where the bool `near` is true, `near_bias` takes the place of `bias`."""
         if near is not None:
             bias = bias._replace(near=near) if isinstance(bias, Segments) else jnp.where(near, near_bias, bias)
-        y = self.attention(self.attention_norm(x), angles, bias)
+        return self._added(x, self.attention(self.attention_norm(x), angles, bias))
+
+    def at(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], where: jax.Array, bias: jax.Array) -> jax.Array:
+        """Only of the tokens `where`, see `GemmaAttention.at`: [G, B, 1, D]."""
+        return self._added(take(x, where), self.attention.at(self.attention_norm(x), angles, where, bias))
+
+    def _added(self, x: jax.Array, y: jax.Array) -> jax.Array:
+        # x and attention's y, then the MLP.
         x = x + (y if self.attention_post_norm is None else self.attention_post_norm(y))
         y = self.mlp_norm(x)
         gate = jax.nn.gelu(self.project(y, "gate_df"), approximate=True)
@@ -111,13 +148,17 @@ class GemmaTower(nnx.Module):
         self.norm = RMSNorm(cfg.width, cfg.norm_eps)
 
     @jax.named_scope("tower")
-    def __call__(self, x: jax.Array, segments: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, segments: jax.Array, positions: jax.Array, where: jax.Array | None = None
+    ) -> jax.Array:
         """Runs the blocks.
 
         Args:
           x: [G, R, S, D] in the compute dtype.
           segments: int32 [G, R, S]; a token attends to the tokens of its own number, in both directions.
           positions: int32 [G, R, S], from 0; PaliGemma counts from 1.
+          where: int32 [G, B], places in the flattened R·S. If given, only their states [G, B, D] are returned, and the
+            last of a few layers computes no others: their queries and MLP, of all tokens only key and value.
         """
         angles = rotary_angles(positions + 1, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         window = self.cfg.sliding_window
@@ -126,7 +167,20 @@ class GemmaTower(nnx.Module):
         bias, near_bias = self._masks(segments, positions, windowed)
         near = (jnp.arange(self.depth) % 2 == 0,) if windowed else ()
         masks = (bias, near_bias) if windowed else (bias,)
-        return self.norm(run_stack(self.blocks, x, angles, *masks, depth=self.depth, remat=self.remat, per_layer=near))
+        last = None
+        if where is not None and ends_early(self.depth):
+            seen = rows_of(segments, where) == take(segments, where)
+            if windowed and self.depth % 2:
+                seen &= jnp.abs(rows_of(positions, where) - take(positions, where)) <= window
+            nearby = jnp.where(seen, 0.0, MASKED)[:, :, None]
+
+            def last(block: nnx.Module, x: jax.Array) -> jax.Array:
+                return block.at(x, angles, where, nearby)
+
+        x = run_stack(self.blocks, x, angles, *masks, depth=self.depth, remat=self.remat, per_layer=near, last=last)
+        if where is None:
+            return self.norm(x)
+        return self.norm(x if last else take(x, where))[:, :, 0]
 
     def _masks(self, segments: jax.Array, positions: jax.Array, windowed: bool) -> tuple[Any, Any]:
         # Padding attends to padding: no row is empty, and no item sees it.

@@ -131,7 +131,13 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, depth: int) ->
 
 
 def run_stack(
-    blocks: nnx.Module, x: jax.Array, *args: Any, depth: int, remat: str, per_layer: tuple[jax.Array, ...] = ()
+    blocks: nnx.Module,
+    x: jax.Array,
+    *args: Any,
+    depth: int,
+    remat: str,
+    per_layer: tuple[jax.Array, ...] = (),
+    last: Callable[[nnx.Module, jax.Array], jax.Array] | None = None,
 ) -> jax.Array:
     """Runs stacked blocks one after the other: x = block(x, *args, *(one[l] for one in per_layer)).
 
@@ -142,12 +148,12 @@ def run_stack(
       depth: number of blocks.
       remat: what the backward pass recomputes; see `ModelConfig`.
       per_layer: arrays [L, …], of which each block gets its own.
+      last: what is done with the last block and its input in place of calling it; the result is returned.
     """
     graphdef, params = nnx.split(blocks)
     groups = ("group", *[None] * (x.ndim - 1))
 
-    def layer(x: jax.Array, own: tuple[nnx.State, tuple[jax.Array, ...]]) -> tuple[jax.Array, None]:
-        params, extra = own
+    def block(params: nnx.State) -> nnx.Module:
         if gather.inside():
             params = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: (
@@ -155,11 +161,25 @@ def run_stack(
                 ),
                 params,
             )
-        return constrain(nnx.merge(graphdef, params)(x, *args, *extra), groups), None
+        return nnx.merge(graphdef, params)
+
+    def layer(x: jax.Array, own: tuple[nnx.State, tuple[jax.Array, ...]]) -> tuple[jax.Array, None]:
+        params, extra = own
+        return constrain(block(params)(x, *args, *extra), groups), None
+
+    def final(x: jax.Array, params: nnx.State) -> jax.Array:
+        return last(block(params), x)
 
     if remat != "none":
-        layer = jax.checkpoint(layer, policy=REMAT[remat], prevent_cse=depth <= UNROLLED_DEPTH)
-    return jax.lax.scan(layer, x, (params, per_layer), unroll=depth if depth <= UNROLLED_DEPTH else 1)[0]
+        layer, final = (
+            jax.checkpoint(one, policy=REMAT[remat], prevent_cse=depth <= UNROLLED_DEPTH) for one in (layer, final)
+        )
+    unroll = depth if depth <= UNROLLED_DEPTH else 1
+    if last is None:
+        return jax.lax.scan(layer, x, (params, per_layer), unroll=unroll)[0]
+    before = jax.tree.map(lambda leaf: leaf[:-1], (params, per_layer))
+    x = jax.lax.scan(layer, x, before, unroll=unroll)[0] if depth > 1 else x
+    return final(x, jax.tree.map(lambda leaf: leaf[-1], params))
 
 
 @jax.custom_vjp

@@ -51,38 +51,41 @@ class Part:
 
 @dataclass(frozen=True)
 class Load:
-    """What a step computes on: text tower's tokens, those each of them attends to (mean), images, items."""
+    """What a step computes on: text tower's tokens, those each of them attends to (mean), images, items, those that an
+    item's pooled token attends to (mean)."""
 
     tokens: float
     seen: float
     images: float
     items: float
+    seen_at_end: float
 
 
 def of_rows(config: Config) -> Load:
     """The global batch of `config.data`, every place of every row and every image slot."""
     data = config.data
-    return Load(data.rows * data.row_tokens, data.row_tokens, data.image_slots, data.pairs * (2 + data.hard_negatives))
+    items = data.pairs * (2 + data.hard_negatives)
+    return Load(data.rows * data.row_tokens, data.row_tokens, data.image_slots, items, data.row_tokens)
 
 
 def of_items(lengths: Sequence[int], images: int) -> Load:
     """Items of so many tokens each, patches included, `images` of them with an image; no padding."""
-    tokens = sum(lengths)
-    return Load(tokens, sum(length * length for length in lengths) / max(tokens, 1), images, len(lengths))
+    tokens, items = sum(lengths), len(lengths)
+    return Load(tokens, sum(length * length for length in lengths) / max(tokens, 1), images, items, tokens / items)
 
 
 class _Run(NamedTuple):
     """What a part is made of.
 
     Attributes:
-      weights: how the paths of its matrices begin, of those that no run before has.
+      weights: how the paths of its matrices begin, one way or several, of those that no run before has.
       places: how often a step applies each of them; a mean, if not all are applied as often.
       before: how the paths of parameters begin to which a gradient goes through it.
       attention: forward FLOPs of all of it.
     """
 
     name: str
-    weights: str
+    weights: str | tuple[str, ...]
     places: float
     before: tuple[str, ...]
     attention: int = 0
@@ -156,7 +159,7 @@ def _runs(model: ModelConfig, load: Load) -> Iterator[_Run]:
     else:
         yield _Run("projector", "projector.", patches, ("vision.",))
     if model.kind == "fusion":
-        yield _Run("tower", "tower.", load.tokens, ("vision.", "projector.", *words), text.depth * of_text)
+        yield from _fusion_tower(model, load, ("vision.", "projector.", *words), of_text)
         return
     yield _Run("tower", "tower.", load.tokens, words, text.depth * of_text)
     if model.fusion == "feature":
@@ -165,6 +168,21 @@ def _runs(model: ModelConfig, load: Load) -> Iterator[_Run]:
         yield _Run("projection", "projection.", load.items, (*before, "fusion."))
     else:
         yield _Run("projection", "projection.", load.items, ("embedder.", "tower."))
+
+
+def _fusion_tower(model: ModelConfig, load: Load, before: tuple[str, ...], of_layer: float) -> Iterator[_Run]:
+    from jfe_jax.models.gemma import ends_early
+
+    text = model.text
+    if model.pooling != "last" or not ends_early(text.depth):
+        yield _Run("tower", "tower.", load.tokens, before, text.depth * of_layer)
+        return
+    # The last layer computes keys and values of every token, all else of the pooled ones.
+    everywhere = ("key_", "value_", "lora.key.", "lora.value.")
+    yield _Run("tower_keys", tuple(f"tower.blocks.attention.{name}" for name in everywhere), load.tokens, before)
+    of_last = 4 * load.items * load.seen_at_end * text.num_heads * text.head_dim
+    places = ((text.depth - 1) * load.tokens + load.items) / text.depth
+    yield _Run("tower", "tower.", places, before, (text.depth - 1) * of_layer + of_last)
 
 
 def _dual_heads(model: ModelConfig, images: float) -> Iterator[_Run]:

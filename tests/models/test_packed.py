@@ -113,6 +113,24 @@ def test_recomputing_changes_no_gradient(remat):
     )
 
 
+def test_the_last_layer_computes_no_token_that_is_not_pooled(monkeypatch):
+    """With and without: the same vectors; and of the last MLP only the products of the pooled tokens."""
+    graphdef, params = tiny.split("fusion")
+    batch = tiny.packed(ITEMS)
+
+    def lowered():
+        return jax.jit(lambda params: nnx.merge(graphdef, params)(batch)).lower(params)
+
+    early = lowered()
+    monkeypatch.setattr("jfe_jax.models.gemma.ends_early", lambda depth: False)
+    whole = lowered()
+    np.testing.assert_allclose(early.compile()(params), whole.compile()(params), atol=2e-6)
+    # Width 16, MLP of 32, queries of 4 heads of 8 and their output: of 5 items instead of 96 tokens.
+    saved = (96 - 5) * 2 * (3 * 16 * 32 + 2 * 16 * 32)
+    counted = [each.cost_analysis()["flops"] for each in (early, whole)]
+    assert counted[1] - counted[0] > saved
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_has_a_gradient(kind):
     for path, leaf in nnx.to_flat_state(gradient(kind, "none")):

@@ -33,8 +33,8 @@ STAGE2 = configs.load(Path(__file__).parents[2] / "configs" / "paligemma_3b" / "
 
 
 def test_by_hand():
-    """16 rows of 32 tokens; 32 images of 4 patches of 4·4·3 pixels."""
-    found = {part.name: part for part in flops.parts(tiny.config())}
+    """16 rows of 32 tokens; 32 images of 4 patches of 4·4·3 pixels; 32 items."""
+    found = {part.name: part for part in flops.parts(mean_pooled())}
     # Width 32, 4 heads of 8, 1 kv head, MLP 64: query and output 2·32·32, key and value 2·32·8, MLP 3·32·64.
     tower = found["tower"]
     assert (tower.matrices, tower.attention) == (512 * 2 * (2048 + 512 + 6144), 512 * 2 * 2 * 32 * 32)
@@ -45,6 +45,15 @@ def test_by_hand():
     # No gradient goes to the pixels.
     assert found["patches"].training == 2 * found["patches"].forward == 2 * 128 * 2 * 48 * 16
     assert found["projector"].training == 3 * 128 * 2 * 16 * 32
+    # The only layer is the last: keys and values of all tokens, the rest of one token of each item, in rows of 32.
+    last = {part.name: part for part in flops.parts(tiny.config())}
+    assert (last["tower_keys"].matrices, last["tower_keys"].attention) == (512 * 2 * 512, 0)
+    assert (last["tower"].matrices, last["tower"].attention) == (32 * 2 * (2048 + 6144), 32 * 2 * 2 * 32 * 32)
+
+
+def mean_pooled():
+    """Whose last layer computes all tokens, as every other."""
+    return tiny.config(model=replace(tiny.config().model, pooling="mean"))
 
 
 def test_six_flops_a_parameter_and_token():
@@ -87,7 +96,7 @@ def test_the_formula_is_what_is_compiled():
 
 
 def test_adapters_train_instead_of_their_kernels():
-    base = tiny.config()
+    base = mean_pooled()
     some = replace(base.model, lora=LoraConfig(rank=4, targets=("attention.query",)))
     found = {
         part.name: part
@@ -164,7 +173,7 @@ def test_the_formula_is_what_xla_counts(config):
 
 
 def test_items_that_fill_rows_cost_what_the_rows_do():
-    config = tiny.config()
+    config = mean_pooled()
     rows, row_tokens, slots = config.data.rows, config.data.row_tokens, config.data.image_slots
     whole = flops.of_items([row_tokens] * rows, slots)
     assert flops.training_flops(config, whole) == flops.training_flops(config)
@@ -174,3 +183,8 @@ def test_items_that_fill_rows_cost_what_the_rows_do():
     assert half["tower"].matrices == full["tower"].matrices / 2
     assert half["tower"].attention == full["tower"].attention / 4
     assert half["vision"] == full["vision"]
+    # What is pooled attends to its own item, in a row to all of it.
+    config = replace(config, model=tiny.config().model)
+    pairs = config.data.pairs
+    one, other = (flops.parts(config, load)[-1] for load in (None, flops.of_items([row_tokens // 4] * 2 * pairs, 0)))
+    assert (one.name, other.matrices, other.attention) == ("tower", one.matrices, one.attention / 4)
