@@ -64,13 +64,17 @@ def make(side: str, settings: Settings) -> Any:
 
 
 def time_rounds(
-    sides: Sequence[tuple[Any, list[Any]]], rounds: int, progress: Callable[[int], None] = lambda count: None
+    sides: Sequence[tuple[Any, list[Any]]],
+    rounds: int,
+    progress: Callable[[int], None] = lambda count: None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
     """Seconds of every step of each side, by turns, after one step on each batch: [side][rounds · batches].
 
     Args:
       sides: a `Step` and its batches on the device, as many for each.
       progress: is told of each step.
+      between: is called after each round.
     """
     seconds: list[list[float]] = [[] for _ in sides]
     for turn in range(rounds + 1):
@@ -83,6 +87,8 @@ def time_rounds(
                 if turn:
                     own.append(time.perf_counter() - start)
                 progress(1)
+        if turn:
+            between()
     return seconds
 
 

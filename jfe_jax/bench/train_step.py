@@ -7,6 +7,7 @@ gradient norms are compared.
 """
 
 import argparse
+import itertools
 import statistics
 import sys
 import tempfile
@@ -46,14 +47,15 @@ class Measured(NamedTuple):
 
     Attributes:
       seconds: of every step by kind of items, round by round, batch by batch in each round.
-      rate: FLOP/s of the machine's matrix product in the same dtype, the better of XLA's and PyTorch's.
+      rates: FLOP/s of the machine's matrix product in the same dtype, the better of XLA's and PyTorch's, by kind of
+        items: of each round, as a machine that others share is not always as fast.
       checked: what was compared before, in words.
       device: its name, "" for a CPU.
       notes: sentences.
     """
 
     seconds: dict[str, list[list[float]]]
-    rate: float
+    rates: dict[str, list[float]]
     checked: str
     device: str = ""
     notes: tuple[str, ...] = ()
@@ -96,14 +98,16 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         found = _on_cpu(settings, args.rounds, SIDES[:1] if args.alone else SIDES, progress)
     else:
         found = _on_gpu(settings, args.rounds, args.turns, args.budget_seconds)
+    rate = statistics.median(one for own in found.rates.values() for one in own)
     how = [settings.geometry, settings.dtype]
     how += [f"{name} {getattr(args, name)}" for name in ("attention", "remat") if args.device == "gpu"]
     how += [f"PyTorch {name}" for name in ("checkpointing", "compiled") if getattr(args, name)]
     return Result(
         tables=[table(COLUMNS, [_row(kind, found, settings) for kind in KINDS])],
         packages=["jax", "torch", "transformers"],
-        method=f"{', '.join(how)}; rounds over {settings.batches} batches, by turns; matrix rate "
-        f"{found.rate / 1e9:,.0f} GFLOP/s; model FLOPs without padding and without what is recomputed",
+        method=f"{', '.join(how)}; rounds over {settings.batches} batch{'es' * (settings.batches > 1)}, by turns; "
+        f"matrix rate {rate / 1e9:,.0f} GFLOP/s (median of the rounds); model FLOPs without padding and without what is "
+        "recomputed",
         checked=found.checked,
         notes=[
             f"mix: M-BEIR's modalities and lengths, {settings.rows} rows of {settings.row_tokens:,} tokens, PyTorch's "
@@ -123,18 +127,18 @@ def _on_cpu(settings: Settings, rounds: int, names: Sequence[str], progress: Pro
         found = step_compare.compare(*sides, made["mix"])
         words = ", ".join(f"{name} to {value:.0e}" for name, value in found._asdict().items())
         words += " (relative; weights by what a step changes)"
-    seconds, rate = {}, _rate(settings)
+    seconds, measured = {}, {kind: [] for kind in KINDS}
     with progress("steps", len(sides) * len(KINDS) * (rounds + 1) * settings.batches) as done:
         for kind in KINDS:
             there = [(side, step_side.put(name, side, made[kind])) for name, side in zip(names, sides, strict=True)]
-            seconds[kind] = step_side.time_rounds(there, rounds, done)
-            # Whatever else the machine does, it may do less of later.
-            rate = max(rate, _rate(settings))
-    return Measured(seconds, rate, words)
+            seconds[kind] = step_side.time_rounds(
+                there, rounds, done, lambda kind=kind: measured[kind].append(_rate(settings))
+            )
+    return Measured(seconds, measured, words)
 
 
 def _rate(settings: Settings) -> float:
-    return max(rates.by_jax(settings.dtype), rates.by_torch(settings.dtype))
+    return max(rates.by_jax(settings.dtype, 2), rates.by_torch(settings.dtype, 2))
 
 
 def _on_gpu(settings: Settings, rounds: int, turns: int, budget: float) -> Measured:
@@ -164,7 +168,7 @@ def _on_gpu(settings: Settings, rounds: int, turns: int, budget: float) -> Measu
     peaks = " and ".join(f"{one.peak / 2**30:.1f} GiB ({side})" for side, one in zip(SIDES, first, strict=True))
     return Measured(
         seconds,
-        max(one.rate for results in found.values() for one in results),
+        {kind: [max(one.rate for results in found.values() for one in results)] for kind in KINDS},
         "losses of the first {} steps to {:.1e}, gradient norms to {:.1e}".format(step_compare.STEPS, *apart),
         first[0].device,
         (f"Peak memory {peaks}.",) if first[0].peak else (),
@@ -182,7 +186,10 @@ def _row(kind: str, found: Measured, settings: Settings) -> list[Any]:
     rounds = [[sum(own[at : at + len(made)]) for at in range(0, len(own), len(made))] for own in found.seconds[kind]]
     speeds = [[pairs / second for second in own] for own in rounds]
     real = [statistics.mean(batch.real[side] for batch in made) for side in (0, 1)]
-    used = [[work / second / found.rate for second in own] for own in rounds]
+    used = [
+        [work / second / rate for second, rate in zip(own, itertools.cycle(found.rates[kind]), strict=False)]
+        for own in rounds
+    ]
     if len(rounds) == 1:
         return [kind, pairs / len(made), *real, *speeds, None, None, *used, None]
     # On a GPU there may be more rounds of one side.
