@@ -26,7 +26,7 @@ SIDES = ("jfe", "torch")
 ROUNDED = 0.03
 # What an argument is if it is not given.
 DEFAULTS = {
-    "cpu": {"geometry": "30m", "rows": 10, "row_tokens": 640, "dtype": "float32"},
+    "cpu": {"geometry": "30m", "rows": 5, "row_tokens": 1280, "dtype": "float32"},
     "gpu": {"geometry": "3b", "rows": 8, "row_tokens": 640, "dtype": "bfloat16"},
 }
 COLUMNS = {
@@ -65,9 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes, and how each side computes."""
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--geometry", help="tiny, 30m, 150m or 3b; default 30m on a CPU, 3b on a GPU")
-    parser.add_argument("--rows", type=int, help="packed rows of a step; default 10, on a GPU 8")
-    parser.add_argument("--row-tokens", type=int, help="default 640")
-    parser.add_argument("--batches", type=int, default=2, help="different batches, by turns")
+    parser.add_argument("--rows", type=int, help="packed rows of a step; default 5, on a GPU 8")
+    parser.add_argument("--row-tokens", type=int, help="default 1280, on a GPU 640")
+    parser.add_argument("--batches", type=int, default=3, help="different batches, by turns")
     parser.add_argument("--rounds", type=int, default=5, help="times that each batch is taken; on a GPU in each turn")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; default bfloat16 on a GPU")
     parser.add_argument("--attention", choices=["xla", "cudnn", "splash"], default="xla", help="of our model")
