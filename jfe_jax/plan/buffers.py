@@ -6,8 +6,10 @@ are counted by place, not by value.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from jfe_jax.plan.collectives import origin
@@ -63,9 +65,20 @@ class Buffers:
     def peak(self, counts: Callable[[Value], bool]) -> tuple[int, int]:
         """The most bytes that the values that count take at once, and the first instruction at which they do."""
         chosen = [value for value in self.values if counts(value)]
-        # Only where one begins can there be more than before.
-        sizes = ((_covered(_alive(chosen, at)), at) for at in {value.first for value in chosen})
-        return max(sizes, key=lambda one: (one[0], -one[1]), default=(0, 0))
+        changes = defaultdict(int)
+        for value in chosen:
+            changes[value.first] += value.size
+            changes[value.last + 1] -= value.size
+        times = sorted(changes)
+        total = dict(zip(times, accumulate(changes[at] for at in times), strict=True))
+        # No more than this: values in one place are counted twice.
+        best, where = 0, 0
+        for at in sorted(times, key=lambda at: (-total[at], at)):
+            if total[at] <= best:
+                break
+            if (size := _covered(_alive(chosen, at))) > best:
+                best, where = size, at
+        return best, where
 
     def largest(self, count: int) -> list[Value]:
         """The largest places in main memory where it is fullest, each once: by one of the values there."""
@@ -90,7 +103,9 @@ def options(folder: str) -> dict[str, str | bool]:
 
 def described(value: Value) -> str:
     """ "2.25 GiB bf16[24,512,2048] (tower/up_df)"."""
-    what = origin(value.op_name) if value.op_name else ""
+    # An argument's name is that of a leaf: state.params[\\'tower\\'][\\'norm\\'].
+    name = re.sub(r"\[\\*'([^']*?)\\*'\]", r".\1", value.op_name)
+    what = origin(name) if name else ""
     return f"{value.size / 2**30:.2f} GiB {value.array}" + (f" ({what})" if what else "")
 
 

@@ -38,7 +38,7 @@ RANGES = """HloLiveRange (max 10):
     weights.1{}: 8388608 bytes (cumulative: 8388608 bytes)
 """
 HLO = """ENTRY %main (weights.1: f32[2,1024,1024]) -> f32[256,1024] {
-  %weights.1 = f32[2,1024,1024]{2,1,0} parameter(0), metadata={op_name="state.params"}
+  %weights.1 = f32[2,1024,1024]{2,1,0} parameter(0), metadata={op_name="state.params[\\\\'tower\\\\'][\\\\'norm\\\\']"}
   %fusion.1 = (f32[], f32[1024,1024]{1,0}) fusion(%weights.1), metadata={op_name="jit(step)/tower/while/body/up_df/dot"}
   %update.1 = f32[1024,1024]{1,0} dynamic-update-slice(%fusion.1), metadata={op_name="jit(step)/tower/lossless/dot"}
   %logits.1 = f32[512,1024]{1,0} fusion(%update.1), metadata={op_name="jit(step)/transpose(jvp(loss))/dot"}
@@ -62,7 +62,7 @@ def test_bytes_are_counted_by_place_while_they_live(folder):
     assert buffers.peak(lambda value: value.space == 0) == (14 * MIB, 4)
     assert [value.size // MIB for value in buffers.largest(3)] == [8, 4, 2]
     assert [described(value) for value in buffers.largest(2)] == [
-        "0.01 GiB f32[2,1024,1024] (state.params)",
+        "0.01 GiB f32[2,1024,1024] (state.params.tower.norm)",
         "0.00 GiB f32[1024,1024] (tower/lossless)",
     ]
 
