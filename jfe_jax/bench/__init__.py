@@ -18,5 +18,6 @@ BENCHMARKS = {
     "train-step": "a training step beside transformers' PaliGemma in PyTorch; share of the matrix rate",
     "input": "our loader beside torch's DataLoader with PaliGemmaProcessor",
     "data": "check, prepare, a kill, a resume and memory on a generated M-BEIR directory",
+    "plan": "stage 2 at 3 B parameters compiled for TPU slices and in other settings (pip install -e .[plan])",
     "packing": "real tokens in each layout, on M-BEIR's training mix",
 }
