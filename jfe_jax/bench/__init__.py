@@ -19,5 +19,7 @@ BENCHMARKS = {
     "input": "our loader beside torch's DataLoader with PaliGemmaProcessor",
     "data": "check, prepare, a kill, a resume and memory on a generated M-BEIR directory",
     "plan": "stage 2 at 3 B parameters compiled for TPU slices and in other settings (pip install -e .[plan])",
+    "startup": "jfe --help; jfe train to its first step with a cold and a warm compilation cache",
+    "scaling": "FLOPs, memory and traffic of each of 1 to 8 simulated devices, from the compiled step",
     "packing": "real tokens in each layout, on M-BEIR's training mix",
 }

@@ -120,6 +120,17 @@ def _group(one: Instruction) -> tuple[int, ...]:
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", one.text)
     if listed:
         return tuple(int(number) for number in listed[1].split(",") if number)
+    # mesh['a'=2,'b'=4] {'b'}: the numbers 0… in an array of those sizes; a group goes along the axes that are named.
+    named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.text)
+    if named:
+        axes = [(axis, int(size)) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
+        along = re.findall(r"'(\w+)'", named[2])
+        if ":" in named[2] or not set(along) <= dict(axes).keys():
+            raise ValueError(f"{one.name}: replica groups {named[0]} are not understood")
+        order = [place for place, (axis, _) in enumerate(axes) if axis not in along]
+        order += [place for axis in along for place, (other, _) in enumerate(axes) if other == axis]
+        size = math.prod(size for axis, size in axes if axis in along)
+        return tuple(_transposed(place, [size for _, size in axes], order) for place in range(size))
     # [groups,size]<=[dims]T(permutation): the numbers 0… in an array of `dims`, transposed, cut into groups.
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.text)
     if iota is None:

@@ -90,6 +90,17 @@ def test_transposed_groups_are_read():
     np.testing.assert_array_equal(found.group, [0, 2, 4, 6])
 
 
+def test_groups_along_named_axes_are_read():
+    def group(axes: str) -> tuple[int, ...]:
+        text = TPU.replace("replica_groups=[1,8]<=[8]", f"replica_groups=mesh['a'=2,'b'=2,'c'=2] {{{axes}}}")
+        return next(item for item in collectives(Module(text)) if item.kind == "all-gather").group
+
+    assert group("'b'") == (0, 2)
+    assert group("'a','c'") == (0, 1, 4, 5)
+    with pytest.raises(ValueError, match="not understood"):
+        group("'a':(1)2")
+
+
 def test_a_loop_of_unknown_length_is_an_error():
     with pytest.raises(ValueError, match="bound"):
         list(Module(TPU.replace("%limit = s32[]{:T(128)} constant(7)", "%limit = s32[]{:T(128)} custom-call()")).runs())
