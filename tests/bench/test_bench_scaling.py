@@ -11,7 +11,10 @@ def one():
     return scaling.measure(scaling.config(), (1, 1, 1))
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (1, 4, 1), (1, 8, 1), (8, 1, 1), (2, 4, 1)])
+@pytest.mark.parametrize(
+    "mesh",
+    [(1, 8, 1), (8, 1, 1), (2, 4, 1), *(pytest.param((1, n, 1), marks=pytest.mark.slow) for n in (2, 4))],
+)
 def test_work_and_state_fall_with_the_devices(mesh, one):
     share = scaling.measure(scaling.config(), mesh)
     data, fsdp, _ = mesh
