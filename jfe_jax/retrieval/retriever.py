@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -17,17 +17,13 @@ from jax.sharding import Mesh
 
 from jfe_jax import config as config_lib
 from jfe_jax.config import Config, MeshConfig
-from jfe_jax.data import packing
-from jfe_jax.data.items import EncodedItem, Item
+from jfe_jax.data.ahead import ahead
+from jfe_jax.data.items import Item
 from jfe_jax.data.packing import PackedBatch
-from jfe_jax.data.tokens import ItemEncoder
-from jfe_jax.errors import UserError
+from jfe_jax.retrieval.batches import BatchMaker
 from jfe_jax.sharding import batch_sharding, group_count, make_mesh, replicated
 
-BATCH_TOKENS = 4096
-PIXEL_CACHE_MIB = 256
-# A batch computes a quarter, a half, three quarters or all of its image slots, whichever is enough.
-_SLOT_STEPS = 4
+_BATCHES_AHEAD = 2
 
 
 class Retriever:
@@ -61,23 +57,8 @@ class Retriever:
         if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
             # The same weights as the first device has them: what fits into one group runs there.
             self._alone = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, params)
-        self._encoder = ItemEncoder(config.tokens, config.model.vision, config.model.image_token)
-        self._pixels: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
+        self._batches = BatchMaker(config, group_count(self.mesh))
         self._forward = jax.jit(lambda params, packed: nnx.merge(graphdef, params)(packed))
-        row_tokens = max(config.data.row_tokens, self._encoder.longest)
-        self._rows = max(1, BATCH_TOKENS // row_tokens)
-        shortest_with_image = config.model.vision.patches + 2
-        # Where an image takes no tokens, as many as would fit if it did.
-        dual = config.model.kind == "dual"
-        slots = BATCH_TOKENS // shortest_with_image if dual else self._rows * (row_tokens // shortest_with_image)
-        self._shape = {
-            "groups": group_count(self.mesh),
-            "items_per_group": self._rows * row_tokens // 8,
-            "rows": self._rows,
-            "row_tokens": row_tokens,
-            "image_slots": max(1, slots),
-            "image_size": config.model.vision.image_size,
-        }
 
     @classmethod
     def load(cls, path: str | Path, mesh: Mesh | None = None) -> "Retriever":
@@ -130,7 +111,7 @@ class Retriever:
     @property
     def cut_texts(self) -> int:
         """Texts cut to `tokens.max_text_tokens` so far."""
-        return self._encoder.cut_texts
+        return self._batches.encoder.cut_texts
 
     def encode(
         self,
@@ -149,31 +130,24 @@ class Retriever:
         Raises:
           UserError: an item is empty or its image cannot be read.
         """
-        # Items of one modality side by side: a batch of texts then computes no image slots.
-        order = np.array(sorted(range(len(items)), key=lambda number: items[number].modality), np.int64)
-        embeddings = None
+        embeddings = np.zeros((len(items), self.width), np.float32)
         waiting: collections.deque = collections.deque()
 
         def take_first():
-            nonlocal embeddings
             rows, places, numbers = waiting.popleft()
-            rows = np.asarray(rows, np.float32)
-            if embeddings is None:
-                embeddings = np.zeros((len(items), rows.shape[-1]), np.float32)
-            embeddings[numbers] = rows[places]
+            embeddings[numbers] = np.asarray(rows, np.float32)[places]
             if progress:
                 progress(len(numbers))
 
-        for packed, numbers in packing.batches(self._encoded(items, order, names), **self._shape):
+        # The next batches are read and packed while the devices compute this one.
+        for packed, numbers in ahead(self._batches.batches(items, names), _BATCHES_AHEAD):
             places = np.nonzero(numbers >= 0)
-            chosen = order[numbers[places]]
-            waiting.append((self._embed(packed, alone=len(chosen) == len(items)), places, chosen))
-            # The next batch is read and packed while the device computes this one.
+            waiting.append((self._embed(packed), places, numbers[places]))
             if len(waiting) > 1:
                 take_first()
         while waiting:
             take_first()
-        return np.zeros((0, self.width), np.float32) if embeddings is None else embeddings
+        return embeddings
 
     @property
     def width(self) -> int:
@@ -182,51 +156,10 @@ class Retriever:
 
         return embedding_width(self.config.model)
 
-    def _encoded(
-        self, items: Sequence[Item], order: Sequence[int], names: Sequence[str] | None
-    ) -> Iterator[EncodedItem]:
-        for number in order:
-            item = items[number]
-            name = names[number] if names is not None else f"item {number}"
-            if item.image is None and not item.text and not item.instruction:
-                raise UserError(f"{name}: neither text nor image; give it one of them")
-            pixels = None if item.image is None else self._pixels_of(item.image, name)
-            yield EncodedItem(self._encoder.tokens(item.text, item.instruction, pixels is not None), pixels)
-
-    def _pixels_of(self, image: bytes | Path | np.ndarray, name: str) -> np.ndarray:
-        if isinstance(image, bytes | np.ndarray):
-            return self._encoder.pixels(image, name)
-        pixels = self._pixels.get(image)
-        if pixels is None:
-            pixels = self._pixels[image] = self._encoder.pixels(image, name)
-            if len(self._pixels) * pixels.nbytes > PIXEL_CACHE_MIB * 2**20:
-                self._pixels.popitem(last=False)
-        else:
-            self._pixels.move_to_end(image)
-        return pixels
-
-    def _embed(self, packed: PackedBatch, alone: bool) -> jax.Array:
-        """[G, B, E] of a batch that holds all items there are (`alone`), or some of them."""
+    def _embed(self, packed: PackedBatch) -> jax.Array:
+        """[G, B, E]; [1, B, E] of a batch whose items all are in the first group."""
         if self._alone is not None and not packed.valid[1:].any():
             # Groups are filled one after the other: the last batch seldom needs them all.
-            first = jax.tree.map(lambda part: part[:1], packed)
-            return self._forward(self._alone, self._trimmed(first, alone))
+            return self._forward(self._alone, jax.tree.map(lambda part: part[:1], packed))
         with jax.set_mesh(self.mesh):
-            return self._forward(self._params, jax.device_put(self._trimmed(packed), batch_sharding(self.mesh)))
-
-    def _trimmed(self, packed: PackedBatch, alone: bool = False) -> PackedBatch:
-        """Fewer image slots, and fewer rows for a call that needs only one; few shapes in all, so few compilations."""
-        rows, row_tokens = packed.tokens.shape[1:]
-        slots = packed.pixels.shape[1]
-        used = int((packed.image_start < rows * row_tokens).sum(1).max())
-        step = -(-slots // _SLOT_STEPS)
-        if alone and not packed.segments[:, 1:].any():
-            rows, step = 1, max(1, row_tokens // (self.config.model.vision.patches + 2))
-        kept = max(1, min(slots, -(-used // step) * step))
-        return packed._replace(
-            tokens=packed.tokens[:, :rows],
-            segments=packed.segments[:, :rows],
-            positions=packed.positions[:, :rows],
-            pixels=packed.pixels[:, :kept],
-            image_start=np.minimum(packed.image_start[:, :kept], rows * row_tokens),
-        )
+            return self._forward(self._params, jax.device_put(packed, batch_sharding(self.mesh)))

@@ -1,0 +1,53 @@
+"""Items laid out at once: nothing lost, nothing too much for a group, and the packer agrees."""
+
+import numpy as np
+import pytest
+
+from jfe_jax.data.fitting import Room, Size, fill
+from jfe_jax.data.items import EncodedItem
+from jfe_jax.data.packing import Packer
+
+
+@pytest.fixture(scope="module")
+def sizes():
+    rng = np.random.default_rng(0)
+    images = rng.random(500) < 0.5
+    lengths = rng.integers(3, 90, 500) + np.where(images, 64, 0)
+    return [Size(int(length), bool(image)) for length, image in zip(lengths, images, strict=True)]
+
+
+@pytest.mark.parametrize("room", [Room(4, 160, 8, 80), Room(3, 200, 2, 9)], ids=["roomy", "few slots and items"])
+def test_every_item_has_a_place_and_no_group_too_many(sizes, room):
+    groups = list(fill(sizes, room))
+    assert sorted(index for rows in groups for row in rows for index in row) == list(range(500))
+    for rows in groups:
+        assert len(rows) <= room.rows
+        assert max(sum(sizes[index].tokens for index in row) for row in rows) <= room.row_tokens
+        assert sum(sizes[index].image for row in rows for index in row) <= room.image_slots
+        assert sum(map(len, rows)) <= room.items
+
+
+def test_rows_are_filled_better_than_in_the_order_that_items_come(sizes):
+    room = Room(4, 160, 8, 80)
+    least = sum(size.tokens for size in sizes) / (room.rows * room.row_tokens)
+    assert len(list(fill(sizes, room))) <= 1.06 * least + 1
+
+
+@pytest.mark.parametrize("room", [Room(4, 160, 8, 80), Room(3, 200, 2, 9)], ids=["roomy", "few slots and items"])
+def test_the_packer_puts_them_into_the_same_rows(sizes, room):
+    for rows in fill(sizes, room):
+        packer = Packer(
+            groups=1,
+            rows=room.rows,
+            row_tokens=room.row_tokens,
+            image_slots=room.image_slots,
+            image_size=1,
+            layout="packed",
+        )
+        order = [index for row in rows for index in row]
+        for place, index in enumerate(order):
+            pixels = np.zeros((1, 1, 3), np.uint8) if sizes[index].image else None
+            assert packer.add(0, [(place, EncodedItem(np.ones(sizes[index].tokens, np.int32), pixels))])
+        pool = packer.finish(room.items).pool[0, : len(order)]
+        expected = [number for number, row in enumerate(rows) for _ in row]
+        assert (pool // room.row_tokens).tolist() == expected
