@@ -4,7 +4,7 @@ Axes: G groups, R rows, S tokens of a row, M image slots, B items, H W pixels.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -191,57 +191,3 @@ def pack(
                 f"{image_slots} image slots are too few for the {per_group} items of a group"
             )
     return packer.finish(per_group)
-
-
-def batches(
-    items: Iterable[EncodedItem],
-    *,
-    groups: int,
-    items_per_group: int,
-    rows: int,
-    row_tokens: int,
-    image_slots: int,
-    image_size: int,
-    layout: Layout = "packed",
-) -> Iterator[tuple[PackedBatch, np.ndarray]]:
-    """A stream of items in batches of one shape, with int64 [G, B]: which input each place holds, -1 for fillers.
-
-    A batch is given out when the next item fits into none of its groups; B = `items_per_group`.
-
-    Raises:
-      UserError: an item fits into no batch, even an empty one.
-    """
-
-    def empty() -> tuple[Packer, np.ndarray, list[int]]:
-        packer = Packer(
-            groups=groups,
-            rows=rows,
-            row_tokens=row_tokens,
-            image_slots=image_slots,
-            image_size=image_size,
-            layout=layout,
-        )
-        return packer, np.full((groups, items_per_group), -1, np.int64), [0] * groups
-
-    def place(number: int, item: EncodedItem) -> bool:
-        for g in range(groups):
-            if counts[g] < items_per_group and packer.add(g, [(counts[g], item)]):
-                numbers[g, counts[g]] = number
-                counts[g] += 1
-                return True
-        return False
-
-    packer, numbers, counts = empty()
-    for number, item in enumerate(items):
-        if place(number, item):
-            continue
-        if any(counts):
-            yield packer.finish(items_per_group), numbers
-            packer, numbers, counts = empty()
-        if not place(number, item):
-            raise UserError(
-                f"item {number} ({len(item.tokens)} tokens) fits into no row of {row_tokens} tokens, or there is no "
-                "image slot for it"
-            )
-    if any(counts):
-        yield packer.finish(items_per_group), numbers

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jfe_jax.data.items import EncodedItem
-from jfe_jax.data.packing import batches, pack
+from jfe_jax.data.packing import pack
 from jfe_jax.errors import UserError
 
 SIZE, PATCHES, IMAGE = 2, 3, 9
@@ -69,30 +69,6 @@ def test_every_item_lies_once_in_one_row_with_its_image(drawn, groups, layout):
         assert batch.segments.max(initial=0) <= 1
 
 
-@given(ITEMS, st.integers(1, 3), st.integers(1, 4), st.integers(1, 4), st.sampled_from(["packed", "padded"]))
-@settings(deadline=None, max_examples=80)
-def test_batches_of_a_stream_hold_every_item_once(drawn, groups, items_per_group, rows, layout):
-    items = [item(number, *one) for number, one in enumerate(drawn)]
-    seen = []
-    for batch, numbers in batches(
-        iter(items),
-        groups=groups,
-        items_per_group=items_per_group,
-        rows=rows,
-        row_tokens=23,
-        image_slots=2,
-        image_size=SIZE,
-        layout=layout,
-    ):
-        assert batch.tokens.shape == (groups, rows, 23) and batch.pixels.shape == (groups, 2, SIZE, SIZE, 3)
-        assert numbers.shape == (groups, items_per_group) == batch.valid.shape
-        np.testing.assert_array_equal(batch.valid, numbers >= 0)
-        for group, index in zip(*np.nonzero(numbers >= 0), strict=True):
-            check_placed(batch, group, index, items[numbers[group, index]])
-        seen += numbers[numbers >= 0].tolist()
-    assert sorted(seen) == list(range(len(items)))
-
-
 def test_items_share_rows_first_fit():
     batch = pack(
         [item(n, length, False) for n, length in enumerate([6, 5, 4, 3, 2])],
@@ -117,12 +93,6 @@ def test_what_does_not_fit_is_refused(lengths, image):
             layout="packed",
             image_size=SIZE,
         )
-
-
-def test_an_item_too_long_for_any_batch_is_named():
-    stream = [item(0, 3, False), item(1, 30, False)]
-    with pytest.raises(UserError, match="item 1"):
-        list(batches(stream, groups=1, items_per_group=2, rows=2, row_tokens=23, image_slots=1, image_size=SIZE))
 
 
 def test_a_split_that_is_not_even_and_an_unknown_image_size_are_programming_errors():
