@@ -16,6 +16,7 @@ BENCHMARKS = {
     "loss": "contrastive loss and gradients beside PyTorch's and plain jit's",
     "gradcache": "a step in GradCache chunks beside the plain step; memory by batch",
     "train-step": "a training step beside transformers' PaliGemma in PyTorch; share of the matrix rate",
+    "embed": "jfe embed beside sentence-transformers on the exported checkpoint; share of the matrix rate",
     "input": "our loader beside torch's DataLoader with PaliGemmaProcessor",
     "data": "check, prepare, a kill, a resume and memory on a generated M-BEIR directory",
     "plan": "stage 2 at 3 B parameters compiled for TPU slices and in other settings (pip install -e .[plan])",

@@ -1,0 +1,54 @@
+"""A pool of items to embed, of M-BEIR's modalities, lengths and image sizes, and a random model that embeds it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from jfe_jax.bench import mbeir_like, weights
+from jfe_jax.bench.geometry import geometry
+from jfe_jax.bench.mbeir_units import PROMPTS
+from jfe_jax.config import Config, MeshConfig, TokensConfig
+from jfe_jax.data.tokens import train_tokenizer
+
+ITEMS = "items.jsonl"
+
+
+def write_pool(folder: Path, count: int, seed: int = 0) -> Path:
+    """`count` lines of `jfe embed` and their images: queries with a prompt, and candidates, in a random order."""
+    # Rows are rounded for each unit: a few more than wanted, to draw from.
+    mbeir_like.write(folder, count + 64, seed=seed)
+    items = []
+    for pattern, side in (("cand_pool/local/*.jsonl", ""), ("query/train/*.jsonl", "query_")):
+        for file in sorted(folder.glob(pattern)):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                prompt = PROMPTS[len(items) % len(PROMPTS)] if side else None
+                items.append(
+                    {"text": row[f"{side}txt"], "image": row[f"{side}img_path"], "instruction": prompt}
+                )  # fmt: skip
+    chosen = np.random.default_rng(seed).permutation(len(items))[:count]
+    lines = (json.dumps({"id": str(number), **items[place]}) for number, place in enumerate(chosen))
+    (folder / ITEMS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return folder / ITEMS
+
+
+def linked(folder: Path, target: Path) -> Path:
+    """The same pool under another path, its files shared: nothing remembers an image by its name."""
+    shutil.copytree(folder, target, copy_function=os.link)
+    return target / ITEMS
+
+
+def write_model(folder: Path, name: str, texts: list[str]) -> Config:
+    """A run directory with a random model of a geometry, and a tokenizer trained on `texts`."""
+    from jfe_jax import checkpoint, sharding
+    from jfe_jax.blueprint import blueprint
+
+    model, tokenizer = geometry(name), folder.parent / "tokenizer"
+    train_tokenizer(texts, model.text.vocab_size, tokenizer)
+    config = Config(model=model, tokens=TokensConfig(tokenizer=str(tokenizer)))
+    abstract = blueprint(model, sharding.make_mesh(MeshConfig(data=1))).abstract
+    checkpoint.save_model(folder, config, weights.for_jax(abstract), tokenizer)
+    return config
