@@ -1,7 +1,8 @@
 """A block of queries on its way through a search: asked of each block of candidates, then made certain.
 
-Blocks of scores say which candidates may be among the best (scan.py); the exact score orders them (scoring.py). Where
-more candidates than are kept lie within rounding of the k-th, they are all looked at.
+Blocks of scores say which candidates may be among the best (scan.py), in bfloat16 where that is faster (rough.py); the
+exact score orders them (scoring.py). Where more candidates than are kept lie within rounding of the k-th, they are all
+looked at.
 
 Axes: Q queries, N candidates, C candidates of a block, E embedding, T targets of a query, K kept for a query.
 """
@@ -15,7 +16,7 @@ import jax
 import numpy as np
 
 from jfe_jax.errors import UserError
-from jfe_jax.retrieval import scan
+from jfe_jax.retrieval import rough, scan
 from jfe_jax.retrieval.rows import Rows
 from jfe_jax.retrieval.scoring import best_first, exact_scores, tolerance
 from jfe_jax.sharding import replicated
@@ -29,6 +30,8 @@ _SPARE = 14
 _TARGET_STEP = 4
 # Doubtful queries that are looked at together.
 _AT_ONCE = 1024
+# A pool in which more of the queries than this are doubtful after a rough pass lies too dense for it.
+_TOO_MANY = 0.1
 
 
 class QueryBlock:
@@ -37,9 +40,18 @@ class QueryBlock:
     def __init__(self, searcher: Searcher, queries: np.ndarray, targets: np.ndarray, k: int):
         self._searcher, self._queries, self._targets, self._k = searcher, queries, targets, k
         self._tolerance = tolerance(queries, searcher.norm)
-        self._padded = self._on_devices(_padded(queries.astype(np.float32), _query_length(len(queries))))
-        self._keep = min(k + _SPARE, searcher.rows.shape[0])
-        self._top = searcher.new_top(len(self._padded), self._keep)
+        length = _query_length(len(queries))
+        # A rank is counted, and would be in doubt for each candidate that is near a target.
+        self._rough = None
+        if not targets.shape[1] and searcher.wants_rough(length):
+            self._rough = rough.RoughQueries(queries, searcher.norm)
+        # How far the scores asked for are off, so far.
+        self._off = self._rough.tolerance(0.0) if self._rough else self._tolerance
+        asked = self._rough.rounded if self._rough else queries.astype(np.float32)
+        self._padded = self._on_devices(_padded(asked, length))
+        keep = rough.SPREAD * k if self._rough else k
+        self._keep = min(keep + _SPARE, searcher.rows.shape[0])
+        self._top = searcher.new_top(length, k, self._keep)
         self._counts = None
         if targets.shape[1]:
             self._wanted = exact_scores(queries, searcher.rows, np.maximum(targets, 0))
@@ -54,16 +66,18 @@ class QueryBlock:
 
     def ask(self, several: Sequence[scan.Block]) -> Callable[[], None]:
         """Has the devices compute the scores of consecutive blocks; what it gives takes them."""
-        scores, maxima, finite = scan.scores_of(self._padded, several, self._searcher.mesh)
+        found = scan.scores_of(self._padded, several, self._searcher.mesh)
         start, count = several[0].start, sum(block.count for block in several)
         if self._targets.shape[1]:
-            counts = scan.count_between(scores, count, *self._bounds)
+            counts = scan.count_between(found.scores, count, *self._bounds)
             self._counts = counts if self._counts is None else jax.tree.map(jax.numpy.add, self._counts, counts)
 
         def take() -> None:
-            if not finite:
+            if not found.finite:
                 _refuse_not_finite(self._searcher.rows, start, count)
-            self._top.add(scores, maxima, start, count)
+            if self._rough:
+                self._off = np.maximum(self._off, self._rough.tolerance(float(found.rounding)))
+            self._top.add(found, start, count, np.pad(2 * self._off, (0, self.length - len(self._off))))
 
         return take
 
@@ -75,7 +89,8 @@ class QueryBlock:
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores and rows [Q, k] and ranks [Q, T], of all processes."""
         self._top.settle()
-        scores, rows = self._certain(*(part[: len(self._queries)] for part in (self._top.scores, self._top.rows)))
+        top = self._top
+        scores, rows = self._certain(*(part[: len(self._queries)] for part in (top.scores, top.rows, top.worst)))
         ahead = self._ahead()
         if jax.process_count() > 1:
             from jax.experimental.multihost_utils import process_allgather
@@ -85,17 +100,21 @@ class QueryBlock:
             ahead = ahead.sum(0)
         return scores, rows, np.where(self._targets < 0, 0, ahead + 1).astype(np.int32)
 
-    def _certain(self, kept: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """What the blocks kept [Q, K], in order of the exact scores [Q, k], with what rounding may have left out."""
-        searcher, there = self._searcher, np.isfinite(kept)
-        scores = exact_scores(self._queries, searcher.rows, np.where(there, rows, searcher.first))
+    def _certain(self, kept: np.ndarray, rows: np.ndarray, worst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """What the blocks kept [Q, K], in order of the exact scores [Q, k], with what rounding may have left out.
+
+        Nothing that is not kept has a score above `worst` [Q].
+        """
+        searcher, there = self._searcher, np.isfinite(kept) & (kept >= worst[:, None])
         # A process with fewer than k candidates gives what comes last.
-        scores, rows = np.where(there, scores, -np.inf), np.where(there, rows, np.iinfo(np.int32).max)
+        scores = exact_scores(self._queries, searcher.rows, rows, there)
+        rows = np.where(there, rows, np.iinfo(np.int32).max)
         scores, rows = best_first(scores, rows, self._k)
         if searcher.recall < 1 or searcher.last - searcher.first <= self._keep:
             return scores, rows
-        left_out = kept.min(1) + self._tolerance
-        doubtful = np.flatnonzero(left_out >= scores[:, -1])
+        doubtful = np.flatnonzero(worst + self._off >= scores[:, -1])
+        if self._rough and len(doubtful) > _TOO_MANY * len(scores):
+            searcher.rough = False
         if len(doubtful):
             bounds = scores[doubtful, -1] - self._tolerance[doubtful], np.full(len(doubtful), np.inf)
             for number, (more, at) in self._near(doubtful, *bounds):
@@ -138,7 +157,7 @@ class QueryBlock:
                 part = slice(at, at + _AT_ONCE)
                 asked = self._queries[query[part]].astype(np.float32)
                 padded = self._on_devices(_padded(asked, _query_length(len(asked))))
-                for start, scores in scan.shards(scan.scores_of(padded, [block], searcher.mesh)[0]):
+                for start, scores in scan.shards(scan.scores_of(padded, [block], searcher.mesh).scores):
                     scores = scores[: max(0, block.count - start), : len(asked)]
                     column, row = np.nonzero(((scores >= low[part]) & (scores <= high[part])).T)
                     for number in np.unique(column):

@@ -111,9 +111,16 @@ def largest_norm(rows: Rows, block: int = 65536) -> float:
     largest = 0.0
     for start in range(0, rows.shape[0], block):
         stored, scales = rows.read(start, start + block)
-        part = stored.astype(np.float32, copy=False)
-        squares = np.einsum("ne,ne->n", part, part)
+        lengths = _lengths(stored.astype(np.float32, copy=False))
         if scales is not None:
-            squares = squares * scales**2
-        largest = max(largest, float(np.sqrt(squares.max(initial=0))))
+            lengths = lengths * scales
+        largest = max(largest, float(lengths.max(initial=0)))
     return largest
+
+
+def _lengths(rows: np.ndarray) -> np.ndarray:
+    squares = np.einsum("ne,ne->n", rows, rows)
+    if not 1e-20 < squares.max(initial=0) < 1e30:
+        # Too far from 1 for squares in float32.
+        squares = np.einsum("ne,ne->n", rows, rows, dtype=np.float64)
+    return np.sqrt(squares)

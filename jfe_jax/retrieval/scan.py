@@ -62,21 +62,38 @@ def blocks(rows: Rows, size: int, mesh: Mesh, first: int, last: int) -> Iterator
             yield waiting.result()
 
 
-def scores_of(queries: jax.Array, several: Sequence[Block], mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
+class Scores(NamedTuple):
     """Scores of consecutive blocks, C candidates in all.
 
-    Returns:
-      float32 [C, Q], the maxima of each GROUP of candidates [C / GROUP, Q], and whether all is finite.
+    Attributes:
+      scores: float32 [C, Q].
+      maxima: of each GROUP of candidates, [C / GROUP, Q].
+      finite: whether all is.
+      rounding: float32; the length of the longest difference between a candidate and what stood for it.
     """
+
+    scores: jax.Array
+    maxima: jax.Array
+    finite: jax.Array
+    rounding: jax.Array
+
+
+def scores_of(queries: jax.Array, several: Sequence[Block], mesh: Mesh) -> Scores:
+    """Scores of queries [Q, E] in float32; those in bfloat16 meet candidates that are rounded to it too."""
     return _scores_of(queries, [block.rows for block in several], [block.scales for block in several], mesh)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array | None], mesh: Mesh):
+def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array | None], mesh: Mesh) -> Scores:
+    rounding = jnp.zeros(())
+    if queries.dtype == jnp.bfloat16:
+        rows, lengths = zip(*(_rounded(part) for part in rows), strict=True)
+        rounding = jnp.stack(lengths).max()
     scores = jnp.concatenate([_scores(queries, *block) for block in zip(rows, scales, strict=True)])
     scores = jax.lax.with_sharding_constraint(scores, batch_sharding(mesh))
     maxima = scores.reshape(-1, GROUP, scores.shape[1]).max(1)
-    return scores, jax.lax.with_sharding_constraint(maxima, batch_sharding(mesh)), jnp.isfinite(maxima.sum())
+    maxima = jax.lax.with_sharding_constraint(maxima, batch_sharding(mesh))
+    return Scores(scores, maxima, jnp.isfinite(maxima.sum()), rounding)
 
 
 @jax.jit
@@ -98,37 +115,48 @@ def shards(array: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
 
 
 class HostTop:
-    """The K best of each query so far, chosen by NumPy from the scores of one block after another.
+    """The best of each query so far, chosen by NumPy from the scores of one block after another.
+
+    Those that may be among the k best are kept, K at most.
 
     Attributes:
       scores, rows: float32 and int32 [Q, K], in no order; -inf where there are fewer.
+      worst: float32 [Q]; no candidate that was left out has a better score.
     """
 
-    def __init__(self, queries: int, keep: int):
+    def __init__(self, queries: int, k: int, keep: int):
         self.scores = np.full((queries, keep), -np.inf, np.float32)
         self.rows = np.zeros((queries, keep), np.int32)
-        self._worst = np.full(queries, -np.inf, np.float32)
+        self.worst = np.full(queries, -np.inf, np.float32)
+        self._k, self._margin = k, np.zeros(queries)
         self._new: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._first = True
 
-    def add(self, scores: jax.Array, maxima: jax.Array, start: int, count: int) -> None:
-        """Takes what `scores_of` gave for rows start … start + count - 1."""
-        for (at, part), (_, tops) in zip(shards(scores), shards(maxima), strict=True):
+    def add(self, found: Scores, start: int, count: int, margin: np.ndarray) -> None:
+        """Takes the scores of rows start … start + count - 1.
+
+        Args:
+          margin: float64 [Q]; a score that is worse than the k-th by more than this is not among the k best.
+        """
+        self._margin = margin
+        for (at, part), (_, tops) in zip(shards(found.scores), shards(found.maxima), strict=True):
             self._add(part, tops, start + at, max(0, min(count - at, len(part))))
 
     def _add(self, scores: np.ndarray, maxima: np.ndarray, start: int, count: int) -> None:
         queries, keep = self.scores.shape
         whole = count // GROUP
-        if self._first and whole >= keep:
+        if self._first and whole >= self._k:
             # K groups reach the K-th largest maximum, so K scores do.
-            bound = np.partition(maxima[:whole], whole - keep, axis=0)[whole - keep]
-            self._worst = np.nextafter(bound, np.float32(-np.inf))
+            most = min(keep, whole)
+            best = np.partition(maxima[:whole], (whole - most, whole - self._k), axis=0)
+            left = np.nextafter(best[whole - most], np.float32(-np.inf)) if most == keep else self.worst
+            self._raise(left, best[whole - self._k])
         self._first = False
-        group, query = np.divmod(np.flatnonzero(maxima[: -(-count // GROUP)] > self._worst), queries)
+        group, query = np.divmod(np.flatnonzero(maxima[: -(-count // GROUP)] > self.worst), queries)
         if not len(group):
             return
         values = scores.reshape(-1, GROUP, queries)[group, :, query]
-        which, place = np.divmod(np.flatnonzero(values > self._worst[query][:, None]), GROUP)
+        which, place = np.divmod(np.flatnonzero(values > self.worst[query][:, None]), GROUP)
         query, rows, values = query[which], group[which] * GROUP + place, values[which, place]
         if count % GROUP:
             query, rows, values = (part[rows < count] for part in (query, rows, values))
@@ -143,7 +171,8 @@ class HostTop:
             return
         (queries, keep), new = self.scores.shape, [np.concatenate(parts) for parts in zip(*self._new, strict=True)]
         self._new = []
-        order = np.argsort(new[0], kind="stable")
+        # Numbers of two bytes are sorted in one pass.
+        order = np.argsort(new[0].astype(np.uint16) if queries <= 1 << 16 else new[0], kind="stable")
         query, rows, values = (part[order] for part in new)
         many = np.bincount(query, minlength=queries)
         column = keep + np.arange(len(query)) - np.repeat(np.cumsum(many) - many, many)
@@ -151,9 +180,15 @@ class HostTop:
         all_rows = np.zeros(all_scores.shape, np.int32)
         all_scores[:, :keep], all_rows[:, :keep] = self.scores, self.rows
         all_scores[query, column], all_rows[query, column] = values, rows
-        best = np.argpartition(all_scores, many.max(), axis=1)[:, many.max() :]
+        cut, place = many.max(), keep - self._k
+        best = np.argpartition(all_scores, (cut, cut + place), axis=1)[:, cut:]
         self.scores, self.rows = (np.take_along_axis(part, best, 1) for part in (all_scores, all_rows))
-        self._worst = np.maximum(self._worst, self.scores.min(1))
+        self._raise(self.scores[:, 0], self.scores[:, place])
+
+    def _raise(self, left: np.ndarray, kth: np.ndarray) -> None:
+        """Leaves out, float32 [Q], what is not better than `left` or is too much worse than the k-th best."""
+        below = np.nextafter((kth - self._margin).astype(np.float32), np.float32(-np.inf))
+        self.worst = np.maximum(self.worst, np.maximum(left, below))
 
 
 class DeviceTop:
@@ -169,20 +204,40 @@ class DeviceTop:
             (np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32)), batch_sharding(mesh)
         )
 
-    def add(self, scores: jax.Array, maxima: jax.Array, start: int, count: int) -> None:
-        self._best = _merge(self._best, scores, start, count, self._mesh, self._recall)
+    def add(self, found: Scores, start: int, count: int, margin: np.ndarray) -> None:
+        self._best = _merge(self._best, found.scores, start, count, self._mesh, self._recall)
 
     def settle(self) -> None:
         # [D, Q, K] → [Q, D·K] → the best K.
         parts = [np.concatenate(list(np.asarray(part)), axis=1) for part in self._best]
         best = np.argpartition(parts[0], -self._keep, axis=1)[:, -self._keep :]
         self.scores, self.rows = (np.take_along_axis(part, best, 1) for part in parts)
+        self.worst = self.scores.min(1)
 
 
 def _scores(queries: jax.Array, rows: jax.Array, scales: jax.Array | None) -> jax.Array:
     # Candidates first: the maximum over candidates is then of whole vectors.
-    scores = jnp.einsum("ce,qe->cq", rows.astype(jnp.float32), queries, precision=jax.lax.Precision.HIGHEST)
+    scores = jnp.einsum(
+        "ce,qe->cq",
+        rows.astype(queries.dtype),
+        queries,
+        precision=jax.lax.Precision.HIGHEST if queries.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
     return scores if scales is None else scores * scales[:, None]
+
+
+def _rounded(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows in bfloat16, and the length of the longest difference from what they were."""
+    if rows.dtype == jnp.int8:
+        # Whole numbers up to 256 are what they are.
+        return rows.astype(jnp.bfloat16), jnp.zeros(())
+    rows = rows.astype(jnp.float32)
+    # A conversion there and back XLA may leave out.
+    near = jax.lax.reduce_precision(rows, exponent_bits=8, mantissa_bits=7)
+    # Squares too small for float32 count as the smallest that are not.
+    squares = ((rows - near) ** 2).sum(1).max() + rows.shape[1] * jnp.finfo(jnp.float32).tiny
+    return near.astype(jnp.bfloat16), jnp.sqrt(squares) * 1.001
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "recall"))

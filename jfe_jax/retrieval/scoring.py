@@ -21,17 +21,22 @@ _LAMBDA = 4.0
 
 def tolerance(queries: np.ndarray, norm: float) -> np.ndarray:
     """float64 [Q]: how far a float32 score of each query [Q, E] is from the exact one, with candidates up to `norm`."""
-    lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
-    return _LAMBDA * np.sqrt(queries.shape[1]) * 2.0**-24 * lengths * norm
+    lengths, width = np.linalg.norm(queries.astype(np.float64), axis=1), queries.shape[1]
+    # Processors may take products below the smallest normal number for 0.
+    return _LAMBDA * np.sqrt(width) * 2.0**-24 * lengths * norm + width * float(np.finfo(np.float32).tiny)
 
 
-def exact_scores(queries: np.ndarray, candidates: Rows, rows: np.ndarray) -> np.ndarray:
-    """float32 [Q, K]: scores of the candidates numbered `rows` [Q, K]."""
-    scores = np.empty(rows.shape, np.float32)
+def exact_scores(
+    queries: np.ndarray, candidates: Rows, rows: np.ndarray, there: np.ndarray | None = None
+) -> np.ndarray:
+    """float32 [Q, K]: scores of the candidates numbered `rows` [Q, K]; -inf for those that are not `there`."""
+    scores = np.full(rows.shape, -np.inf, np.float32)
+    there = np.ones(rows.shape, bool) if there is None else there
 
     def of_query(number: int) -> None:
         # One dot product for each row: its order of summation depends on nothing but E.
-        scores[number] = np.vecdot(candidates.take(rows[number]), queries[number].astype(np.float64))
+        wanted = there[number]
+        scores[number, wanted] = np.vecdot(candidates.take(rows[number, wanted]), queries[number].astype(np.float64))
 
     with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
         list(threads.map(of_query, range(len(queries))))
