@@ -6,6 +6,7 @@ alone, as dHash, take a picture for the same when only its colours are others: a
 """
 
 import collections
+import functools
 import re
 from pathlib import Path
 
@@ -62,5 +63,6 @@ def image_hash(image: Path | StoredImage) -> np.ndarray:
     return np.asarray(decode(image).resize((_SIDE, _SIDE), Image.Resampling.BOX))
 
 
+@functools.lru_cache(1 << 14)
 def _plain(text: str | None) -> str:
     return " ".join(re.findall(r"\w+", (text or "").casefold()))

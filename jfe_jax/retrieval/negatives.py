@@ -108,8 +108,9 @@ def negatives_of(
             )
             if most
         ]
+        best_right = _best_right(embeddings[here], pool, [asked[number].right for number in here])
         for place, number in enumerate(here):
-            choice = _Choice(settings, pool, duplicates, embeddings[number], asked[number], counts)
+            choice = _Choice(settings, pool, duplicates, asked[number], float(best_right[place]), counts)
             chosen = []
             for (scores, rows), most, kind in found:
                 taken = choice.take(scores[place], rows[place], most)
@@ -130,6 +131,15 @@ def _item(mbeir: Mbeir, settings: Settings, unit: Unit, one: Asked) -> Item:
     return one.query.item(prompts[settings.instruction] if prompts else None)
 
 
+def _best_right(embeddings: np.ndarray, pool: Pool, right: list[list[int]]) -> np.ndarray:
+    """float32 [Q]: the best score of each query's right candidates."""
+    many = np.array([len(one) for one in right])
+    there = np.arange(many.max()) < many[:, None]
+    rows = np.zeros(there.shape, np.int64)
+    rows[there] = np.concatenate(right)
+    return exact_scores(embeddings, pool.rows, rows, there).max(1)
+
+
 class _Choice:
     """Chooses one query's negatives from what was found."""
 
@@ -138,40 +148,45 @@ class _Choice:
         settings: Settings,
         pool: Pool,
         duplicates: Duplicates,
-        embedding: np.ndarray,
         asked: Asked,
+        best_right: float,
         counts: Counter[str],
     ):
         self._settings, self._pool, self._duplicates = settings, pool, duplicates
-        self._asked, self._counts = asked, counts
+        self._asked, self._best_right, self._counts = asked, best_right, counts
         self._right_rows = pool.rows.take(np.array(asked.right))
-        self._best_right = exact_scores(embedding[None], pool.rows, np.array([asked.right])).max()
 
     def take(self, scores: np.ndarray, rows: np.ndarray, most: int) -> list[int]:
         """At most so many of the candidates [K] found, in falling order."""
-        settings, right = self._settings, set(self._asked.right)
-        wrong = [at for at in range(len(rows)) if int(rows[at]) not in right]
-        window = wrong[settings.first_rank - 1 : settings.last_rank]
+        settings = self._settings
+        window = np.flatnonzero(~np.isin(rows, self._asked.right))[settings.first_rank - 1 : settings.last_rank]
         if settings.pick == "random":
             digits = [ord(letter) for letter in self._asked.query.qid]
-            window = [window[at] for at in np.random.default_rng([settings.seed, *digits]).permutation(len(window))]
+            window = np.random.default_rng([settings.seed, *digits]).permutation(window)
         taken: list[int] = []
-        for at in window:
-            if len(taken) == most:
-                break
-            reason = self._left_out(float(scores[at]), int(rows[at]))
-            if reason:
-                self._counts[reason] += 1
-            else:
-                taken.append(int(rows[at]))
+        # As many at a time as are still wanted: hardly any is read in vain.
+        while len(taken) < most and len(window):
+            some, window = np.split(window, [most - len(taken)])
+            for row, reason in zip(rows[some].tolist(), self._left_out(scores[some], rows[some]), strict=True):
+                if reason:
+                    self._counts[reason] += 1
+                else:
+                    taken.append(row)
         return taken
 
-    def _left_out(self, score: float, row: int) -> str | None:
+    def _left_out(self, scores: np.ndarray, rows: np.ndarray) -> Iterator[str | None]:
+        """Why each of the candidates [K] is none, or None."""
         settings, candidates = self._settings, self._pool.file.candidates
-        if settings.margin is not None and score > self._best_right - settings.margin:
-            return "margin"
-        near = self._right_rows @ self._pool.rows.take(np.array([row]))[0]
-        if settings.near > 0 and near.max() > 1 - settings.near:
-            return "near"
-        close = [number for number, how in zip(self._asked.right, near, strict=True) if how >= _COMPARED_FROM]
-        return "same" if any(self._duplicates.same(candidates[row], candidates[one]) for one in close) else None
+        high = scores > (np.inf if settings.margin is None else self._best_right - settings.margin)
+        nearness = iter(self._pool.rows.take(rows[~high]) @ self._right_rows.T)
+        for row, above in zip(rows.tolist(), high.tolist(), strict=True):
+            if above:
+                yield "margin"
+                continue
+            near = next(nearness)
+            if settings.near > 0 and near.max() > 1 - settings.near:
+                yield "near"
+                continue
+            close = [number for number, how in zip(self._asked.right, near, strict=True) if how >= _COMPARED_FROM]
+            same = any(self._duplicates.same(candidates[row], candidates[one]) for one in close)
+            yield "same" if same else None
