@@ -26,6 +26,8 @@ from jfe_jax.errors import UserError
 # Of a stored chunk, and so of what is in memory at a time. From 32 MiB on, glibc maps new pages for each and clears
 # them, which takes half as long as everything else.
 CHUNK_BYTES = 16 << 20
+# Of these while writing: what waits for the disk leaves a core free to read the next.
+CHUNKS = 4
 # A chunk of which only a part is wanted is kept for the next part's turn.
 CACHE_BYTES = 256 << 20
 
@@ -132,11 +134,12 @@ class _Writer(type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: StreamedArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         store = await ts.open(ts.Spec(tspec), create=True, open=True, context=ts_context)
-        # Leaves are written concurrently; one chunk of them all is in memory, and one on its way to the disk.
-        self._turn = self._turn or asyncio.Semaphore(2)
+        # Leaves are written concurrently; so many chunks of them all are in memory, read or on their way to the disk.
+        self._turn = self._turn or asyncio.Semaphore(CHUNKS)
         for index in _chunks(value.shape, store.chunk_layout.write_chunk.shape or ()):
             async with self._turn:
-                await store[index].write(value.read(index))
+                part = await asyncio.to_thread(value.read, index)
+                await store[index].write(part, can_reference_source_data_indefinitely=True)
 
 
 class _StreamedLeafHandler(numpy_leaf_handler.NumpyLeafHandler):

@@ -61,6 +61,14 @@ def write_weights(directory: Path, tensors: Mapping[str, Tensor], shard_bytes: i
     write_json(directory / INDEX, index)
 
 
+def tensor_starts(path: Path) -> dict[str, int]:
+    """Name → the byte of a safetensors file, whose header is in order, at which the tensor's numbers begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    return {name: 8 + size + one["data_offsets"][0] for name, one in header.items() if name != "__metadata__"}
+
+
 def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """One safetensors file. Raises OSError."""
     ordered = sorted(tensors.items(), key=lambda item: (_ORDER[item[1].dtype], item[0]))

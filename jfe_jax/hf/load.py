@@ -18,7 +18,7 @@ from jfe_jax.blueprint import blueprint
 from jfe_jax.config import Config, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
-from jfe_jax.hf.files import DTYPES, INDEX, SINGLE
+from jfe_jax.hf.files import DTYPES, INDEX, SINGLE, tensor_starts
 from jfe_jax.hf.settings import read_config
 from jfe_jax.sharding import make_mesh, path_name
 from jfe_jax.streaming import Index, StreamedArray
@@ -39,18 +39,19 @@ class HfWeights(NamedTuple):
 
 
 class _Stored(NamedTuple):
-    """A tensor of a file."""
+    """A tensor of a file, whose numbers begin at byte `start`."""
 
     file: Path
     name: str
     dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
 
     def read(self, index: Index) -> np.ndarray:
-        # Opened anew each time: an open file keeps every page that was ever read of it in memory.
+        """A view of the file's own pages. Opened anew each time: whoever keeps it keeps what was read in memory."""
         try:
-            with safe_open(self.file, "numpy") as tensors:
-                return tensors.get_slice(self.name)[index]
-        except (SafetensorError, OSError) as error:
+            return np.memmap(self.file, self.dtype, "r", self.start, self.shape)[index].view(np.ndarray)
+        except (ValueError, OSError) as error:
             raise UserError(f"{self.file}: cannot read {self.name} ({error})") from error
 
 
@@ -71,6 +72,7 @@ def open_hf(directory: str | Path) -> HfWeights:
     for file in weight_files(directory):
         try:
             with safe_open(file, "numpy") as tensors:
+                starts = tensor_starts(file)
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     known = mapping.canonical(name)
                     if known is None:
@@ -78,8 +80,9 @@ def open_hf(directory: str | Path) -> HfWeights:
                     problem = _problem(name, tensors.get_slice(name), pieces.get(known), known in stored)
                     problems += [problem] if problem else []
                     names.append(name)
-                    dtype = DTYPES.get(tensors.get_slice(name).get_dtype(), DTYPES["F32"])
-                    stored[known] = _Stored(file, name, dtype)
+                    tensor = tensors.get_slice(name)
+                    dtype = DTYPES.get(tensor.get_dtype(), DTYPES["F32"])
+                    stored[known] = _Stored(file, name, dtype, tuple(tensor.get_shape()), starts[name])
         except SafetensorError as error:
             raise UserError(f"{file}: damaged ({error}); copy it again") from error
     problems += [f"{name} is missing" for name in pieces if name not in stored]
@@ -180,6 +183,7 @@ def _array(shape: tuple[int, ...], layers: list[tuple[mapping.Piece, _Stored]]) 
             piece, stored = layers[0]
             return piece.entry.part(piece.shape, index, stored.read)
         own, rest = layers[index[0]], index[1:]
-        return np.stack([piece.entry.part(piece.shape, rest, stored.read) for piece, stored in own])
+        parts = [piece.entry.part(piece.shape, rest, stored.read) for piece, stored in own]
+        return parts[0][None] if len(parts) == 1 else np.stack(parts)
 
     return StreamedArray(shape, layers[0][1].dtype, read)
