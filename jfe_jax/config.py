@@ -231,7 +231,9 @@ class LossConfig:
       matryoshka: {width: weight}: the embedding's first so many dimensions are trained to stand alone, with these
         weights beside the whole embedding's 1.
       tile_mib: memory for a tile of logits on each device: they are made tile by tile, again for the backward pass.
-      keep_logits: keep them instead, which saves a quarter of the products and grows with the square of the batch.
+      keep_mib: memory on each device for logits that are kept instead of made again, as far as it goes; kept ones cost
+        three matrix products, made again four.
+      keep_logits: keep them all, which grows with the square of the batch.
       grad_cache_chunks: the batch is encoded in so many chunks, each a second time for its gradients (GradCache):
         memory for activations is a chunk's, the loss that of the whole batch. 1 encodes it at once.
     """
@@ -246,7 +248,8 @@ class LossConfig:
     negatives: Literal["all", "same_modality"] = "all"
     mask_false_negatives: bool = True
     matryoshka: dict[int, float] = field(default_factory=dict)
-    tile_mib: float = 32.0
+    tile_mib: float = 16.0
+    keep_mib: float = 96.0
     keep_logits: bool = False
     grad_cache_chunks: int = 1
 

@@ -79,7 +79,7 @@ def config(pairs: int, chunks: int, devices: int = 1) -> Config:
             image_token=4095,
         ),
         data=DataConfig(pairs=pairs, rows=ROWS * pairs, row_tokens=ROW_TOKENS, image_slots=IMAGES * pairs),
-        loss=LossConfig(grad_cache_chunks=chunks, tile_mib=4),
+        loss=LossConfig(grad_cache_chunks=chunks, tile_mib=4, keep_mib=0),
         mesh=MeshConfig(data=1, fsdp=devices),
     )
 

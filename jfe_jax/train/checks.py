@@ -45,6 +45,7 @@ def check(config: Config) -> None:
             f"loss.grad_cache_chunks is {loss.grad_cache_chunks}; it has to be 1 (all at once) or more",
         ),
         (loss.tile_mib <= 0, f"loss.tile_mib is {loss.tile_mib}; it has to be above 0"),
+        (loss.keep_mib < 0, f"loss.keep_mib is {loss.keep_mib}; it has to be 0 (none) or more"),
         (
             bool(loss.matryoshka) and not 0 < min(loss.matryoshka) <= max(loss.matryoshka) < width,
             f"loss.matryoshka: {loss.matryoshka} has widths that are not from 1 to less than the embedding's {width}",

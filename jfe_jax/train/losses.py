@@ -6,6 +6,7 @@ candidates over the batch axes of the mesh, never over `tensor`, where embedding
 """
 
 import math
+import sys
 from functools import partial
 from typing import NamedTuple
 
@@ -134,7 +135,7 @@ def _local_sums(
         mask=config.mask_false_negatives,
         same_modality=config.negatives == "same_modality",
         tile_bytes=int(config.tile_mib * 2**20),
-        keep=config.keep_logits,
+        keep_bytes=sys.maxsize if config.keep_logits else int(config.keep_mib * 2**20),
         axes=axes,
     )
     everyone = gather(pairs.candidates)

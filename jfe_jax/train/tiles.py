@@ -3,7 +3,7 @@
 Axes: I queries of this device, J candidates of everybody, T queries of a tile, P right answers, E embedding.
 
 Each function is differentiated by hand: the backward pass makes a tile's logits again and needs nothing of the forward
-pass but its results. Memory is a tile's, whatever I and J are, unless the logits are to be kept.
+pass but its results, and the logits of as many rows as may be kept. Beside those, memory is a tile's, whatever I and J.
 """
 
 import functools
@@ -49,7 +49,7 @@ class Settings(NamedTuple):
       mask: leave out candidates that are right for the query.
       same_modality: leave out candidates of another modality than the query's positive.
       tile_bytes: of a tile's logits.
-      keep: every tile's logits are kept for the backward pass, which need not make them again.
+      keep_bytes: of logits that are kept for the backward pass, which need not make them again.
       axes: mesh axes of a surrounding shard_map.
     """
 
@@ -57,7 +57,7 @@ class Settings(NamedTuple):
     mask: bool
     same_modality: bool
     tile_bytes: int
-    keep: bool
+    keep_bytes: int
     axes: tuple[str, ...]
 
 
@@ -81,7 +81,7 @@ def log_sums(
 
 
 def _log_sums_forward(settings: Settings, queries, candidates, scale, rows, columns):
-    def tile(carry, queries, rows):
+    def tile(keep, carry, queries, rows):
         logits = scale * _products(queries, candidates)
         negative = jnp.where(_negatives(settings, rows, columns), logits, -jnp.inf)
         highest, log_sum = _log_sum(negative, 1)
@@ -89,10 +89,10 @@ def _log_sums_forward(settings: Settings, queries, candidates, scale, rows, colu
             most, total = carry
             now = jnp.maximum(most, jnp.max(negative, axis=0))
             carry = (now, total * jnp.exp(most - _finite(now)) + jnp.sum(jnp.exp(negative - _finite(now)), axis=0))
-        return carry, (log_sum, highest, logits if settings.keep else None)
+        return carry, (log_sum, highest), logits if keep else None
 
     empty = _varying(settings, jnp.full(len(candidates) if settings.columns else 0, -jnp.inf))
-    (most, total), (log_sum, highest, kept) = _over_tiles(
+    (most, total), (log_sum, highest), kept = _keeping(
         settings, tile, (empty, jnp.zeros_like(empty)), len(candidates), queries, rows
     )
     column_sums = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + most, -jnp.inf)
@@ -137,14 +137,14 @@ def softplus_sums(
 
 
 def _softplus_sums_forward(settings: Settings, queries, candidates, scale, bias, rows, columns):
-    def tile(carry, queries, rows):
+    def tile(keep, carry, queries, rows):
         logits = scale * _products(queries, candidates)
         negative = _negatives(settings, rows, columns)
         total = jnp.sum(jnp.where(negative, jax.nn.softplus(logits + bias), 0.0), axis=1)
         highest = jnp.max(jnp.where(negative, logits, -jnp.inf), axis=1)
-        return carry, (total, highest, logits if settings.keep else None)
+        return carry, (total, highest), logits if keep else None
 
-    _, (total, highest, kept) = _over_tiles(settings, tile, (), len(candidates), queries, rows)
+    _, (total, highest), kept = _keeping(settings, tile, (), len(candidates), queries, rows)
     return (total, highest), (queries, candidates, scale, bias, rows, columns, kept)
 
 
@@ -164,7 +164,7 @@ softplus_sums.defvjp(_softplus_sums_forward, _softplus_sums_backward)
 def _products_backward(settings: Settings, weights, queries, candidates, scale, kept, *by_row):
     # `weights` gives the cotangent of a tile's logits. Returns those of queries, candidates, scale, two times None for
     # what is known, and the sum of all weights.
-    def tile(carry, queries, kept, *by_row):
+    def tile(carry, kept, queries, *by_row):
         to_candidates, to_scale, total = carry
         logits = scale * _products(queries, candidates) if kept is None else kept
         given = weights(logits, *by_row)
@@ -174,18 +174,43 @@ def _products_backward(settings: Settings, weights, queries, candidates, scale, 
         return (to_candidates + scale * _matmul(given.T, queries), to_scale, total + jnp.sum(given)), (to_queries,)
 
     zero = _varying(settings, jnp.zeros(()))
-    carry = (_varying(settings, jnp.zeros(candidates.shape)), zero, zero)
-    (to_candidates, to_scale, total), (to_queries,) = _over_tiles(
-        settings, tile, carry, len(candidates), queries, kept, *by_row
-    )
-    return to_queries, to_candidates, to_scale, None, None, total
+    carry, by_row = (_varying(settings, jnp.zeros(candidates.shape)), zero, zero), (queries, *by_row)
+    count, parts = 0 if kept is None else len(kept), []
+    for logits, own in ((kept, _rows(by_row, 0, count)), (None, _rows(by_row, count, len(queries)))):
+        if len(own[0]):
+            carry, (to_queries,) = _over_tiles(settings, tile, carry, len(candidates), logits, *own)
+            parts.append(to_queries)
+    to_candidates, to_scale, total = carry
+    return jnp.concatenate(parts), to_candidates, to_scale, None, None, total
+
+
+def _keeping(settings: Settings, tile: Callable[..., Any], carry: Any, columns: int, *by_row: Any) -> Any:
+    # carry, outputs, logits = tile(keep, carry, *by_row), first over the rows whose logits are kept, then over the
+    # others. Returns the last carry, the outputs of all rows and the logits of the first, None of none.
+    rows, size = len(jax.tree.leaves(by_row)[0]), _tile_rows(settings, columns)
+    # Whole tiles: nothing is filled up and cut off again.
+    count, parts, kept = min(rows, settings.keep_bytes // (4 * columns) // size * size), [], None
+    for keep, own in ((True, _rows(by_row, 0, count)), (False, _rows(by_row, count, rows))):
+        if len(jax.tree.leaves(own)[0]):
+
+            def one(carry, *own, keep=keep):
+                carry, *outputs = tile(keep, carry, *own)
+                return carry, outputs
+
+            carry, (outputs, logits) = _over_tiles(settings, one, carry, columns, *own)
+            parts.append(outputs)
+            kept = logits if keep else kept
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts), kept
+
+
+def _rows(by_row: Any, start: int, stop: int) -> Any:
+    return jax.tree.map(lambda x: x[start:stop], by_row)
 
 
 def _over_tiles(settings: Settings, tile: Callable[..., Any], carry: Any, columns: int, *by_row: Any) -> Any:
     # carry, outputs = tile(carry, *by_row) over tiles of rows; outputs have I in front again.
     count = len(jax.tree.leaves(by_row)[0])
-    size = max(8, settings.tile_bytes // (4 * columns) // 8 * 8)
-    tiles = -(-count // size)
+    tiles = -(-count // _tile_rows(settings, columns))
     if tiles == 1:
         return tile(carry, *by_row)
     # Tiles of nearly one size: the last is filled up with rows that are not valid and count for nothing.
@@ -194,6 +219,10 @@ def _over_tiles(settings: Settings, tile: Callable[..., Any], carry: Any, column
     split = jax.tree.map(lambda x: x.reshape(tiles, size, *x.shape[1:]), padded)
     carry, outputs = jax.lax.scan(lambda carry, own: tile(carry, *own), carry, split)
     return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)
+
+
+def _tile_rows(settings: Settings, columns: int) -> int:
+    return max(8, settings.tile_bytes // (4 * columns) // 8 * 8)
 
 
 def _negatives(settings: Settings, rows: Rows, columns: Columns) -> jax.Array:

@@ -68,7 +68,7 @@ def test_memory_is_a_chunks():
     # Twice the pairs in twice the chunks: activations stay as they are, only embeddings and their like are more.
     def temporary(pairs, chunks):
         data = replace(DATA, pairs=pairs, rows=2 * pairs, row_tokens=32, image_slots=3 * pairs)
-        config = tiny.config(data=data, loss=LossConfig(grad_cache_chunks=chunks, tile_mib=0.1))
+        config = tiny.config(data=data, loss=LossConfig(grad_cache_chunks=chunks, tile_mib=0.1, keep_mib=0))
         function, arguments = compiled(states.prepare(config, sharding.make_mesh(MeshConfig(data=1))), chunks)
         return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 

@@ -70,8 +70,9 @@ def _unit(random, *shape):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _value_and_gradients(kind, keep, queries, candidates, parameters, rest):
-    config = replace(KINDS[kind], tile_mib=SMALL, keep_logits=keep)
+def _value_and_gradients(kind, kept_rows, queries, candidates, parameters, rest):
+    keep_mib = kept_rows * 4 * candidates.shape[0] * candidates.shape[1] / 2**20
+    config = replace(KINDS[kind], tile_mib=SMALL, keep_mib=keep_mib, keep_logits=kept_rows < 0)
 
     def loss(queries, candidates, parameters):
         return contrastive_loss(Pairs(queries, candidates, *rest), parameters, config)
@@ -79,15 +80,15 @@ def _value_and_gradients(kind, keep, queries, candidates, parameters, rest):
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(queries, candidates, parameters)
 
 
-def value_and_gradients(pairs: Pairs, sizes=None, kind="infonce", keep=False):
+def value_and_gradients(pairs: Pairs, sizes=None, kind="infonce", kept_rows=0):
     """((loss, metrics), gradients to queries, candidates and the loss's parameters), on a mesh or without."""
     parameters = losses.initial_parameters(KINDS[kind])
     if sizes is None:
-        return _value_and_gradients(kind, keep, pairs.queries, pairs.candidates, parameters, tuple(pairs[2:]))
+        return _value_and_gradients(kind, kept_rows, pairs.queries, pairs.candidates, parameters, tuple(pairs[2:]))
     mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
     with jax.set_mesh(mesh):
         there = sharding.put_batch(pairs, mesh)
-        return _value_and_gradients(kind, keep, there.queries, there.candidates, parameters, tuple(there[2:]))
+        return _value_and_gradients(kind, kept_rows, there.queries, there.candidates, parameters, tuple(there[2:]))
 
 
 @pytest.mark.parametrize("kind, k", [*((kind, 2) for kind in KINDS), ("infonce", 0)])
@@ -128,14 +129,15 @@ def plain_slopes(kind):
 
 @pytest.mark.parametrize("kind", ["infonce", "matryoshka", "sigmoid, wanted modality"])
 def test_tiles_and_devices_change_nothing(kind):
-    kept = value_and_gradients(pairs(k=2), kind=kind, keep=True)
-    for sizes in (None, (1, 2, 4)):
-        tiled = value_and_gradients(pairs(k=2), sizes, kind)
+    kept = value_and_gradients(pairs(k=2), kind=kind, kept_rows=-1)
+    # No logits kept, or those of the first of a device's tiles.
+    for sizes, kept_rows in ((None, 0), (None, 9), ((1, 2, 4), 0), ((1, 2, 4), 9)):
+        tiled = value_and_gradients(pairs(k=2), sizes, kind, kept_rows)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), kept, tiled)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_batch():
-    config = LossConfig(tile_mib=1)
+    config = LossConfig(tile_mib=1, keep_mib=0)
 
     def temporary(total, config=config):
         shapes = Pairs(
@@ -156,6 +158,9 @@ def test_memory_does_not_grow_with_the_square_of_the_batch():
     small, large = temporary(4096), temporary(16384)
     assert large < 4 * small and large < 64 << 20
     assert temporary(4096, LossConfig(tile_mib=1, keep_logits=True)) > 64 << 20
+    # As much more as is kept.
+    some = temporary(4096, LossConfig(tile_mib=1, keep_mib=16))
+    assert 15 << 20 < some - small < 18 << 20
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
