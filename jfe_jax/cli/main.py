@@ -4,6 +4,7 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from jfe_jax.errors import UserError
 
@@ -19,6 +20,8 @@ VERBS = {
     "search": "one query against an embedded pool",
     "bench": "the benchmarks of the README",
 }
+# Those that run a model; the others compile nothing, or to look at what the compiler says.
+RUNNING = ("train", "embed", "eval", "mine", "search")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,6 +41,10 @@ def main(argv: list[str] | None = None) -> int:
             leaf.add_argument("--debug", action="store_true", help="show the traceback of an error")
             leaf.set_defaults(run=leaf.get_default("run") or module.run)
     args, extra = parser.parse_known_args(argv)
+    if args.verb in RUNNING and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        # What has been compiled once is there for the next command; jax reads it when it is imported.
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache / "jfe_jax" / "xla")
     # Those that take what they do not know themselves say so.
     if "overrides" in args:
         args.overrides = extra

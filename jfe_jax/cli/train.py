@@ -1,9 +1,7 @@
 """`jfe train`: one stage of training."""
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,9 +39,6 @@ def run(args: argparse.Namespace) -> None:
     join()
     import jax
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfe_jax" / "xla"
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache))
     from jfe_jax.train.loop import train
 
     # Of many processes one speaks: all have the same to say.

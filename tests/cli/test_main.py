@@ -1,5 +1,6 @@
 """The command line's contract: exit statuses, one clear line, nothing heavy imported to answer `--help`."""
 
+import os
 import subprocess
 import sys
 
@@ -53,6 +54,24 @@ def test_bad_input_is_one_line_that_names_it(words, named, capsys, tmp_path, mon
     assert printed.err.startswith(f"jfe {words[0]}: ")
     assert named in printed.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", cli.RUNNING)
+def test_what_runs_a_model_keeps_what_it_compiled(verb, monkeypatch, tmp_path):
+    words = {
+        "train": ["--config", "no.yaml"],
+        "embed": ["--checkpoint", "no", "--items", "no.jsonl", "--out", "out"],
+        "eval": ["--checkpoint", "no", "--data", "no", "--out", "out"],
+        "mine": ["--checkpoint", "no", "--data", "no", "--out", "out"],
+        "search": ["--index", "no", "--text", "apple"],
+    }
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # jax has been imported already: what a command would find is in the environment.
+    for given, expected in (("", str(tmp_path / "jfe_jax" / "xla")), ("mine", "mine")):
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", given)
+        assert cli.main([verb, *words[verb]]) == 1
+        assert os.environ["JAX_COMPILATION_CACHE_DIR"] == expected
 
 
 def test_debug_shows_where_it_came_from():
