@@ -16,13 +16,14 @@ CONFIG = "configs/paligemma_3b/stage2.yaml"
 # The config's batch is for so many chips.
 CHIPS = 256
 SLICES = (
-    ("v5e:8x8", 1), ("v5e:16x16", 1), ("v5e:16x16", 2), ("v5e:16x16", 4), ("v5p:4x4x4", 1),
+    ("v5e:4x4", 1), ("v5e:8x8", 1), ("v5e:16x16", 1), ("v5e:16x16", 2), ("v5e:16x16", 4), ("v5p:4x4x4", 1),
     ("v6e:16x16", 1),
 )  # fmt: skip
 # Beside the config as it is, on one slice of so many chips.
 CHOSEN = "v5e:16x16"
 CHOICES = {
     "as configured": (),
+    "remat: full": ("--model.remat=full",),
     "remat: dots": ("--model.remat=dots",),
 }
 

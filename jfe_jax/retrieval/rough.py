@@ -19,6 +19,8 @@ FEWEST = 256
 SPREAD = 4
 # The switch has to pay for the candidates that are scored exactly in addition.
 _GAIN = 1.3
+# YNNPACK has the instructions for bfloat16; the command line turns it off for everything else, where it is slower.
+_YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
 class RoughQueries:
@@ -48,22 +50,33 @@ class RoughQueries:
 
 
 @functools.cache
+def compiler_options() -> dict[str, str] | None:
+    """How XLA is to compile products of bfloat16 on the CPU; None where it knows no such option."""
+    try:
+        jax.jit(lambda x: x + 1, compiler_options=_YNNPACK)(jax.device_put(0, _cpu()))
+    except (ValueError, RuntimeError):
+        return None
+    return _YNNPACK
+
+
+@functools.cache
 def is_faster() -> bool:
     """Whether XLA multiplies bfloat16 on this CPU faster than float32; measured in some milliseconds.
 
     It needs instructions (AVX512-BF16, AMX) that not every CPU has, and code that not every XLA has.
     """
-
-    product = jax.jit(functools.partial(jnp.einsum, "ce,qe->cq", preferred_element_type=jnp.float32))
-    device = jax.local_devices(backend="cpu")[0]
-    runs = []
-    for dtype in (jnp.float32, jnp.bfloat16):
-        placed = [jax.device_put(np.ones((rows, 1024), dtype), device) for rows in (2048, 512)]
-        runs.append(functools.partial(product, *placed))
+    product, runs = functools.partial(jnp.einsum, "ce,qe->cq", preferred_element_type=jnp.float32), []
+    for dtype, options in ((jnp.float32, None), (jnp.bfloat16, compiler_options())):
+        placed = [jax.device_put(np.ones((rows, 1024), dtype), _cpu()) for rows in (2048, 512)]
+        runs.append(functools.partial(jax.jit(product, compiler_options=options), *placed))
     # By turns, and the best of each: what else runs here counts for neither.
     took = [[_seconds(run) for run in runs] for _ in range(6)][1:]
     single, half = (min(each) for each in zip(*took, strict=True))
     return half * _GAIN < single
+
+
+def _cpu() -> jax.Device:
+    return jax.local_devices(backend="cpu")[0]
 
 
 def _seconds(run: Callable[[], jax.Array]) -> float:

@@ -8,7 +8,7 @@ Axes: Q queries, C candidates of a block, E embedding, K kept for a query, T tar
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jfe_jax.retrieval import rough
 from jfe_jax.retrieval.rows import Rows
 from jfe_jax.sharding import BATCH_AXES, batch_sharding, group_count
 
@@ -80,10 +81,20 @@ class Scores(NamedTuple):
 
 def scores_of(queries: jax.Array, several: Sequence[Block], mesh: Mesh) -> Scores:
     """Scores of queries [Q, E] in float32; those in bfloat16 meet candidates that are rounded to it too."""
-    return _scores_of(queries, [block.rows for block in several], [block.scales for block in several], mesh)
+    run = _rough_scores if queries.dtype == jnp.bfloat16 else _exact_scores
+    return run()(queries, [block.rows for block in several], [block.scales for block in several], mesh)
 
 
-@functools.partial(jax.jit, static_argnames="mesh")
+@functools.cache
+def _exact_scores() -> Callable[..., Scores]:
+    return jax.jit(_scores_of, static_argnames="mesh")
+
+
+@functools.cache
+def _rough_scores() -> Callable[..., Scores]:
+    return jax.jit(_scores_of, static_argnames="mesh", compiler_options=rough.compiler_options())
+
+
 def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array | None], mesh: Mesh) -> Scores:
     rounding = jnp.zeros(())
     if queries.dtype == jnp.bfloat16:
