@@ -447,11 +447,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for key, value in high.items():
-        whole = (
-            key in ("mixture", "upsample", "matryoshka")
-            or not isinstance(value, dict)
-            or not isinstance(merged.get(key), dict)
-        )
+        whole = key in _WHOLE or not isinstance(value, dict) or not isinstance(merged.get(key), dict)
         merged[key] = value if whole else _merge(merged[key], value)
     return merged
 

@@ -16,7 +16,10 @@ def is_first() -> bool:
 
 
 def meet(what: str) -> None:
-    """Waits for all processes; `what` has been done, and is the same in each."""
+    """Waits for all processes; `what` has been done, and is the same in each.
+
+    Every process calls it at the same place, or the first that gets there waits for ever.
+    """
     import jax
 
     if jax.process_count() > 1:

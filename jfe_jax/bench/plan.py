@@ -66,10 +66,9 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
 def sized(config: Config, chips: int) -> tuple[str, ...]:
     """The config's work per chip on so many chips, as overrides."""
     from jfe_jax.plan.compile import scaled
+    from jfe_jax.plan.search import batch
 
-    data = scaled(config, chips / CHIPS).data
-    sizes = (f"--data.{key}={getattr(data, key)}" for key in ("pairs", "rows", "image_slots"))
-    return (*sizes, f"--mesh.data={chips // config.mesh.fsdp // config.mesh.tensor}")
+    return (*batch(scaled(config, chips / CHIPS)), f"--mesh.data={chips // config.mesh.fsdp // config.mesh.tensor}")
 
 
 def of_slices(plans: list[dict[str, Any]]) -> Table:

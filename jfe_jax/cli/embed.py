@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.cli.progress import bar
     from jfe_jax.errors import UserError
-    from jfe_jax.processes import join
+    from jfe_jax.processes import is_first, join
     from jfe_jax.retrieval.items_file import ItemsFile
 
     if args.shard < 1:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             progress=progress,
         )
-    if jax.process_index():
+    if not is_first():
         return
     told = done.index.manifest
     cut = f"; {retriever.cut_texts} texts were cut" if retriever.cut_texts else ""

@@ -34,15 +34,13 @@ def run(args: argparse.Namespace) -> None:
     if args.print_config:
         print(configs.to_yaml(config), end="")
         return
-    from jfe_jax.processes import join
+    from jfe_jax.processes import is_first, join
 
     join()
-    import jax
-
     from jfe_jax.train.loop import train
 
     # Of many processes one speaks: all have the same to say.
-    speaks = jax.process_index() == 0
+    speaks = is_first()
     outcome = train(config, args.resume, lambda line: speaks and print(line, file=sys.stderr, flush=True))
     if speaks:
         print(outcome.note)

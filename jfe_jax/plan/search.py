@@ -159,10 +159,14 @@ def scaling(runner: Runner, config: Config, topology: Topology) -> list[dict[str
     """
     rows = []
     for one in _sizes(topology):
-        data = scaled(config, one.chips / topology.chips).data
-        batch = (f"--data.{key}={getattr(data, key)}" for key in ("pairs", "rows", "image_slots"))
-        rows.append(row(runner.plan(one, (*batch, "--mesh.data=-1")), f"{data.pairs} pairs"))
+        larger = scaled(config, one.chips / topology.chips)
+        rows.append(row(runner.plan(one, (*batch(larger), "--mesh.data=-1")), f"{larger.data.pairs} pairs"))
     return rows
+
+
+def batch(config: Config) -> tuple[str, ...]:
+    """The size of a config's batch, as overrides."""
+    return tuple(f"--data.{key}={getattr(config.data, key)}" for key in ("pairs", "rows", "image_slots"))
 
 
 def _sizes(topology: Topology) -> Iterator[Topology]:

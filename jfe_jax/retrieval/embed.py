@@ -16,7 +16,7 @@ import jax
 
 from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
-from jfe_jax.processes import meet
+from jfe_jax.processes import is_first, meet
 from jfe_jax.retrieval.index import IDS, MANIFEST, Index, Manifest
 from jfe_jax.retrieval.retriever import Retriever
 from jfe_jax.retrieval.search import require_finite
@@ -92,7 +92,7 @@ def embed(
         "fingerprint": retriever.fingerprint,
         "source_digest": source.digest,
     }
-    storage, first = Storage(out, plan), jax.process_index() == 0
+    storage, first = Storage(out, plan), is_first()
     if overwrite and first:
         (out / MANIFEST).unlink(missing_ok=True)
         remove(out)

@@ -20,7 +20,6 @@ from jfe_jax.data.mbeir import TASKS, Candidate, Mbeir, Query, Unit
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.groups import MBEIR, Protocol
 
-GIVEN = ("all", "text", "image")
 ALL_PROMPTS = "all"
 
 

@@ -81,18 +81,14 @@ class Scores(NamedTuple):
 
 def scores_of(queries: jax.Array, several: Sequence[Block], mesh: Mesh) -> Scores:
     """Scores of queries [Q, E] in float32; those in bfloat16 meet candidates that are rounded to it too."""
-    run = _rough_scores if queries.dtype == jnp.bfloat16 else _exact_scores
-    return run()(queries, [block.rows for block in several], [block.scales for block in several], mesh)
+    run = _compiled(queries.dtype == jnp.bfloat16)
+    return run(queries, [block.rows for block in several], [block.scales for block in several], mesh)
 
 
 @functools.cache
-def _exact_scores() -> Callable[..., Scores]:
-    return jax.jit(_scores_of, static_argnames="mesh")
-
-
-@functools.cache
-def _rough_scores() -> Callable[..., Scores]:
-    return jax.jit(_scores_of, static_argnames="mesh", compiler_options=rough.compiler_options())
+def _compiled(rounded: bool) -> Callable[..., Scores]:
+    options = rough.compiler_options() if rounded else None
+    return jax.jit(_scores_of, static_argnames="mesh", compiler_options=options)
 
 
 def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array | None], mesh: Mesh) -> Scores:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
 from jfe_jax import checkpoint
@@ -20,6 +19,7 @@ from jfe_jax.checkpoint import BEST, CHECKPOINTS
 from jfe_jax.config import Config
 from jfe_jax.data.reading import redistribute
 from jfe_jax.errors import UserError
+from jfe_jax.processes import is_first, meet
 from jfe_jax.sharding import initialise, path_name
 from jfe_jax.streaming import stored_names
 
@@ -141,7 +141,7 @@ class RunCheckpoints:
 
     def _link_best(self) -> None:
         valued = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
-        if not (self._links_best and valued and jax.process_index() == 0):
+        if not (self._links_best and valued and is_first()):
             return
         best = min(valued, key=lambda saved: _loss(saved.metrics))
         link = self._directory.parent / BEST
@@ -152,22 +152,22 @@ class RunCheckpoints:
 
     def _set_aside(self, path: Path, error: Exception) -> None:
         target = self._damaged / path.name
-        if jax.process_index() == 0:
+        if is_first():
             self._damaged.mkdir(exist_ok=True)
             if target.exists():
                 shutil.rmtree(target)
             path.rename(target)
-        _wait_for_all("set aside")
+        meet("set aside")
         self._checkpointer.reload()
         why = checkpoint.one_line(error)
         self._warn(f"warning: checkpoint {path} is damaged ({why}); moved to {target}, using the one before")
 
     def _remove_half_written(self) -> None:
-        for path in sorted(self._directory.iterdir()) if jax.process_index() == 0 else ():
+        for path in sorted(self._directory.iterdir()) if is_first() else ():
             if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
                 self._warn(f"warning: checkpoint {path} is half-written; removed, using the one before")
                 shutil.rmtree(path, ignore_errors=True)
-        _wait_for_all("half-written checkpoints removed")
+        meet("half-written checkpoints removed")
 
     def _failed(self, error: Exception) -> UserError:
         # Other threads may still be writing their parts of what cannot be finished.
@@ -184,11 +184,6 @@ class RunCheckpoints:
 def _loss(metrics: dict[str, float]) -> float:
     # What is no number is the worst.
     return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf
-
-
-def _wait_for_all(what: str) -> None:
-    # Every process does so at the same place, or the first that gets here waits for ever.
-    multihost_utils.sync_global_devices(what)
 
 
 def _read_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:

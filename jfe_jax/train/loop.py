@@ -14,6 +14,7 @@ from jfe_jax import config as configs
 from jfe_jax.config import Config
 from jfe_jax.data.loader import training_batches
 from jfe_jax.errors import UserError
+from jfe_jax.processes import is_first
 from jfe_jax.train import checks
 from jfe_jax.train import state as states
 from jfe_jax.train.checkpoints import RunCheckpoints
@@ -66,7 +67,7 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
     checkpoints = RunCheckpoints(run, kept.keep, say, kept.keep_every_steps, kept.keep_best)
     try:
         start, state = starting_point(training, checkpoints, batches, say)
-        if jax.process_index() == 0:
+        if is_first():
             checkpoint.write_run_files(run, config, Path(config.tokens.tokenizer))
         reached = _Run(training, checkpoints, groups, say).go(start, state, batches)
         checkpoints.wait()
@@ -114,7 +115,7 @@ def starting_point(
     if not config.init:
         return 0, states.initialise(training)
     start = start_from(config.init, training)
-    if start.base is not None and jax.process_index() == 0:
+    if start.base is not None and is_first():
         base.write(Path(config.output), start.base)
     if start.note:
         say(start.note)
@@ -134,7 +135,7 @@ class _Run:
     def go(self, start: int, state: TrainState, batches: Any) -> int:
         """Runs from `start`; returns the step reached."""
         steps = self.config.optimizer.steps
-        self.log = MetricsLog(Path(self.config.output) / "logs", start) if jax.process_index() == 0 else None
+        self.log = MetricsLog(Path(self.config.output) / "logs", start) if is_first() else None
         self.progress = Progress(steps, start, self.say)
         self.pending: deque[tuple[int, dict[str, jax.Array], dict[str, int]]] = deque()
         self.waited, self.since, self.start, self.last_logged = 0.0, time.monotonic(), start, start
