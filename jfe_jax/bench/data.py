@@ -24,7 +24,7 @@ from jfe_jax.data import builder
 from jfe_jax.data.loader import training_batches
 from jfe_jax.data.mbeir import Candidate
 from jfe_jax.data.numbering import PER_DATASET
-from jfe_jax.data.prepared import Prepared
+from jfe_jax.data.prepared import CANDIDATES, QUERIES, Prepared
 from jfe_jax.data.shards import SHARD_RECORDS
 from jfe_jax.data.tokens import train_tokenizer
 
@@ -104,7 +104,7 @@ def _killed(raw: Path, out: Path, wanted: int) -> tuple[float, int]:
     command = [sys.executable, "-m", "jfe_jax.cli.main", "data", "prepare", str(raw), "--out", str(out)]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and _shards(out / builder.CANDIDATES) < wanted:
+    while process.poll() is None and _shards(out / CANDIDATES) < wanted:
         time.sleep(0.05)
     seconds = time.monotonic() - start
     process.send_signal(signal.SIGKILL)
@@ -185,7 +185,7 @@ class _Drawn:
 def _memory(out: Path, candidates: int) -> tuple[float, float, str]:
     datasets = 10
     for dataset in range(datasets):
-        part = f"{builder.CANDIDATES}/dataset{dataset}"
+        part = f"{CANDIDATES}/dataset{dataset}"
         config = builder.CandidatesConfig(
             name=f"dataset{dataset}",
             index=_Drawn(dataset, candidates // datasets),
@@ -194,7 +194,7 @@ def _memory(out: Path, candidates: int) -> tuple[float, float, str]:
             expected=candidates // datasets,
         )
         builder.build(builder.MbeirCandidates, config, out, part)
-    (out / builder.QUERIES).mkdir()
+    (out / QUERIES).mkdir()
     code = f"from jfe_jax.bench.data import read_some; read_some({str(out)!r}, {datasets}, {candidates // datasets})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     before, peak, seconds = map(float, done.stdout.split())

@@ -32,11 +32,10 @@ from absl import logging as absl_logging
 
 from jfe_jax.data.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, dataset_id
 from jfe_jax.data.numbering import CandidateIndex, CandidateIndices, image_id
+from jfe_jax.data.prepared import VERSION
 from jfe_jax.data.shards import Record, Shard, ShardWriter, write_all
 from jfe_jax.errors import UserError
 
-VERSION = "2.0.0"
-CANDIDATES, QUERIES, IMAGES = "mbeir_candidates", "mbeir_queries", "mbeir_images"
 _ITEM_FEATURES = {"text": tfds.features.Text(), "image_id": np.int64, "modality": np.int64}
 
 

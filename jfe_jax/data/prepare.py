@@ -10,10 +10,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jfe_jax.data.builder import (
-    CANDIDATES,
-    IMAGES,
-    QUERIES,
-    VERSION,
     CandidatesConfig,
     ImagesConfig,
     MbeirCandidates,
@@ -26,6 +22,7 @@ from jfe_jax.data.image_parts import ImagePart, write_images
 from jfe_jax.data.image_sources import ImageSource, of_mbeir
 from jfe_jax.data.mbeir import MODALITIES, Mbeir, Unit
 from jfe_jax.data.numbering import CandidateIndices, image_id, image_name
+from jfe_jax.data.prepared import CANDIDATES, IMAGES, QUERIES, VERSION
 from jfe_jax.errors import UserError
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]

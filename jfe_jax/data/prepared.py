@@ -1,22 +1,25 @@
 """Reads what builder.py wrote: records by index, straight from ArrayRecord.
 
-TFDS's own decoding takes ten times as long as the rest of reading a record, so records are parsed here.
+TFDS's own decoding takes ten times as long as the rest of reading a record, and opening a part with it 3 ms, besides
+its import: so descriptions and records are parsed here.
 """
 
 import difflib
 import functools
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
 from array_record.python import array_record_data_source
-from tensorflow_datasets.proto import tf_example_pb2
 
-from jfe_jax.data.builder import CANDIDATES, IMAGES, QUERIES, VERSION
+from jfe_jax.data.example import Example
 from jfe_jax.data.numbering import PER_DATASET
 from jfe_jax.errors import UserError
+
+VERSION = "2.0.0"
+CANDIDATES, QUERIES, IMAGES = "mbeir_candidates", "mbeir_queries", "mbeir_images"
 
 
 class QueryRecord(NamedTuple):
@@ -51,19 +54,19 @@ class Prepared:
         self.path = Path(path)
         if not path or not (self.path / QUERIES).is_dir():
             raise UserError(f"data.path: {path or 'not set'}: no prepared data there; make it with `jfe data prepare`")
-        self._info: dict[str, Any] = {}
+        self._parts: dict[str, PartInfo] = {}
         self._pools: dict[int, Any] = {}
         self._images: dict[str, ImageStore] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "_info": {}, "_pools": self._pools, "_images": self._images}
+        return {"path": self.path, "_parts": {}, "_pools": self._pools, "_images": self._images}
 
     def units(self, split: str) -> list[str]:
         """Names of the units that have that split."""
         names = sorted(place.parent.name for place in (self.path / QUERIES).glob(f"*/{VERSION}"))
-        found = [name for name in names if split in self._part(f"{QUERIES}/{name}").info.splits]
+        found = [name for name in names if split in self._part(f"{QUERIES}/{name}").splits]
         if not found:
-            splits = sorted({one for name in names for one in self._part(f"{QUERIES}/{name}").info.splits})
+            splits = sorted({one for name in names for one in self._part(f"{QUERIES}/{name}").splits})
             near = difflib.get_close_matches(split, splits, 1, 0.0)
             raise UserError(f"{self.path}: no unit has a split {split!r}; did you mean {near[0] if near else 'none'}?")
         return found
@@ -74,10 +77,10 @@ class Prepared:
         Raises:
           UserError: the candidates it points to are missing, or are not those it was made with; their images are.
         """
-        metadata = self._part(f"{QUERIES}/{unit}").info.metadata
+        metadata = self._part(f"{QUERIES}/{unit}").metadata
         self._store(unit)
         for dataset, fingerprint in metadata["pools"].items():
-            candidates = self._part(f"{CANDIDATES}/{dataset}").info.metadata
+            candidates = self._part(f"{CANDIDATES}/{dataset}").metadata
             if candidates["images"]:
                 self._part(f"{IMAGES}/{dataset}")
             # Here, so that workers need not look again.
@@ -97,7 +100,7 @@ class Prepared:
     def candidate(self, number: int) -> CandidateRecord:
         """The candidate of that number."""
         dataset, row = divmod(number, PER_DATASET)
-        feature = tf_example_pb2.Example.FromString(self._pool(dataset)[row]).features.feature
+        feature = Example.FromString(self._pool(dataset)[row]).features.feature
         return CandidateRecord(
             feature["did"].bytes_list.value[0].decode(),
             feature["text"].bytes_list.value[0].decode(),
@@ -129,13 +132,10 @@ class Prepared:
             store = self._images[part] = ImageStore(self.path / IMAGES / part / VERSION)
         return store
 
-    def _part(self, name: str) -> Any:
-        if name not in self._info:
-            place = self.path / name / VERSION
-            if not (place / "dataset_info.json").is_file():
-                raise UserError(f"{place}: missing; run `jfe data prepare` again")
-            self._info[name] = tfds.builder_from_directory(place)
-        return self._info[name]
+    def _part(self, name: str) -> "PartInfo":
+        if name not in self._parts:
+            self._parts[name] = part_info(self.path / name / VERSION)
+        return self._parts[name]
 
 
 class ImageStore:
@@ -159,7 +159,7 @@ class ImageStore:
         row = self._row(image_id)
         if row is None:
             return None
-        example = tf_example_pb2.Example.FromString(self._records[row])
+        example = Example.FromString(self._records[row])
         return example.features.feature["image"].bytes_list.value[0]
 
     def _row(self, image_id: int) -> int | None:
@@ -170,9 +170,51 @@ class ImageStore:
         return int(rows[at]) if at < len(ids) and ids[at] == image_id else None
 
 
-def metadata_of(place: Path) -> dict[str, Any]:
-    """What builder.py wrote beside the records of a part."""
-    return tfds.builder_from_directory(place).info.metadata
+class File(NamedTuple):
+    """A shard, as `array_record_data_source` wants it described."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+class PartInfo(NamedTuple):
+    """What TFDS says of a directory: the shards of each split, and what builder.py wrote beside them."""
+
+    splits: dict[str, list[File]]
+    metadata: dict[str, Any]
+
+
+def part_info(place: Path) -> PartInfo:
+    """The description of a part's directory.
+
+    Raises:
+      UserError: it is not there, or no such description.
+    """
+    try:
+        info, metadata = (
+            json.loads((place / name).read_text(encoding="utf-8")) for name in ("dataset_info.json", "metadata.json")
+        )
+        return PartInfo({split["name"]: _files(place, info, split) for split in info["splits"]}, metadata)
+    except FileNotFoundError as error:
+        raise UserError(f"{place}: missing; run `jfe data prepare` again") from error
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{place}: its description is damaged ({error!r}); run `jfe data prepare` again") from error
+
+
+def _files(place: Path, info: dict[str, Any], split: dict[str, Any]) -> list[File]:
+    lengths = [int(length) for length in split["shardLengths"]]
+    names = (
+        split["filepathTemplate"].format(
+            DATASET=info["name"],
+            SPLIT=split["name"],
+            FILEFORMAT=info["fileFormat"],
+            SHARD_X_OF_Y=f"{index:05d}-of-{len(lengths):05d}",
+        )
+        for index in range(len(lengths))
+    )
+    return [File(str(place / name), 0, length, length) for name, length in zip(names, lengths, strict=True)]
 
 
 class RawRecords:
@@ -180,8 +222,7 @@ class RawRecords:
 
     def __init__(self, place: Path, split: str):
         self.place, self.split = place, split
-        # TFDS takes ten milliseconds to say which these are: here once, and not in every worker.
-        self._files = tfds.builder_from_directory(place).info.splits[split].file_instructions
+        self._files = part_info(place).splits[split]
 
     def __len__(self) -> int:
         return sum(file.take for file in self._files)
@@ -202,7 +243,7 @@ class RawRecords:
 
 def parse_query(record: bytes) -> QueryRecord:
     """A serialized query record, parsed."""
-    feature = tf_example_pb2.Example.FromString(record).features.feature
+    feature = Example.FromString(record).features.feature
     return QueryRecord(
         feature["qid"].bytes_list.value[0].decode(),
         feature["text"].bytes_list.value[0].decode(),

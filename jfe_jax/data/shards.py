@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from array_record.python import array_record_module
-from tensorflow_datasets.proto import tf_example_pb2
+
+from jfe_jax.data.example import Example
 
 # Reading a record takes time in proportion to the records of its shard (5 µs + 3 µs for each thousand), so shards are
 # small, as long as that does not make them too many to hold open.
@@ -98,7 +99,7 @@ def write_all(writer: ShardWriter, records: Iterable[Record]) -> None:
 
 def serialize(record: Record) -> bytes:
     """A record as a tf.train.Example, as TFDS lays one out."""
-    example = tf_example_pb2.Example()
+    example = Example()
     feature = example.features.feature
     for name, value in record.items():
         if isinstance(value, str):

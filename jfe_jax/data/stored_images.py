@@ -144,8 +144,7 @@ class PreparedImages(_Inside):
     """The images of a directory that `jfe data prepare` made."""
 
     def __init__(self, root: Path, prepared: Path):
-        from jfe_jax.data.builder import IMAGES, VERSION
-        from jfe_jax.data.prepared import ImageStore
+        from jfe_jax.data.prepared import IMAGES, VERSION, ImageStore
 
         self._root = root
         self.inside = f" in {prepared} (`jfe data prepare --splits test` writes the test queries')"
@@ -300,6 +299,6 @@ class _Joined(io.RawIOBase):
 
 
 def _short_side(place: Path) -> int:
-    from jfe_jax.data.prepared import metadata_of
+    from jfe_jax.data.prepared import part_info
 
-    return int(re.search(r" (\d+)$", metadata_of(place)["fingerprint"])[1])
+    return int(re.search(r" (\d+)$", part_info(place).metadata["fingerprint"])[1])

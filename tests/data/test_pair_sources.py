@@ -11,8 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jfe_jax.cli.main import main
-from jfe_jax.data.builder import CANDIDATES, IMAGES, QUERIES, VERSION
-from jfe_jax.data.prepared import Prepared, parse_query
+from jfe_jax.data.prepared import CANDIDATES, IMAGES, QUERIES, VERSION, Prepared, parse_query
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
