@@ -236,6 +236,15 @@ def put_batch(batch: Any, mesh: Mesh, chunks: int = 1) -> Any:
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
 
 
+def abstract_batch(batch: Any, mesh: Mesh, chunks: int = 1) -> Any:
+    """What `put_batch` makes of host batches, as ShapeDtypeStructs; `batch` may have fewer groups than they."""
+    groups, layout = group_count(mesh), batch_sharding(mesh, chunks)
+    leading = (groups,) if chunks == 1 else (chunks, groups)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((*leading, *leaf.shape[1:]), leaf.dtype, sharding=layout), batch
+    )
+
+
 def path_name(path: Any) -> str:
     """A pytree path as dotted keys: "text.layers.mlp.gate"."""
     return ".".join(_keys(path))

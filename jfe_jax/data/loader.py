@@ -35,7 +35,7 @@ MAX_POSITIVES = 64
 
 def training_batches(
     cfg: Config, *, groups: int, split: str, process_index: int = 0, process_count: int = 1
-) -> grain.DatasetIterator:
+) -> "_Prefetched":
     """Endless ContrastiveBatch of NumPy arrays, G = groups / process_count.
 
     `data.pairs`, `data.rows` and `data.image_slots` are of the global batch and split evenly among groups. A step takes
@@ -47,7 +47,8 @@ def training_batches(
       process_index, process_count: this process reads every process_count-th pair of the mixture.
 
     Returns:
-      An iterator with `get_state` and `set_state` (small, JSON; "bad" counts unreadable pairs by unit).
+      An iterator with `get_state` and `set_state` (small, JSON; "bad" counts unreadable pairs by unit), and the `shape`
+      of its batches.
 
     Raises:
       UserError: the data are missing, a unit or split is unknown, the sizes do not divide or are too small, or the
@@ -99,7 +100,7 @@ def training_batches(
     batches = PairBatches(
         PairReader(pairs, cfg.data.workers), shape, process_index, process_count, cfg.data.max_bad_share
     )
-    iterator = _Prefetched(batches, _PREFETCH)
+    iterator = _Prefetched(batches, shape)
     # A reader that is still at work when the interpreter shuts down would abort the process.
     atexit.register(_close, weakref.ref(iterator))
     return iterator
@@ -109,6 +110,10 @@ class _Prefetched(grain.experimental.ThreadPrefetchDatasetIterator):
     """Makes batches ahead in a thread. Closed once: grain closes again when the interpreter has forgotten how to."""
 
     _is_closed = False
+
+    def __init__(self, batches: PairBatches, shape: BatchShape):
+        super().__init__(batches, _PREFETCH)
+        self.shape = shape
 
     def close(self) -> None:
         if not self._is_closed:

@@ -140,22 +140,13 @@ def abstract_batch(config: Config, mesh: Any) -> Any:
     Raises:
       UserError: the batch does not divide among the mesh's groups.
     """
-    import jax
-
     from jfe_jax import sharding
     from jfe_jax.data.contrastive import empty_batch
     from jfe_jax.data.loader import MAX_POSITIVES, batch_shape
 
     chunks = config.loss.grad_cache_chunks
-    groups = sharding.group_count(mesh) * chunks
-    shape = replace(batch_shape(config, groups, 1), groups=1, positives=MAX_POSITIVES)
-    layout = sharding.batch_sharding(mesh, chunks)
-
-    def spread(leaf: Any) -> jax.ShapeDtypeStruct:
-        sizes = (groups, *leaf.shape[1:]) if chunks == 1 else (chunks, groups // chunks, *leaf.shape[1:])
-        return jax.ShapeDtypeStruct(sizes, leaf.dtype, sharding=layout)
-
-    return jax.tree.map(spread, empty_batch(shape))
+    shape = batch_shape(config, sharding.group_count(mesh) * chunks, 1)
+    return sharding.abstract_batch(empty_batch(replace(shape, groups=1, positives=MAX_POSITIVES)), mesh, chunks)
 
 
 def _compiled(step: Any, arguments: tuple[Any, ...], logs: Path) -> Program:

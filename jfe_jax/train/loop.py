@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +13,7 @@ import jax
 from jfe_jax import base, checkpoint, sharding, trees
 from jfe_jax import config as configs
 from jfe_jax.config import Config
+from jfe_jax.data.contrastive import empty_batch
 from jfe_jax.data.loader import training_batches
 from jfe_jax.errors import UserError
 from jfe_jax.processes import is_first
@@ -23,7 +25,7 @@ from jfe_jax.train.logging import MetricsLog, Progress
 from jfe_jax.train.prefetch import Prefetcher
 from jfe_jax.train.start import start_from
 from jfe_jax.train.state import Training, TrainState
-from jfe_jax.train.step import make_eval_step, make_train_step
+from jfe_jax.train.step import compile_ahead, make_eval_step, make_train_step
 
 # Metrics are fetched this many steps late: the device always has a step in hand while the host waits for numbers.
 LAG = 2
@@ -63,13 +65,16 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
     groups = sharding.group_count(mesh) * config.loss.grad_cache_chunks
     batches = _batches(config, groups, config.data.split)
     training = states.prepare(config, mesh)
+    step = make_train_step(training)
+    one = empty_batch(replace(batches.shape, groups=1))
+    compiled = compile_ahead(step, training.abstract, sharding.abstract_batch(one, mesh, config.loss.grad_cache_chunks))
     kept = config.checkpoint
     checkpoints = RunCheckpoints(run, kept.keep, say, kept.keep_every_steps, kept.keep_best)
     try:
         start, state = starting_point(training, checkpoints, batches, say)
         if is_first():
             checkpoint.write_run_files(run, config, Path(config.tokens.tokenizer))
-        reached = _Run(training, checkpoints, groups, say).go(start, state, batches)
+        reached = _Run(training, step, compiled, checkpoints, groups, say).go(start, state, batches)
         checkpoints.wait()
     finally:
         checkpoints.close()
@@ -125,10 +130,18 @@ def starting_point(
 class _Run:
     """The loop itself, with what it reports to."""
 
-    def __init__(self, training: Training, checkpoints: RunCheckpoints, groups: int, say: Callable[[str], None]):
+    def __init__(
+        self,
+        training: Training,
+        step: Any,
+        compiled: Future[Any],
+        checkpoints: RunCheckpoints,
+        groups: int,
+        say: Callable[[str], None],
+    ):
         self.config, self.training, self.groups, self.say = training.config, training, groups, say
-        self.checkpoints = checkpoints
-        self.train_step, self.eval_step = make_train_step(training), make_eval_step(training)
+        self.checkpoints, self.compiled = checkpoints, compiled
+        self.train_step, self.eval_step = step, make_eval_step(training)
         self.programs = 0
         self.saved: int | None = max(checkpoints.steps(), default=None)
 
@@ -143,6 +156,7 @@ class _Run:
         step = start
         try:
             with told_to_end() as ended:
+                self.compiled.result()
                 while step < steps and not ended(step):
                     before = time.monotonic()
                     batch, position = next(source)

@@ -1,6 +1,7 @@
 """One optimizer step, and the loss without one, as compiled functions over (state, batch)."""
 
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -63,6 +64,19 @@ def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatc
         out_shardings=(state, sharding.replicated(training.mesh)),
         donate_argnums=0,
     )
+
+
+def compile_ahead(step: Callable[..., Any], *abstract: Any) -> Future[Any]:
+    """Traces a compiled function here and compiles it in a thread, while the caller makes or reads its arguments.
+
+    A call with arguments like the abstract ones finds the program there. The result is what the compiler raised.
+    """
+    lowered = step.lower(*abstract)
+    pool = ThreadPoolExecutor(1, "compile")
+    try:
+        return pool.submit(lowered.compile)
+    finally:
+        pool.shutdown(wait=False)
 
 
 def make_eval_step(training: Training) -> Callable[[TrainState, ContrastiveBatch], Metrics]:

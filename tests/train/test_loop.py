@@ -1,6 +1,7 @@
 """`jfe train` from a config to a run directory: stopped, killed, continued, refused."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -170,7 +171,7 @@ def test_a_loss_that_stays_not_finite_stops_and_keeps_what_was_there(config, bro
     assert json.loads((run / "logs" / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
 
 
-def test_a_program_compiled_again_and_skipped_pairs_are_said(config, tmp_path, monkeypatch):
+def test_a_program_compiled_again_and_skipped_pairs_are_said(config, tmp_path, monkeypatch, caplog):
     def widened(batch):
         # One more empty row in each group.
         more = [np.pad(x, [(0, 0), (0, 1), (0, 0)]) for x in batch.packed[:3]]
@@ -178,7 +179,7 @@ def test_a_program_compiled_again_and_skipped_pairs_are_said(config, tmp_path, m
 
     class Batches:
         def __init__(self, batches):
-            self.batches, self.count = batches, 0
+            self.batches, self.shape, self.count = batches, batches.shape, 0
             self.set_state, self.close = batches.set_state, batches.close
 
         def get_state(self):
@@ -195,7 +196,10 @@ def test_a_program_compiled_again_and_skipped_pairs_are_said(config, tmp_path, m
     monkeypatch.setattr(loop, "_batches", lambda *args: Batches(made(*args)))
     said = []
     mine = replace(config, output=str(tmp_path / "run"), val_every_steps=0, checkpoint=CheckpointConfig())
+    caplog.set_level(logging.DEBUG, "jax")
     train(replace(mine, optimizer=replace(config.optimizer, steps=3)), "auto", said.append)
+    compiled = [one.threadName for one in caplog.records if "Finished XLA compilation of jit(step)" in one.message]
+    assert compiled == ["compile_0", "MainThread"], "ahead of the first step; and where its batch has another shape"
     warned = [line for line in said if "compiled again" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: step 2 was compiled again")
     assert [one["skipped_facts_task1"] for one in lines(tmp_path / "run")] == [1, 2, 3]
