@@ -126,17 +126,18 @@ def load_model(
 
     Args:
       path: a run directory (its newest checkpoint that can be read is taken), or `checkpoints/<step>` or `best` of it.
-      mesh: where the parameters are to lie; None is the first device.
+      mesh: where the parameters are to lie; None is the first device. One of this process's devices is opened by this
+        process alone, another by all of them together.
       dtype: to hold the parameters in, as "bfloat16"; None is what they are stored in, float32 after training.
       accept: is given the config and the checkpoint's directory before anything large is read; may raise.
 
     Raises:
       UserError: no checkpoint there, or none that can be read; or what adapters stand on is not there.
     """
-    mesh = mesh or make_mesh(MeshConfig(data=1))
+    mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices())
     for step, place in _candidates(Path(path)):
         try:
-            config = read_config(place)
+            config = read_config(place, alone=not mesh.is_multi_process)
             if accept:
                 accept(config, place)
             # How training attends may need its accelerator, and its length of rows.
@@ -223,9 +224,9 @@ def _candidates(path: Path) -> list[tuple[int, Path]]:
     return sorted(((int(child.name), child) for child in found), reverse=True)
 
 
-def read_config(place: Path) -> Config:
-    """The resolved config of the checkpoint directory `place`."""
-    return configs.from_dict(read_part(place, "config", None), f"{place}/config")
+def read_config(place: Path, *, alone: bool = False) -> Config:
+    """The resolved config of the checkpoint directory `place`; `alone` as for `read_part`."""
+    return configs.from_dict(read_part(place, "config", None, alone=alone), f"{place}/config")
 
 
 def _in_dtype(abstract: Any, dtype: str) -> Any:
@@ -235,12 +236,12 @@ def _in_dtype(abstract: Any, dtype: str) -> Any:
 
 
 def _load_params(place: Path, plan: Blueprint, mesh: Mesh) -> dict[str, Any]:
-    held = stored_names(place / "params")
+    held, alone = stored_names(place / "params"), not mesh.is_multi_process
     mask = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in held, plan.abstract)
     if not any(map(lora.is_adapter, held)) or all(jax.tree.leaves(mask)):
-        return read_part(place, "params", plan.abstract)
+        return read_part(place, "params", plan.abstract, alone=alone)
     # First what is small and may be damaged.
-    own = read_part(place, "params", trees.select(plan.abstract, mask))
+    own = read_part(place, "params", trees.select(plan.abstract, mask), alone=alone)
     beneath = base_parameters(place.parent.parent, mesh)
     beneath = jax.tree.map(
         lambda leaf, wanted: leaf.astype(wanted.dtype), beneath, lora.without_adapters(plan.abstract)
@@ -264,10 +265,18 @@ def base_parameters(run: Path, mesh: Mesh) -> dict[str, Any]:
     return base.parameters(run, load)
 
 
-def read_part(place: Path, part: str, abstract: Any) -> Any:
-    """One checkpointable of the directory `place`, into its abstract tree; whatever Orbax raises if it is damaged."""
+def read_part(place: Path, part: str, abstract: Any, *, alone: bool = False) -> Any:
+    """One checkpointable of the directory `place`, into its abstract tree; whatever Orbax raises if it is damaged.
+
+    Args:
+      alone: by this process, onto its own devices; else every process calls it, and none is done before all are.
+    """
+    context = orbax_context()
+    if alone:
+        context.multiprocessing.primary_host = jax.process_index()
+        context.multiprocessing.active_processes = {jax.process_index()}
     # Not several at once: Orbax leaves the others' coroutines behind when one fails.
-    with orbax_context():
+    with context:
         return ocp.load_checkpointables(place, {part: abstract})[part]
 
 

@@ -1,4 +1,4 @@
-"""The one exception that means "your input is wrong", as against "the program is wrong"."""
+"""What means "your input is wrong", as against "the program is wrong"."""
 
 
 class UserError(Exception):
@@ -7,3 +7,15 @@ class UserError(Exception):
     The message is one line that names the file, line or key and says what to do. The command line prints it to
     standard error and exits 1, without a traceback unless `--debug` is given.
     """
+
+
+class SaidElsewhere(UserError):
+    """An error that another process of the same job has met and tells; this one only leaves with it."""
+
+
+def one_line(error: Exception) -> str:
+    """What a person is told of an error."""
+    if isinstance(error, OSError):
+        # A full disk, a missing permission: the system's own words say it, with the file's name.
+        return f"{error.filename or 'file'}: {error.strerror or error}"
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

@@ -24,20 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.cli.progress import bar
     from jfe_jax.errors import UserError
-    from jfe_jax.processes import is_first, join
+    from jfe_jax.processes import is_first, join, together
     from jfe_jax.retrieval.items_file import ItemsFile
 
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
-    # The whole file is checked before the model is opened: a bad line shows at once.
-    source = ItemsFile(args.items)
     join()
+    # The whole file is checked before the model is opened: a bad line shows at once.
+    with together():
+        source = ItemsFile(args.items)
     import jax
 
     from jfe_jax.retrieval.embed import embed
     from jfe_jax.retrieval.retriever import Retriever
 
-    retriever = Retriever.load(args.checkpoint)
+    with together():
+        retriever = Retriever.load(args.checkpoint)
     with bar("embedding", -(-len(source) // jax.process_count())) as progress:
         done = embed(
             retriever,

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.cli.progress import bar
     from jfe_jax.errors import UserError
-    from jfe_jax.processes import is_first, join
+    from jfe_jax.processes import is_first, join, together
     from jfe_jax.retrieval.sources import read_questions
     from jfe_jax.retrieval.storage import DTYPES
 
@@ -66,19 +66,22 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--shard {args.shard}: at least one item")
     join()
     # The data first: what is wrong with it is known before a model is loaded.
-    questions = read_questions(
-        args.data,
-        split=args.split,
-        pools=() if args.pool is None else _listed(args.pool, ("local", "global")),
-        units=_listed(args.units),
-        instruction=_instruction(args.instruction),
-    )
+    with together():
+        questions = read_questions(
+            args.data,
+            split=args.split,
+            pools=() if args.pool is None else _listed(args.pool, ("local", "global")),
+            units=_listed(args.units),
+            instruction=_instruction(args.instruction),
+        )
     from jfe_jax.retrieval import evaluation_report, results
     from jfe_jax.retrieval.evaluate import Keep, ask
     from jfe_jax.retrieval.retriever import Retriever
 
+    with together():
+        retriever = Retriever.load(args.checkpoint)
     evaluation = ask(
-        Retriever.load(args.checkpoint),
+        retriever,
         questions,
         given=list(dict.fromkeys([args.queries, *(("text", "image") if args.controls else ())])),
         depth=args.depth,
@@ -92,10 +95,12 @@ def run(args: argparse.Namespace) -> None:
         ),
         progress=bar,
     )
+    with together():
+        if is_first():
+            results.write(args.out, evaluation.results, evaluation.answers, evaluation.pools)
+            evaluation_report.write(args.out / "report.html", evaluation)
     if not is_first():
         return
-    results.write(args.out, evaluation.results, evaluation.answers, evaluation.pools)
-    evaluation_report.write(args.out / "report.html", evaluation)
     for warning in evaluation.results["warnings"]:
         print(f"warning: {warning}")
     if args.dtype != "float32":

@@ -5,9 +5,11 @@ import gc
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 
-from jfe_jax.errors import UserError
+from jfe_jax.errors import SaidElsewhere, UserError, one_line
+from jfe_jax.processes import known_to_all
 
 VERBS = {
     "data": "fetch, check and prepare data sets",
@@ -56,20 +58,21 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
         args.run(args)
-    except UserError as error:
-        if args.debug:
-            raise
-        print(f"jfe {args.verb}: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        # A full disk, a missing permission: the system's own words say it, with the file's name.
-        if args.debug:
-            raise
-        print(f"jfe {args.verb}: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         print(f"jfe {args.verb}: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        told = isinstance(error, UserError | OSError) and not args.debug
+        if told and not isinstance(error, SaidElsewhere):
+            print(f"jfe {args.verb}: {one_line(error)}", file=sys.stderr, flush=True)
+        if not known_to_all(error):
+            # The others are at work, or wait for this one; it would wait for them at its end.
+            if not told:
+                traceback.print_exc()
+            os._exit(1)
+        if told:
+            return 1
+        raise
     return 0
 
 

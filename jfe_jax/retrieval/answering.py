@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jfe_jax.processes import is_first
+from jfe_jax.processes import exchange, is_first, together
 from jfe_jax.retrieval import metrics
 from jfe_jax.retrieval.mistakes import mistakes
 from jfe_jax.retrieval.protocol import Asked, Pools, Questions, Targets, UnitQueries, by_prompt, once, rectangle
@@ -70,21 +70,17 @@ class Kept:
                     found = Found(*(file[field] for field in Found._fields))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
-        if jax.process_count() > 1:
-            from jax.experimental.multihost_utils import process_allgather
-
-            found = found if process_allgather(np.array(found is not None)).all() else None
-        return found
+        return found if all(exchange(found is not None)) else None
 
     def save(self, name: str, digest: str, found: Found) -> None:
         """Keeps it; the file is there whole or not at all."""
-        if not is_first():
-            return
-        self._folder.mkdir(parents=True, exist_ok=True)
-        part = self._folder / f"{name}.part"
-        with part.open("wb") as stream:
-            np.savez(stream, digest=np.array(digest), **found._asdict())
-        os.replace(part, self._folder / f"{name}.npz")
+        with together():
+            if is_first():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                part = self._folder / f"{name}.part"
+                with part.open("wb") as stream:
+                    np.savez(stream, digest=np.array(digest), **found._asdict())
+                os.replace(part, self._folder / f"{name}.npz")
 
 
 def answer(

@@ -6,6 +6,7 @@ a shared file system).
 Axes: B items, E embedding.
 """
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Sequence
@@ -16,13 +17,15 @@ import jax
 
 from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
-from jfe_jax.processes import is_first, meet
+from jfe_jax.processes import by_first, is_first, together
 from jfe_jax.retrieval.index import IDS, MANIFEST, Index, Manifest
 from jfe_jax.retrieval.retriever import Retriever
 from jfe_jax.retrieval.search import require_finite
 from jfe_jax.retrieval.storage import DTYPES, Storage, clear, remove
 
 SHARD = 8192
+# A process that fails leaves this file, so that the others do not go on for hours.
+_FAILED = "failed"
 
 
 class Source(Protocol):
@@ -79,7 +82,7 @@ def embed(
 
     Raises:
       UserError: `out` holds something else (another checkpoint's embeddings, say), a finished index there is damaged,
-        an item cannot be read, or an embedding is not finite.
+        an item cannot be read, or an embedding is not finite; if only one process meets it, in all of them.
     """
     out = Path(out)
     if dtype not in DTYPES:
@@ -92,36 +95,74 @@ def embed(
         "fingerprint": retriever.fingerprint,
         "source_digest": source.digest,
     }
-    storage, first = Storage(out, plan), is_first()
-    if overwrite and first:
+    _require_same(plan, f"{retriever.path} and {source.path}")
+    storage = Storage(out, plan)
+    finished, kept = by_first(lambda: _begin(storage, overwrite)), storage.count
+    if finished:
+        if progress:
+            progress(len(source.ids))
+    else:
+        with together():
+            kept = _embed_share(retriever, source, storage, progress)
+        with together():
+            if is_first():
+                _finish(storage, retriever, source)
+    with together():
+        index = Index.open(out)
+    return Embedded(index, storage.count, kept)
+
+
+def _require_same(plan: dict, what: str) -> None:
+    """All processes are to do the same."""
+    firsts = by_first(lambda: plan)
+    with together():
+        if other := [name for name in plan if plan[name] != firsts[name]]:
+            raise UserError(
+                f"{what}: process {jax.process_index()} finds another {' and '.join(other)} there than process 0; is "
+                "it the same on all hosts?"
+            )
+
+
+def _begin(storage: Storage, overwrite: bool) -> bool:
+    """Whether there is nothing left to do."""
+    out = storage.folder
+    if overwrite:
         (out / MANIFEST).unlink(missing_ok=True)
         remove(out)
-    meet("overwritten")
     if (out / MANIFEST).exists():
-        return Embedded(_finished(out, plan, progress), storage.count, storage.count)
-    if first:
-        storage.begin()
-    meet("begun")
-    kept = 0
-    for number in range(jax.process_index(), storage.count, jax.process_count()):
-        start, stop = storage.bounds(number)
-        if storage.finished(number):
-            kept += 1
-            if progress:
-                progress(stop - start)
-            continue
-        names = source.ids[start:stop]
-        rows = retriever.encode(source.items(start, stop), names=names, progress=progress)
-        require_finite(rows, names, str(retriever.path))
-        storage.write(number, rows)
-    meet("embedded")
-    if first:
-        _finish(storage, retriever, source)
-    meet("finished")
-    return Embedded(Index.open(out), storage.count, kept)
+        _require_finished(out, storage.plan)
+        return True
+    storage.begin()
+    (out / _FAILED).unlink(missing_ok=True)
+    return False
 
 
-def _finished(out: Path, plan: dict, progress: Callable[[int], None] | None) -> Index:
+def _embed_share(retriever: Retriever, source: Source, storage: Storage, progress: Callable[[int], None] | None) -> int:
+    """This process's shards; how many of them were there."""
+    kept, failed, several = 0, storage.folder / _FAILED, jax.process_count() > 1
+    try:
+        for number in range(jax.process_index(), storage.count, jax.process_count()):
+            start, stop = storage.bounds(number)
+            if storage.finished(number):
+                kept += 1
+                if progress:
+                    progress(stop - start)
+                continue
+            if several and failed.exists():
+                break
+            names = source.ids[start:stop]
+            rows = retriever.encode(source.items(start, stop), names=names, progress=progress)
+            require_finite(rows, names, str(retriever.path))
+            storage.write(number, rows)
+    except Exception:
+        with contextlib.suppress(OSError):
+            if several:
+                failed.touch()
+        raise
+    return kept
+
+
+def _require_finished(out: Path, plan: dict) -> None:
     index = Index.open(out)
     other = [name for name in plan if getattr(index.manifest, name) != plan[name]]
     if other:
@@ -130,9 +171,6 @@ def _finished(out: Path, plan: dict, progress: Callable[[int], None] | None) -> 
             f"{index.manifest.step}); take another --out, or replace it with --overwrite"
         )
     index.require_undamaged()
-    if progress:
-        progress(plan["items"])
-    return index
 
 
 def _finish(storage: Storage, retriever: Retriever, source: Source) -> None:

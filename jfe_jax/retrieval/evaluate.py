@@ -20,7 +20,7 @@ from jfe_jax.data.mbeir import Mbeir
 from jfe_jax.data.numbering import image_id
 from jfe_jax.data.stored_images import Images, Unpacked, open_images, opened
 from jfe_jax.errors import UserError
-from jfe_jax.processes import is_first, meet
+from jfe_jax.processes import is_first, together
 from jfe_jax.retrieval import metrics
 from jfe_jax.retrieval.answering import Job, Kept, answer, scores
 from jfe_jax.retrieval.embed import SHARD
@@ -124,14 +124,16 @@ def ask(
 ) -> Evaluation:
     """As `evaluate`, whatever the questions were read from. Every process of a job calls it, and has the same."""
     start = time.monotonic()
-    jobs = _jobs(questions, given)
+    with together():
+        jobs = _jobs(questions, given)
     with contextlib.ExitStack() as ending:
         # Embeddings are on disk in any case: what memory an evaluation needs does not depend on it.
         folder = keep.folder or Path(ending.enter_context(tempfile.TemporaryDirectory()))
         embeddings = keep.embeddings or folder / EMBEDDINGS
         place = keep.images or embeddings / IMAGES
         images = _images(questions, jobs, place, progress)
-        _require_images(jobs, images)
+        with together():
+            _require_images(jobs, images)
         with _stores(retriever, embeddings, images, keep) as stores:
             wanted = _Candidates(questions, images), _Queries(questions, images, jobs)
             stored = [_embedded(stores, *one, progress) for one in zip(wanted, (keep.dtype, "float32"), strict=True)]
@@ -247,9 +249,10 @@ def _images(questions: Questions, jobs: list[Job], place: Path, progress: Progre
     def wanted() -> np.ndarray:
         return np.concatenate([known.images, np.array([image_id(image, known.root) for image in shown], np.int64)])
 
-    images = open_images(questions.path, place, wanted, progress) if is_first() else None
-    meet("images copied")
-    return images or open_images(questions.path, place, wanted, copies=False)
+    with together():
+        images = open_images(questions.path, place, wanted, progress) if is_first() else None
+    with together():
+        return images or open_images(questions.path, place, wanted, copies=False)
 
 
 def _require_images(jobs: list[Job], images: Images) -> None:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from jfe_jax.config import MeshConfig
 from jfe_jax.errors import UserError
+from jfe_jax.processes import together
 from jfe_jax.retrieval import rough, scan
 from jfe_jax.retrieval.queries import QueryBlock
 from jfe_jax.retrieval.rows import ArrayRows, Rows, largest_norm
@@ -145,18 +146,20 @@ class Searcher:
             QueryBlock(self, queries[at : at + query_block], targets[at : at + query_block], k)
             for at in range(0, len(queries), query_block)
         ]
-        waiting = None
-        for several in self._several(max(part.length for part in parts)) if parts else ():
-            for part in parts:
-                asked = part.ask(several)
-                # The devices compute these scores while the host looks at the last.
-                if waiting is not None:
-                    waiting()
-                waiting = asked
-            if progress:
-                progress(sum(block.count for block in several))
-        if waiting is not None:
-            waiting()
+        # A row that is not finite is met by one process only.
+        with together():
+            waiting = None
+            for several in self._several(max(part.length for part in parts)) if parts else ():
+                for part in parts:
+                    asked = part.ask(several)
+                    # The devices compute these scores while the host looks at the last.
+                    if waiting is not None:
+                        waiting()
+                    waiting = asked
+                if progress:
+                    progress(sum(block.count for block in several))
+            if waiting is not None:
+                waiting()
         results = [part.finish() for part in parts]
         empty = np.zeros((0, k), np.float32), np.zeros((0, k), np.int32), np.zeros((0, targets.shape[1]), np.int32)
         return Found(*(np.concatenate(columns) for columns in zip(*(results or [empty]), strict=True)))

@@ -19,11 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
-from jfe_jax.processes import is_first, meet
+from jfe_jax.processes import is_first, together
 from jfe_jax.retrieval.embed import SHARD, embed
 from jfe_jax.retrieval.index import MANIFEST, Index
 from jfe_jax.retrieval.retriever import Retriever
@@ -87,17 +88,17 @@ class Stores:
     ):
         self.folder, self._retriever, self._form, self._shard = folder, retriever, form, shard
         self._lock = None
-        if is_first():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(folder)
         self.indices: list[Index] = []
         self._contents: list[np.ndarray] = []
         try:
-            if is_first():
-                self._claim(overwrite)
-            meet("stores opened")
-            for place in sorted(folder.glob(f"*/{MANIFEST}")):
-                self._add(place.parent, verify=True)
+            with together():
+                if is_first():
+                    folder.mkdir(parents=True, exist_ok=True)
+                    self._lock = _locked(folder)
+                    self._claim(overwrite)
+            with together():
+                for number, place in enumerate(sorted(folder.glob(f"*/{MANIFEST}"))):
+                    self._add(place.parent, verify=number % jax.process_count() == jax.process_index())
         except BaseException:
             self.__exit__()
             raise
@@ -128,11 +129,13 @@ class Stores:
             chosen = missing[wanted.files[missing] == number]
             part = _Part(wanted, chosen)
             folder = self.folder / f"{wanted.names[number]}.{dtype}.{part.digest[:12]}"
-            if is_first():
-                folder.mkdir(exist_ok=True)
-                np.save(folder / CONTENTS, wanted.contents[chosen])
+            with together():
+                if is_first():
+                    folder.mkdir(exist_ok=True)
+                    np.save(folder / CONTENTS, wanted.contents[chosen])
             embed(self._retriever, part, folder, dtype=dtype, shard=self._shard, progress=progress)
-            self._add(folder)
+            with together():
+                self._add(folder)
         return self._find(wanted.contents, dtype)
 
     def rows(self, stored: Stored) -> "StoredRows":

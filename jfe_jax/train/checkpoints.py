@@ -19,7 +19,7 @@ from jfe_jax.checkpoint import BEST, CHECKPOINTS
 from jfe_jax.config import Config
 from jfe_jax.data.reading import redistribute
 from jfe_jax.errors import UserError
-from jfe_jax.processes import is_first, meet
+from jfe_jax.processes import is_first, together
 from jfe_jax.sharding import initialise, path_name
 from jfe_jax.streaming import stored_names
 
@@ -47,8 +47,10 @@ class RunCheckpoints:
         self._directory = run.absolute() / CHECKPOINTS
         self._warn = warn
         self._closed = False
-        self._directory.mkdir(parents=True, exist_ok=True)
-        self._remove_half_written()
+        with together():
+            if is_first():
+                self._directory.mkdir(parents=True, exist_ok=True)
+                self._remove_half_written()
         kept = [policies.LatestN(keep)]
         if keep_every:
             kept.append(policies.EveryNSteps(keep_every))
@@ -152,22 +154,21 @@ class RunCheckpoints:
 
     def _set_aside(self, path: Path, error: Exception) -> None:
         target = self._damaged / path.name
-        if is_first():
-            self._damaged.mkdir(exist_ok=True)
-            if target.exists():
-                shutil.rmtree(target)
-            path.rename(target)
-        meet("set aside")
+        with together():
+            if is_first():
+                self._damaged.mkdir(exist_ok=True)
+                if target.exists():
+                    shutil.rmtree(target)
+                path.rename(target)
         self._checkpointer.reload()
         why = checkpoint.one_line(error)
         self._warn(f"warning: checkpoint {path} is damaged ({why}); moved to {target}, using the one before")
 
     def _remove_half_written(self) -> None:
-        for path in sorted(self._directory.iterdir()) if is_first() else ():
+        for path in sorted(self._directory.iterdir()):
             if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
                 self._warn(f"warning: checkpoint {path} is half-written; removed, using the one before")
                 shutil.rmtree(path, ignore_errors=True)
-        meet("half-written checkpoints removed")
 
     def _failed(self, error: Exception) -> UserError:
         # Other threads may still be writing their parts of what cannot be finished.

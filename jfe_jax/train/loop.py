@@ -16,7 +16,7 @@ from jfe_jax.config import Config
 from jfe_jax.data.contrastive import empty_batch
 from jfe_jax.data.loader import training_batches
 from jfe_jax.errors import UserError
-from jfe_jax.processes import is_first
+from jfe_jax.processes import is_first, together
 from jfe_jax.train import checks
 from jfe_jax.train import state as states
 from jfe_jax.train.checkpoints import RunCheckpoints
@@ -53,27 +53,29 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
       UserError: the config does not fit the machine, the data or the checkpoint; a checkpoint cannot be written; the
         loss or gradients are not finite for `optimizer.max_skipped_steps` in a row (the last checkpoint is kept).
     """
-    config = with_tokenizer(config)
-    run, steps = Path(config.output), config.optimizer.steps
-    checks.check(config)
-    done = checkpoint.latest_step(run)
-    if done is not None and resume == "never":
-        raise UserError(f"{run}: holds checkpoints up to step {done}; remove it, choose another output, or resume")
-    if done is not None and done >= steps:
-        return Outcome(done, f"{run}: finished at step {done}; nothing to do")
-    mesh = sharding.make_mesh(config.mesh)
-    groups = sharding.group_count(mesh) * config.loss.grad_cache_chunks
-    batches = _batches(config, groups, config.data.split)
-    training = states.prepare(config, mesh)
+    with together():
+        config = with_tokenizer(config)
+        run, steps = Path(config.output), config.optimizer.steps
+        checks.check(config)
+        done = checkpoint.latest_step(run)
+        if done is not None and resume == "never":
+            raise UserError(f"{run}: holds checkpoints up to step {done}; remove it, choose another output, or resume")
+        if done is not None and done >= steps:
+            return Outcome(done, f"{run}: finished at step {done}; nothing to do")
+        mesh = sharding.make_mesh(config.mesh)
+        groups = sharding.group_count(mesh) * config.loss.grad_cache_chunks
+        batches = _batches(config, groups, config.data.split)
+        training = states.prepare(config, mesh)
     step = make_train_step(training)
     one = empty_batch(replace(batches.shape, groups=1))
     compiled = compile_ahead(step, training.abstract, sharding.abstract_batch(one, mesh, config.loss.grad_cache_chunks))
     kept = config.checkpoint
     checkpoints = RunCheckpoints(run, kept.keep, say, kept.keep_every_steps, kept.keep_best)
     try:
-        start, state = starting_point(training, checkpoints, batches, say)
-        if is_first():
-            checkpoint.write_run_files(run, config, Path(config.tokens.tokenizer))
+        with together():
+            start, state = starting_point(training, checkpoints, batches, say)
+            if is_first():
+                checkpoint.write_run_files(run, config, Path(config.tokens.tokenizer))
         reached = _Run(training, step, compiled, checkpoints, groups, say).go(start, state, batches)
         checkpoints.wait()
     finally:
@@ -120,8 +122,9 @@ def starting_point(
     if not config.init:
         return 0, states.initialise(training)
     start = start_from(config.init, training)
-    if start.base is not None and is_first():
-        base.write(Path(config.output), start.base)
+    with together():
+        if start.base is not None and is_first():
+            base.write(Path(config.output), start.base)
     if start.note:
         say(start.note)
     return 0, states.initialise(training, start.params)
