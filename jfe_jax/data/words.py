@@ -9,6 +9,10 @@ from tokenizers import Tokenizer
 # A word with the spaces before it, or spaces at the end.
 _PIECE = re.compile(" *[^ ]+| +")
 _SPACE = "▁"
+_SPLITS_NOTHING = [
+    {"type": "Split", "pattern": {"String": " "}, "behavior": behavior, "invert": False}
+    for behavior in ("MergedWithPrevious", "MergedWithNext", "Isolated", "Removed")
+]
 # Words that are kept, and the longest of them: megabytes.
 _MOST, _LONGEST = 100_000, 40
 
@@ -68,12 +72,17 @@ def words_are_apart(tokenizer: Tokenizer) -> bool:
     model, added = tree["model"], tree["added_tokens"]
     if tree["normalizer"] != {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}:
         return False
-    if tree["pre_tokenizer"] is not None or model["type"] != "BPE" or not model["byte_fallback"] or model["dropout"]:
+    # Gemma's own file splits at spaces that the normalizer has replaced: nowhere.
+    if tree["pre_tokenizer"] not in (None, *_SPLITS_NOTHING):
+        return False
+    if model["type"] != "BPE" or not model["byte_fallback"] or model["dropout"]:
         return False
     if model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         return False
-    # Without an unknown character none is fused with the next.
-    if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256)):
+    # Without an unknown character none is fused with the next. Gemma has the tab in place of its byte.
+    if not all(f"<0x{byte:02X}>" in model["vocab"] or chr(byte) in model["vocab"] for byte in range(128)):
+        return False
+    if not all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(128, 256)):
         return False
     if any(one["lstrip"] or one["rstrip"] or one["single_word"] or " " in one["content"] for one in added):
         return False

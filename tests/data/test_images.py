@@ -3,7 +3,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from jfe_jax.data import images
 from jfe_jax.errors import UserError
@@ -107,6 +107,33 @@ def test_every_mode_becomes_rgb(image, kind, wanted):
         np.testing.assert_allclose(np.asarray(got)[0, 0], wanted, atol=2)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 9), (33, 17), (80, 121)])
+@pytest.mark.parametrize("sampling", ["4:4:4", "4:2:2", "4:2:0"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True, "quality": 95}, {"restart_marker_rows": 1}])
+def test_a_plain_jpeg_has_pillows_pixels(monkeypatch, shape, sampling, options):
+    """To the bit, though Pillow does not decode it."""
+    content = encoded(noise(*shape), "JPEG", subsampling=sampling, **options)
+    with Image.open(io.BytesIO(content)) as opened:
+        wanted = np.asarray(opened)
+    monkeypatch.setattr(Image, "open", None)
+    np.testing.assert_array_equal(np.asarray(images.decode(content)), wanted)
+    for resampler in ("pillow", "torchvision"):
+        got = images.to_pixels(content, 16, resampler=resampler)
+        np.testing.assert_array_equal(got, images.to_pixels(wanted, 16, resampler=resampler))
+
+
+@pytest.mark.parametrize(
+    ("mode", "options"), [("L", {}), ("CMYK", {}), ("RGB", {"keep_rgb": True}), ("RGB", {"exif": Image.Exif()})]
+)
+def test_any_other_jpeg_is_pillows(mode, options):
+    if "exif" in options:
+        options["exif"][0x0112] = 8
+    content = encoded(noise(24, 33).convert(mode), "JPEG", **options)
+    with Image.open(io.BytesIO(content)) as opened:
+        wanted = np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    np.testing.assert_array_equal(images.to_pixels(content, 24), images.to_pixels(wanted, 24))
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
 def test_a_file_cut_short_is_named(tmp_path, kind):
     content = encoded(noise(40, 40), kind)
@@ -128,9 +155,10 @@ def test_what_is_no_image_is_named(tmp_path):
         images.decode(np.zeros((2, 2), np.float32))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("factor", [1.2, 4])
-def test_a_decompression_bomb_is_refused(monkeypatch, factor):
-    content = encoded(noise(20, 20))
+def test_a_decompression_bomb_is_refused(monkeypatch, factor, kind):
+    content = encoded(noise(20, 20), kind)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(400 / factor))
     with warnings.catch_warnings():
         # As at run time, where the test suite's own filters are not there.
