@@ -16,9 +16,10 @@ from jfe_jax.data.filling import EncodedPair
 from jfe_jax.data.items import EncodedItem
 from jfe_jax.data.pairs import BadPair
 
-# Pairs that a worker sends at once: each array that is shared costs as much as copying a hundred kilobytes.
+# Pairs that a worker sends at once.
 _CHUNK = 8
 _AHEAD = 32
+_NEVER_SHARED = 1 << 62
 
 
 class PairReader:
@@ -53,6 +54,10 @@ class PairReader:
             flags.FLAGS.mark_as_parsed()
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         chunks = mine.batch(_CHUNK, batch_fn=_to_chunk).to_iter_dataset(options)
+        # Through pipes. New shared memory for each array takes longer: the system clears every page of it. And it is
+        # scarce (64 MiB in a container), and whoever writes beyond its end is killed.
+        pipes = grain.experimental.DatasetOptions(min_shm_size=_NEVER_SHARED)
+        chunks = grain.experimental.WithOptionsIterDataset(chunks, pipes)
         self._iterator = iter(chunks.mp_prefetch(grain.MultiprocessingOptions(self._workers, _AHEAD // _CHUNK)))
 
     def __next__(self) -> EncodedPair | BadPair:
@@ -72,8 +77,8 @@ class PairReader:
             self._iterator = None
 
 
-def _to_chunk(pairs: Sequence[EncodedPair | BadPair]) -> dict[str, np.ndarray]:
-    """Pairs as three arrays, however many items they have."""
+def _to_chunk(pairs: Sequence[EncodedPair | BadPair]) -> dict[str, np.ndarray | bytes]:
+    """Pairs as two arrays and what describes them, however many items they have: quick to pickle."""
     items = [item for pair in pairs if isinstance(pair, EncodedPair) for item in pair.items]
     images = [item.pixels for item in items if item.pixels is not None]
     rest = [pair if isinstance(pair, BadPair) else pair._replace(items=len(pair.items)) for pair in pairs]
@@ -81,15 +86,13 @@ def _to_chunk(pairs: Sequence[EncodedPair | BadPair]) -> dict[str, np.ndarray]:
     return {
         "tokens": np.concatenate([np.zeros(0, np.int32), *(item.tokens for item in items)]),
         "pixels": np.stack(images) if images else np.zeros(0, np.uint8),
-        "rest": np.frombuffer(pickle.dumps((rest, shape)), np.uint8),
+        "rest": pickle.dumps((rest, shape)),
     }
 
 
-def _from_chunk(chunk: dict[str, np.ndarray]) -> Iterator[EncodedPair | BadPair]:
-    # Copied: shared memory is scarce (64 MiB in a container), and what is held when the reader ends is never freed.
-    chunk = {name: np.array(array) for name, array in chunk.items()}
+def _from_chunk(chunk: dict[str, Any]) -> Iterator[EncodedPair | BadPair]:
     tokens, pixels = chunk["tokens"], chunk["pixels"]
-    rest, shape = pickle.loads(chunk["rest"].tobytes())
+    rest, shape = pickle.loads(chunk["rest"])
     items, token, image = [], 0, 0
     for length, has_image in shape:
         items.append(EncodedItem(tokens[token : token + length], pixels[image] if has_image else None))
