@@ -24,7 +24,7 @@ from jfe_jax.data import builder
 from jfe_jax.data.loader import training_batches
 from jfe_jax.data.mbeir import Candidate
 from jfe_jax.data.numbering import PER_DATASET
-from jfe_jax.data.prepared import CANDIDATES, QUERIES, Prepared
+from jfe_jax.data.prepared import CANDIDATES, IMAGES, QUERIES, Prepared
 from jfe_jax.data.shards import SHARD_RECORDS
 from jfe_jax.data.tokens import train_tokenizer
 
@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes, and the place."""
     parser.add_argument("--rows", type=int, default=1_000_000, help="queries and candidates")
     parser.add_argument(
-        "--distinct", type=int, default=2000, help="images that a data set's queries or candidates share"
+        "--distinct",
+        type=int,
+        default=2000,
+        help="images that a data set's queries or candidates share, as files; 0: another small one for every row that "
+        "has one, in an archive in parts as published",
     )
     parser.add_argument("--steps", type=int, default=10_000, help="before the iterator is saved and restored")
     parser.add_argument(
@@ -57,16 +61,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, progress: Progress) -> Result:
     """Goes through all parts."""
     rows: list[list[Any]] = []
-    with tempfile.TemporaryDirectory(dir=args.dir) as folder, progress("parts", 5 if args.candidates else 4) as done:
+    own = not args.distinct
+    with (
+        tempfile.TemporaryDirectory(dir=args.dir) as folder,
+        progress("parts", 4 + own + bool(args.candidates)) as done,
+    ):
 
         def part(name: str, *cells: Any) -> None:
             rows.append([name, *cells])
             done(1)
 
         raw, out = Path(folder) / "mbeir", Path(folder) / "prepared"
-        count = mbeir_like.write(raw, args.rows, distinct=args.distinct)
+        images = "parts" if own else "files"
+        count = mbeir_like.write(raw, args.rows, images=images, distinct=args.distinct, small=own)
         part("check", *_measure("data", "check", raw), "")
-        seconds, whole = _killed(raw, out, max(10, count // SHARD_RECORDS // 3))
+        if own:
+            part("check --images all", *_measure("data", "check", raw, "--images", "all"), "")
+        # Among the candidates, or among their images, which then are what takes long.
+        seconds, whole = _killed(raw, out, IMAGES if own else CANDIDATES, max(10, count // SHARD_RECORDS // 3))
         part("prepare, killed", seconds, None, None, f"{whole} finished shards")
         kept = {file.stat().st_ino for file in out.rglob("*") if file.suffix == ".shard" or "array_record" in file.name}
         took = _measure("data", "prepare", raw, "--out", out)
@@ -84,7 +96,12 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         packages=["grain", "array-record", "tensorflow-datasets"],
         method="each part once, in a process of its own",
         notes=[
-            f"A generated directory of {count:,} rows in M-BEIR's proportions, {args.distinct:,} images a data set."
+            f"A generated directory of {count:,} rows in M-BEIR's proportions, "
+            + (
+                "each image another one of a kilobyte, in mbeir_images.tar.gz in four parts."
+                if own
+                else f"{args.distinct:,} images a data set."
+            )
         ],
     )
 
@@ -99,12 +116,12 @@ def _measure(*words: Any) -> tuple[float, float, float]:
     return float(seconds), float(busy), int(peak) / 2**20
 
 
-def _killed(raw: Path, out: Path, wanted: int) -> tuple[float, int]:
-    """Prepares until half of the shards that candidates will have are there, and kills it: seconds, finished shards."""
+def _killed(raw: Path, out: Path, kind: str, wanted: int) -> tuple[float, int]:
+    """Prepares until so many shards of that kind are there, and kills it: seconds, finished shards."""
     command = [sys.executable, "-m", "jfe_jax.cli.main", "data", "prepare", str(raw), "--out", str(out)]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and _shards(out / CANDIDATES) < wanted:
+    while process.poll() is None and _shards(out / kind) < wanted:
         time.sleep(0.05)
     seconds = time.monotonic() - start
     process.send_signal(signal.SIGKILL)

@@ -3,6 +3,7 @@
 Texts are drawn words; rows by unit and mean lengths are those of `mbeir_units`.
 """
 
+import hashlib
 import io
 import os
 import tarfile
@@ -41,6 +42,7 @@ def write(
     *,
     images: Literal["none", "files", "tar", "parts"] = "files",
     distinct: int = 0,
+    small: bool = False,
     seed: int = 0,
 ) -> int:
     """Writes about `rows` rows of training queries and local candidates in all; returns how many.
@@ -49,6 +51,7 @@ def write(
       distinct: the queries of a data set share so many images, and so do its candidates; 0 for an image a row.
       images: "files" makes a file for each path (names of a few JPEG of short side 256); "tar" one mbeir_images.tar.gz,
         "parts" the same cut in four as published; "none" leaves the images out.
+      small: in an archive each image is then another one, of a kilobyte.
     """
     rng = np.random.default_rng(seed)
     scale = rows / sum(1000 * (unit.queries + unit.candidates) for unit in UNITS)
@@ -73,7 +76,7 @@ def write(
         asked[unit.dataset] += queries
     _write_lines(path / "instructions/query_instructions.tsv", _instructions())
     if images != "none":
-        pictures = [_jpeg(rng) for _ in range(64)]
+        pictures = [] if small else [_jpeg(rng) for _ in range(64)]
         make = _write_files if images == "files" else _write_archive
         make(path, list(names), pictures, images)
     return sum(map(sum, counts))
@@ -170,6 +173,13 @@ def _jpeg(rng: np.random.Generator) -> bytes:
     return out.getvalue()
 
 
+def _small_jpeg(number: int) -> bytes:
+    pixels = np.frombuffer(hashlib.shake_128(b"%d" % number).digest(24 * 32 * 3), np.uint8).reshape(24, 32, 3)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=50)
+    return out.getvalue()
+
+
 def _write_files(path: Path, names: list[str], pictures: list[bytes], form: str) -> None:
     made: set[str] = set()
     named: dict[int, str] = {}
@@ -194,9 +204,12 @@ def _write_archive(path: Path, names: list[str], pictures: list[bytes], form: st
     whole = path / "mbeir_images.tar.gz"
     with tarfile.open(whole, "w:gz", compresslevel=1) as archive:
         for number in order:
+            picture = pictures[number % len(pictures)] if pictures else _small_jpeg(number)
             member = tarfile.TarInfo(names[number])
-            member.size = len(pictures[number % len(pictures)])
-            archive.addfile(member, io.BytesIO(pictures[number % len(pictures)]))
+            member.size = len(picture)
+            archive.addfile(member, io.BytesIO(picture))
+            # It would keep all of them.
+            archive.members.clear()
     if form == "parts":
         size = -(-whole.stat().st_size // 4)
         with open(whole, "rb") as stream:

@@ -161,9 +161,8 @@ class _Run:
             with told_to_end() as ended:
                 self.compiled.result()
                 while step < steps and not ended(step):
-                    before = time.monotonic()
-                    batch, position = next(source)
-                    self.waited += time.monotonic() - before
+                    batch, position, idle = source.take(self._computing)
+                    self.waited += idle
                     state, metrics = self.train_step(state, batch)
                     step += 1
                     self._heed_compilation(step)
@@ -185,6 +184,10 @@ class _Run:
             if self.log is not None:
                 self.log.close()
         return step
+
+    def _computing(self) -> bool:
+        # The devices take steps in order: while the newest is not done, they do not wait.
+        return bool(self.pending) and not all(value.is_ready() for value in self.pending[-1][1].values())
 
     def _settle(self, lag: int) -> None:
         # Fetches the metrics of all but the newest `lag` steps.

@@ -2,13 +2,17 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.sharding import Mesh
 
 from jfe_jax.data.packing import ContrastiveBatch
 from jfe_jax.sharding import put_batch
+
+# How often one who waits looks whether the devices still compute, in seconds.
+_LOOK = 0.005
 
 
 class Prefetcher:
@@ -36,12 +40,27 @@ class Prefetcher:
         return self
 
     def __next__(self) -> tuple[ContrastiveBatch, Any]:
-        """Raises what the iterator raised, when its turn comes."""
-        item = self._queue.get()
+        """The next batch and state; raises what the iterator raised, when its turn comes."""
+        return self.take(lambda: False)[:2]
+
+    def take(self, busy: Callable[[], bool]) -> tuple[ContrastiveBatch, Any, float]:
+        """As `next`; also how many seconds the devices had nothing to do for want of it.
+
+        That is less than was waited here if steps were still under way, which `busy` says.
+        """
+        idle_since = None
+        while True:
+            if idle_since is None and not busy():
+                idle_since = time.monotonic()
+            try:
+                item = self._queue.get(timeout=_LOOK if idle_since is None else None)
+                break
+            except queue.Empty:
+                continue
         if isinstance(item, BaseException):
             self._stop.set()
             raise item
-        return item
+        return *item, 0.0 if idle_since is None else time.monotonic() - idle_since
 
     def close(self) -> None:
         """Stops reading and closes the iterator; what was read ahead is dropped."""

@@ -3,6 +3,7 @@
 import pytest
 
 from jfe_jax.bench import mbeir_like
+from jfe_jax.data.archive import find_archives
 from jfe_jax.data.check import check
 
 
@@ -14,6 +15,14 @@ def test_it_is_a_good_mbeir_directory_in_every_form(tmp_path, images):
     assert report.images_opened == len({*named(tmp_path)})
     assert (tmp_path / "mbeir_images").is_dir() == (images == "files")
     assert len(list(tmp_path.glob("mbeir_images.tar.gz*"))) == {"files": 0, "tar": 1, "parts": 4}[images]
+
+
+def test_small_images_are_all_different(tmp_path):
+    mbeir_like.write(tmp_path, 600, images="parts", small=True)
+    report = check(tmp_path, images="all")
+    assert report.defects == [] and report.images_opened == len({*named(tmp_path)}) == len(named(tmp_path))
+    contents = [read() for _, read in find_archives(tmp_path)[0].files()]
+    assert len({*contents}) == len(contents) == report.images_opened
 
 
 def named(path):
