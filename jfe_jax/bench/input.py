@@ -22,6 +22,7 @@ from PIL import Image
 from jfe_jax.bench import mbeir_like
 from jfe_jax.bench.result import Progress, Result, Table, ratios, table
 from jfe_jax.bench.tokenizer import IMAGE_TOKEN, VOCABULARY, paligemma_tokenizer
+from jfe_jax.bench.wait import data_wait
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data.items import Item
 from jfe_jax.data.loader import training_batches
@@ -92,13 +93,15 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
                 done(1)
         for batches in opened:
             batches.close()
+        waits = data_wait(out, Path(folder), progress)
     share = sum(image is not None for image, _ in pairs) / len(pairs)
     return Result(
         tables=[
             _table(RESAMPLERS[one], {side: rates[one, side] for side in sides[one]}, f"torch, {args.workers} workers")
             for one in sides
-        ],
-        packages=["pillow", "cykooz-resizer", "tokenizers", "grain", "transformers", "torch"],
+        ]
+        + [waits],
+        packages=["pillow", "simplejpeg", "cykooz-resizer", "tokenizers", "grain", "jax", "transformers", "torch"],
         method=f"{args.rounds} rounds of {args.items:,} items by turns: median (least to most)",
         checked=f"{compared} items: pixels to 1/255, and ids, equal",
         notes=[

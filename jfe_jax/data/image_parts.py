@@ -2,6 +2,7 @@
 
 import io
 import os
+from array import array
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -43,7 +44,10 @@ class ImagePart:
         """Finds out what is there from a run that was killed."""
         self.writer = ShardWriter(self.staging, self.fingerprint, len(self.ids))
         finished = [self._ids_file(number) for number in range(len(self.writer.finished))]
-        self.written = [one for file in finished for one in np.load(file).tolist()]
+        # Numbers of eight bytes: there are millions.
+        self.written = array("q")
+        for file in finished:
+            self.written.frombytes(np.load(file).tobytes())
         self._new: list[int] = []
         self.writer.before_finish = self._save_ids
 
