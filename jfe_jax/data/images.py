@@ -56,8 +56,10 @@ def _decode(image: "bytes | Path | Stored | np.ndarray", name: str) -> Image.Ima
         return image
     if not isinstance(image, bytes):
         name = str(image)
+    # What is no file says itself what is wrong.
+    content = image.read_bytes() if not isinstance(image, bytes | Path) else image
     try:
-        content = image if isinstance(image, bytes) else image.read_bytes()
+        content = content if isinstance(content, bytes) else content.read_bytes()
         pixels = _plain_jpeg(content)
         if pixels is not None:
             return pixels

@@ -155,6 +155,15 @@ def test_what_is_no_image_is_named(tmp_path):
         images.decode(np.zeros((2, 2), np.float32))
 
 
+def test_an_image_that_is_no_file_says_itself_what_is_wrong():
+    class Gone:
+        def read_bytes(self):
+            raise UserError("a.tar: damaged")
+
+    with pytest.raises(UserError, match=r"^a\.tar: damaged$"):
+        images.decode(Gone())
+
+
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 @pytest.mark.parametrize("factor", [1.2, 4])
 def test_a_decompression_bomb_is_refused(monkeypatch, factor, kind):
