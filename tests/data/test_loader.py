@@ -476,10 +476,11 @@ def test_reader_processes_read_the_same_and_resume_too(make_config, tmp_path):
     script = tmp_path / "read.py"
     script.write_text(
         f"""
-import dataclasses, itertools, json
+import dataclasses, itertools, json, multiprocessing
 import numpy as np
 from jfe_jax.config import from_dict
 from jfe_jax.data.loader import training_batches
+from jfe_jax.errors import UserError
 
 def main():
     cfg = from_dict({json.loads(json.dumps(dataclasses.asdict(cfg) | {"optimizer": {}}))!r})
@@ -499,16 +500,26 @@ def main():
     for one, other in zip(rest, resumed):
         for left, right in zip((*one.packed, *one[1:]), (*other.packed, *other[1:]), strict=True):
             np.testing.assert_array_equal(left, right)
-    resumed.close()
     assert not np.array_equal(first[0].candidate_ids, first[1].candidate_ids)
     print("resumed")
+    readers = multiprocessing.active_children()
+    readers[1].kill()
+    try:
+        for _ in resumed:
+            pass
+    except UserError as error:
+        print(error)
+    resumed.close()
+    print(len(readers), "readers,", len(multiprocessing.active_children()), "left")
 
 if __name__ == "__main__":
     main()
 """
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=400)
-    assert (done.stdout, done.stderr) == ("resumed\n", "")
+    resumed, killed, left = done.stdout.splitlines()
+    assert (resumed, left, done.stderr) == ("resumed", "2 readers, 0 left", "")
+    assert killed.startswith("a reader process ended with status -9; ")
 
 
 def test_leaving_the_iterator_open_ends_the_process_cleanly(make_config, tmp_path):
