@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     if not is_first():
         return
     told = done.index.manifest
-    cut = f"; {retriever.cut_texts} texts were cut" if retriever.cut_texts else ""
+    cut = f"; {told.cut_texts} texts were cut" if told.cut_texts else ""
     kept = f"; {done.kept} of {done.shards} shards were there and are undamaged" if done.kept else ""
     rounded = f"; stored as {told.dtype}: scores are off by {told.score_error:.1e} at most" * (told.dtype != "float32")
     print(f"{told.items} embeddings of width {told.width} in {args.out}{kept}{rounded}{cut}")

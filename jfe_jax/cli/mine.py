@@ -48,21 +48,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compressed mbeir_images.tar.gz are copied into, once (default OUT/mining/images)",
     )
     parser.add_argument("--dtype", default="float16", help="of the pool's embeddings on disk (default float16)")
-    parser.add_argument("--overwrite", action="store_true", help="embed the pools anew, whatever is there")
+    parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items embedded at a time (default 8192)")
+    parser.add_argument("--overwrite", action="store_true", help="embed anew, whatever is there")
 
 
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.cli.progress import bar
     from jfe_jax.data.mbeir import Mbeir
     from jfe_jax.errors import UserError
-    from jfe_jax.retrieval.mine import Settings, mine
-    from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.processes import is_first, join, together
+    from jfe_jax.retrieval.storage import DTYPES
 
     first, colon, last = args.ranks.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
         raise UserError(f"--ranks {args.ranks}: two numbers, as 1:100")
     if args.instruction != "none" and not args.instruction.isdecimal():
         raise UserError(f"--instruction {args.instruction}: a number from 0, or none")
+    if args.dtype not in DTYPES:
+        raise UserError(f"--dtype {args.dtype}: it is {', '.join(DTYPES)}")
+    if args.shard < 1:
+        raise UserError(f"--shard {args.shard}: at least one item")
+    join()
+    from jfe_jax.retrieval.mine import Settings, mine
+    from jfe_jax.retrieval.retriever import Retriever
+
     settings = Settings(
         negatives=args.negatives,
         wrong_modality=args.wrong_modality,
@@ -77,9 +86,10 @@ def run(args: argparse.Namespace) -> None:
         pool=args.pool,
         dtype=args.dtype,
     )
-    mbeir = Mbeir(args.data)
     units = [name.strip() for name in args.units.split(",") if name.strip()]
-    retriever = Retriever.load(args.checkpoint)
+    with together():
+        mbeir = Mbeir(args.data)
+        retriever = Retriever.load(args.checkpoint)
     total = 0
     for mined in mine(
         retriever,
@@ -89,9 +99,12 @@ def run(args: argparse.Namespace) -> None:
         split=args.split,
         units=units,
         images=args.images,
+        shard=args.shard,
         overwrite=args.overwrite,
         progress=bar,
     ):
+        if not is_first():
+            continue
         counts = mined.counts
         kept = counts["wanted_modality"] + counts["wrong_modality"]
         total += kept
@@ -111,4 +124,5 @@ def run(args: argparse.Namespace) -> None:
         ):
             if counts[name]:
                 print(f"warning: {mined.unit}: {counts[name]} {what}")
-    print(f"{total} negatives in {args.out}; prepare it with `jfe data prepare`, train with --data.hard_negatives")
+    if is_first():
+        print(f"{total} negatives in {args.out}; prepare it with `jfe data prepare`, train with --data.hard_negatives")

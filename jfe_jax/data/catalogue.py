@@ -7,6 +7,7 @@ import bisect
 import functools
 import hashlib
 import os
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -157,7 +158,8 @@ def read_catalogue(
     found = {file: np.unique(row[a:b]) for file, a, b in zip(files, bounds, bounds[1:], strict=False)}
     first = first[::-1]
     arrays = {name: values[first] for name, values in arrays.items()}
-    reader = _Reader(files, arrays["files"], np.array(starts)[first], np.array(lengths)[first], parse)
+    places = (np.frombuffer(part, part.typecode)[first] for part in (starts, lengths))
+    reader = _Reader(files, arrays["files"], *places, parse)
     return Catalogue(dids[new], arrays, root, [file.stem for file in files], reader), found
 
 
@@ -199,7 +201,9 @@ class _Columns:
     def finish(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Ids and the other columns, each [N]."""
         self._flush()
-        return np.concatenate(self._chunks), {name: np.array(values) for name, values in self._arrays.items()}
+        dids, self._chunks = np.concatenate(self._chunks), []
+        # The same memory: it is not there twice.
+        return dids, {name: np.frombuffer(values, values.typecode) for name, values in self._arrays.items()}
 
     def _flush(self) -> None:
         self._chunks.append(np.array(self._ids, _STRINGS))
@@ -213,10 +217,9 @@ class _Reader:
         self._files, self._number, self._start, self._length = files, number, start, length
         self._parse = parse
         self._open = [os.open(file, os.O_RDONLY) for file in files]
-
-    def __del__(self):
+        # Not __del__: when Python ends there is no os any more.
         for file in self._open:
-            os.close(file)
+            weakref.finalize(self, os.close, file)
 
     def __call__(self, row: int) -> Candidate:
         number, start = int(self._number[row]), int(self._start[row])

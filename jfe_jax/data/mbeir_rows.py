@@ -200,7 +200,7 @@ def _item_fields(
     if image is not None and not isinstance(image, str):
         problems.append(f"{image_key} is a path or null, not {type(image).__name__}")
         image = None
-    if not (_is_unicode(text) and _is_unicode(image)):
+    if not (is_unicode(text) and is_unicode(image)):
         problems.append(f"{text_key} or {image_key} holds half a character (a lone surrogate)")
         text = image = None
     text = format_string(text) or None
@@ -221,7 +221,7 @@ def _item_fields(
 
 def _id(row: dict, key: str) -> tuple[str | None, str | None]:
     value = row.get(key)
-    if not isinstance(value, str) or len(value.split()) != 1 or value.strip() != value or not _is_unicode(value):
+    if not isinstance(value, str) or len(value.split()) != 1 or value.strip() != value or not is_unicode(value):
         return None, f"{key} is a text without blanks, not {value!r}"
     return value, None
 
@@ -232,12 +232,13 @@ def _ids(row: dict, key: str) -> tuple[tuple[str, ...] | None, str | None]:
         return (), None
     if isinstance(values, list):
         plain = [value.get("did") if isinstance(value, dict) else value for value in values]
-        if all(isinstance(value, str) and value and _is_unicode(value) for value in plain):
+        if all(isinstance(value, str) and value and is_unicode(value) for value in plain):
             return tuple(plain), None
     return None, f"{key} is a list of candidate ids"
 
 
-def _is_unicode(text: str | None) -> bool:
+def is_unicode(text: str | None) -> bool:
+    """Whether a text can be written and tokenized; None can."""
     # JSON can spell a lone surrogate; nothing that writes or tokenizes text takes one.
     if text is None or text.isascii():
         return True

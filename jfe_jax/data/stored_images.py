@@ -17,6 +17,7 @@ import json
 import os
 import re
 import tarfile
+import weakref
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -258,10 +259,9 @@ class _Joined(io.RawIOBase):
         self._files = [os.open(part, os.O_RDONLY) for part in parts]
         self._ends = np.cumsum([os.fstat(file).st_size for file in self._files]).tolist()
         self._at = 0
-
-    def __del__(self):
+        # Not __del__: when Python ends there is no os any more.
         for file in self._files:
-            os.close(file)
+            weakref.finalize(self, os.close, file)
 
     def readable(self) -> bool:
         return True

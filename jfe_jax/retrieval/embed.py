@@ -151,9 +151,10 @@ def _embed_share(retriever: Retriever, source: Source, storage: Storage, progres
             if several and failed.exists():
                 break
             names = source.ids[start:stop]
+            before = retriever.cut_texts
             rows = retriever.encode(source.items(start, stop), names=names, progress=progress)
             require_finite(rows, names, str(retriever.path))
-            storage.write(number, rows)
+            storage.write(number, rows, retriever.cut_texts - before)
     except Exception:
         with contextlib.suppress(OSError):
             if several:

@@ -142,7 +142,7 @@ def ask(
         total = scores(jobs, questions.pools, questions.table)
         with progress("searching, scores", total // jax.process_count()) as tick:
             answers = answer(jobs, questions, *rows, wanted[1].contents, depth=max(depth, 10), kept=kept, progress=tick)
-        error = stores.score_error(stored[0])
+        error, cut = stores.score_error(stored[0]), sum(map(stores.cut_texts, stored))
     units = questions.units
     entries = [unit_results(unit, [one for one in answers if one.unit is unit]) for unit in units]
     results = with_means(entries, questions.protocol)
@@ -162,7 +162,7 @@ def ask(
         "candidates": len(questions.table.candidates),
         "dtype": keep.dtype,
         "score_error": error if keep.dtype != "float32" else 0.0,
-        "warnings": _warnings(retriever, units, answers),
+        "warnings": _warnings(cut, units, answers),
         "seconds": round(time.monotonic() - start, 1),
     }
     return Evaluation(about | results, answers, questions, images)
@@ -267,7 +267,7 @@ def _require_images(jobs: list[Job], images: Images) -> None:
         )
 
 
-def _warnings(retriever: Retriever, asked: list[UnitQueries], answers: list[Answers]) -> list[str]:
+def _warnings(cut: int, asked: list[UnitQueries], answers: list[Answers]) -> list[str]:
     warnings = []
     for unit in asked:
         if unit.unjudged:
@@ -280,6 +280,6 @@ def _warnings(retriever: Retriever, asked: list[UnitQueries], answers: list[Answ
                 f"{one.unit.unit.name}, {one.pool} pool: {one.dangling} qrels point at candidates that are not in the "
                 f"pool ({lost} queries have no other); they count as misses"
             )
-    if retriever.cut_texts:
-        warnings.append(f"{retriever.cut_texts} texts were longer than tokens.max_text_tokens and were cut")
+    if cut:
+        warnings.append(f"{cut} texts were longer than tokens.max_text_tokens and were cut")
     return warnings

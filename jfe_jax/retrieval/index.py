@@ -9,13 +9,13 @@ manifest.json     which checkpoint made it of what, and the checksums
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from jfe_jax.errors import UserError
+from jfe_jax.retrieval.names import Names
 from jfe_jax.retrieval.retriever import Retriever
 from jfe_jax.retrieval.rows import FileRows
 from jfe_jax.retrieval.storage import EMBEDDINGS, SCALES, Shard, Storage, write_json
@@ -57,27 +57,13 @@ class Manifest:
         told = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return cls(**told | {"shards": [Shard(*shard) for shard in told["shards"]]})
 
+    @property
+    def cut_texts(self) -> int:
+        """Texts that were longer than tokens.max_text_tokens, and were cut."""
+        return sum(shard.cut for shard in self.shards)
+
     def write(self, folder: Path) -> None:
         write_json(folder / MANIFEST, dataclasses.asdict(self))
-
-
-class Names(Sequence[str]):
-    """The lines of ids.txt, by number: millions of them take little more memory than the file."""
-
-    def __init__(self, content: bytes):
-        content.decode()
-        self._content = content
-        self._ends = np.flatnonzero(np.frombuffer(content, np.uint8) == ord("\n"))
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, number: int | slice) -> str | list[str]:
-        if isinstance(number, slice):
-            return [self[one] for one in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
-        start = self._ends[number - 1] + 1 if number else 0
-        return self._content[start : self._ends[number]].decode()
 
 
 @dataclass(frozen=True)
@@ -91,7 +77,7 @@ class Index:
 
     path: Path
     manifest: Manifest
-    ids: "Names"
+    ids: Names
     rows: FileRows
 
     @classmethod

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jfe_jax.data.items import Item
+from jfe_jax.data.mbeir_rows import is_unicode
 from jfe_jax.errors import UserError
+from jfe_jax.retrieval.names import NamesRead
 
 _KEYS = ("id", "instruction", "text", "image")
 
@@ -26,18 +28,21 @@ class ItemsFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self.ids: list[str] = []
         self._starts = array("q")
         self._numbers = array("q")
-        digest, seen = hashlib.sha256(), {}
+        digest, names = hashlib.sha256(), NamesRead()
         for number, start, line in _lines(self.path):
             digest.update(line)
             if not line.isspace():
-                self.ids.append(parse_line(line, self.path, number, seen)[0])
+                names.add(parse_line(line, self.path, number)[0])
                 self._starts.append(start)
                 self._numbers.append(number)
+        self.ids = names.finish()
         if not self.ids:
             raise UserError(f"{self.path}: no items")
+        if double := names.double(self.ids):
+            again, first = (self._numbers[place] for place in double)
+            raise _used(self.path, again, self.ids[double[0]], first)
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:
@@ -49,7 +54,7 @@ class ItemsFile:
             items = []
             for place in range(start, stop):
                 stream.seek(self._starts[place])
-                items.append(parse_line(stream.readline(), self.path, self._numbers[place], {})[1])
+                items.append(parse_line(stream.readline(), self.path, self._numbers[place])[1])
         return items
 
 
@@ -63,7 +68,11 @@ def read_items(path: str | Path) -> Iterator[tuple[str, Item]]:
     seen: dict[str, int] = {}
     for number, _, line in _lines(Path(path)):
         if not line.isspace():
-            yield parse_line(line, Path(path), number, seen)
+            name, item = parse_line(line, Path(path), number)
+            if name in seen:
+                raise _used(Path(path), number, name, seen[name])
+            seen[name] = number
+            yield name, item
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
@@ -78,8 +87,12 @@ def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def parse_line(line: bytes, path: Path, number: int, seen: dict[str, int]) -> tuple[str, Item]:
-    """The id and item of a line; `seen` are the ids of the lines before, to which it is added. Raises UserError."""
+def _used(path: Path, number: int, name: str, before: int) -> UserError:
+    return UserError(f"{path}:{number}: id {name!r} was already used in line {before}")
+
+
+def parse_line(line: bytes, path: Path, number: int) -> tuple[str, Item]:
+    """The id and item of a line. Raises UserError."""
     where = f"{path}:{number}"
     try:
         record = json.loads(line.decode())
@@ -94,12 +107,11 @@ def parse_line(line: bytes, path: Path, number: int, seen: dict[str, int]) -> tu
             raise UserError(f"{where}: unknown key {key!r}; the keys are {', '.join(_KEYS)}")
         if value is not None and not isinstance(value, str):
             raise UserError(f"{where}: {key!r} must be a string or null, not {value!r}")
+        if value and not is_unicode(value):
+            raise UserError(f"{where}: {key!r} holds half a character (a lone surrogate)")
     name = record.get("id")
     if not name or "\n" in name or "\r" in name:
         raise UserError(f'{where}: "id" must be a non-empty string of one line')
-    if name in seen:
-        raise UserError(f"{where}: id {name!r} was already used in line {seen[name]}")
-    seen[name] = number
     text, image = record.get("text"), record.get("image")
     if not text and not image:
         raise UserError(f"{where}: {name!r} has neither text nor image; give it one of them")

@@ -64,7 +64,7 @@ def read_jsonl(path: Path, *, instructed: bool = True) -> Questions:
 
 
 def _candidate(line: bytes, file: Path, number: int) -> Candidate:
-    did, item = parse_line(line, file, number, {})
+    did, item = parse_line(line, file, number)
     if item.instruction:
         raise UserError(f"{file}: candidate {did} has an instruction; only queries have one")
     return Candidate(_plain(did, file), item.text or None, item.image, item.modality)

@@ -7,28 +7,35 @@ import contextlib
 import itertools
 import json
 import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
+import jax
 import numpy as np
 
-from jfe_jax.data.mbeir import Mbeir, Unit
-from jfe_jax.data.mbeir_rows import parse_query, read_rows
+from jfe_jax.data.mbeir import Mbeir
 from jfe_jax.data.numbering import image_id
 from jfe_jax.data.stored_images import open_images
 from jfe_jax.errors import UserError
+from jfe_jax.processes import exchange, is_first, together
 from jfe_jax.retrieval.duplicates import Duplicates
+from jfe_jax.retrieval.embed import SHARD, embed
 from jfe_jax.retrieval.mine_pool import Pool, PoolFile
-from jfe_jax.retrieval.negatives import Asked, Settings, check, negatives_of
+from jfe_jax.retrieval.mine_queries import QueryFile
+from jfe_jax.retrieval.negatives import Asked, Searched, Settings, check, choose, search
 from jfe_jax.retrieval.retriever import Retriever
+from jfe_jax.retrieval.rows import Rows
+from jfe_jax.retrieval.storage import write_json
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 
 WORK = "mining"
 _QUERIES = 4096
+# Queries, their embeddings [Q, E], and what was found.
+_Found = tuple[list[Asked], np.ndarray, list[Searched]]
 
 
 @dataclass
@@ -54,38 +61,62 @@ def mine(
     split: str = "train",
     units: Sequence[str] = (),
     images: Path | None = None,
+    shard: int = SHARD,
     overwrite: bool = False,
     progress: Progress,
 ) -> Iterator[Mined]:
     """Writes `out`, an M-BEIR directory like `mbeir` with mined negatives in the queries of a split.
 
-    Everything else there is a link into the source. The pools' embeddings stay in out/mining, so that a killed run goes
-    on, and another window costs only a search.
+    Everything else there is a link into the source. The embeddings of pools and queries stay in out/mining, so that a
+    killed run goes on, and another window costs only a search. Every process of a job calls it: they share the
+    embedding, the search and the choice; what is written is the same.
 
     Args:
       images: where images are read from, or copied to, if they are not unpacked; see stored_images.open_images;
         out/mining/images if not given.
-      overwrite: embed the pools anew, whatever is there.
+      shard: items that are embedded at a time.
+      overwrite: embed anew, whatever is there.
 
     Raises:
       UserError: settings contradict each other, `out` holds something else, a file is wrong, an embedding is not
-        finite.
+        finite; all that files say of themselves before anything is embedded.
     """
-    check(settings)
-    chosen = [mbeir.unit(split, name) for name in units] if units else mbeir.units(split)
-    pools = {unit.name: mbeir.pool_file(split, unit, settings.pool) for unit in chosen}
-    link_all(mbeir.path, out, {mbeir.query_file(split, unit).relative_to(mbeir.path) for unit in chosen})
+    with together():
+        check(settings)
+        chosen = [mbeir.unit(split, name) for name in units] if units else mbeir.units(split)
+        pools = {unit.name: mbeir.pool_file(split, unit, settings.pool) for unit in chosen}
+        if is_first():
+            link_all(mbeir.path, out, {mbeir.query_file(split, unit).relative_to(mbeir.path) for unit in chosen})
     summary = []
-    opened = open_images(mbeir.path, images or out / WORK / "images", lambda: _wanted(mbeir, split, pools), progress)
+    place = images or out / WORK / "images"
+
+    def wanted() -> np.ndarray:
+        return _wanted(mbeir, split, pools)
+
+    with together():
+        found = open_images(mbeir.path, place, wanted, progress) if is_first() else None
+    with together():
+        found = found or open_images(mbeir.path, place, wanted, copies=False)
     for path in dict.fromkeys(pools.values()):
-        file = PoolFile(mbeir, path, opened)
-        with progress(f"embedding {path.stem}", len(file.ids)) as tick:
-            pool = Pool(retriever, file, out / WORK / path.stem, settings.dtype, overwrite, tick)
-        for unit in (one for one in chosen if pools[one.name] == path):
-            mined = _mine_unit(retriever, mbeir, out, settings, split, unit, pool, progress)
-            mined.counts["missing_candidate_image"] = file.missing
-            summary.append(mined)
-            yield mined
+        with together():
+            file = PoolFile(mbeir, path, found)
+            asked = {
+                unit: QueryFile(mbeir, split, unit, file, settings.instruction)
+                for unit in chosen
+                if pools[unit.name] == path
+            }
+        with progress(f"embedding {path.stem}", -(-len(file.ids) // jax.process_count())) as tick:
+            pool = Pool(retriever, file, out / WORK / path.stem, settings.dtype, shard, overwrite, tick)
+        for unit, queries in asked.items():
+            embeddings = _embedded(retriever, queries, out / WORK / "queries", unit.name, shard, overwrite, progress)
+            target = out / queries.path.relative_to(mbeir.path)
+            with progress(f"mining {unit.name}", queries.rows) as tick:
+                counts = _Miner(settings, pool, queries, embeddings, min(shard, _QUERIES)).write(
+                    target, out / WORK / unit.name, tick
+                )
+            counts["missing_candidate_image"] = file.missing
+            summary.append(Mined(unit.name, counts))
+            yield summary[-1]
     told = {
         "checkpoint": str(retriever.path.resolve()),
         "fingerprint": retriever.fingerprint,
@@ -93,7 +124,9 @@ def mine(
         "settings": asdict(settings),
         "units": {one.unit: dict(one.counts) for one in summary},
     }
-    (out / WORK / "mining.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    with together():
+        if is_first():
+            write_json(out / WORK / "mining.json", told)
 
 
 def _wanted(mbeir: Mbeir, split: str, pools: dict[str, Path]) -> np.ndarray:
@@ -132,69 +165,78 @@ def link_all(source: Path, out: Path, written: set[Path]) -> None:
                 link.symlink_to(entry.resolve(), target_is_directory=entry.is_dir())
 
 
-def _mine_unit(
+def _embedded(
     retriever: Retriever,
-    mbeir: Mbeir,
-    out: Path,
-    settings: Settings,
-    split: str,
-    unit: Unit,
-    pool: Pool,
+    queries: QueryFile,
+    folder: Path,
+    name: str,
+    shard: int,
+    overwrite: bool,
     progress: Progress,
-) -> Mined:
-    mined, file = Mined(unit.name), mbeir.query_file(split, unit)
-    right_of = mbeir.qrels(split, unit) if mbeir.qrels_file(split, unit).is_file() else {}
-    target = out / file.relative_to(mbeir.path)
-    part = target.with_name(f"{target.name}.part")
-    lines = sum(1 for _ in read_rows(file))
-    duplicates = Duplicates(settings.image_difference, pool.file.images)
-    with progress(f"mining {unit.name}", lines) as tick, part.open("w", encoding="utf-8", newline="\n") as stream:
-        for rows in _chunks(read_rows(file), _QUERIES):
-            asked = [
-                one
-                for number, (where, row) in enumerate(rows)
-                if (one := _asked(mbeir, where, number, row, pool, right_of, mined.counts)) is not None
-            ]
-            if asked:
-                found = negatives_of(retriever, mbeir, settings, unit, pool, duplicates, asked, mined.counts)
-                for one, negatives in found:
-                    _put(rows[one.number][1], [pool.file.ids[number] for number in negatives])
-            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for _, row in rows)
-            tick(len(rows))
-    os.replace(part, target)
-    return mined
+) -> Rows | None:
+    """Embeddings of what is asked, if anything is."""
+    if not len(queries.numbers):
+        return None
+    place = folder / f"{name}.{queries.digest[:12]}"
+    with progress(f"embedding {name}'s queries", -(-len(queries.numbers) // jax.process_count())) as tick:
+        return embed(retriever, queries, place, shard=shard, overwrite=overwrite, progress=tick).index.rows
 
 
-def _asked(
-    mbeir: Mbeir, where: str, number: int, row: Any, pool: Pool, right_of: dict, counts: Counter[str]
-) -> Asked | None:
-    query, problems = parse_query(row, mbeir.path)
-    if query is None or problems:
-        raise UserError(f"{where}: {problems[0]}")
-    counts["queries"] += 1
-    judged = [did for did, relevance in right_of.get(query.qid, {}).items() if relevance > 0]
-    right = [pool.file.row[did] for did in dict.fromkeys([*query.pos, *judged]) if did in pool.file.row]
-    if not right:
-        counts["no_positive"] += 1
-        return None
-    if query.image is not None and pool.file.images.find(query.image) is None:
-        counts["missing_image"] += 1
-        return None
-    return Asked(number, query, right, pool.file.candidates[right[0]].modality)
+class _Miner:
+    """Mines for one unit, so many rows of its file at a time: all processes search for them, one chooses."""
+
+    def __init__(self, settings: Settings, pool: Pool, queries: QueryFile, embeddings: Rows | None, rows: int):
+        self._settings, self._pool, self._queries, self._embeddings = settings, pool, queries, embeddings
+        self._duplicates = Duplicates(settings.image_difference, pool.file.images)
+        self._counts: Counter[str] = Counter()
+        self._bounds = [(start, min(start + rows, queries.rows)) for start in range(0, queries.rows, rows)]
+
+    def write(self, target: Path, parts: Path, progress: Callable[[int], None]) -> Counter[str]:
+        """Writes the file, of which processes write parts first, and tells what all of them counted."""
+        count, own = jax.process_count(), jax.process_index()
+        for first in range(0, len(self._bounds), count):
+            several = self._bounds[first : first + count]
+            searched = [self._search(*bounds, keep=number == own) for number, bounds in enumerate(several)]
+            with together():
+                if own < len(several):
+                    self._write_part(Path(f"{parts}.{first + own}.part"), *several[own], searched[own])
+            progress(several[-1][1] - several[0][0])
+        with together():
+            if is_first():
+                _join([Path(f"{parts}.{number}.part") for number in range(len(self._bounds))], target)
+        return sum((Counter(counts) for counts in exchange(self._counts)), Counter(self._queries.counts))
+
+    def _search(self, start: int, stop: int, keep: bool) -> _Found | None:
+        first, last = np.searchsorted(self._queries.numbers, [start, stop]).tolist()
+        if first == last:
+            return None
+        asked = self._queries.asked(first, last)
+        embeddings = self._embeddings.read(first, last)[0]
+        found = search(self._settings, self._pool, asked, embeddings)
+        return (asked, embeddings, found) if keep else None
+
+    def _write_part(self, part: Path, start: int, stop: int, searched: _Found | None) -> None:
+        rows = self._queries.decoded(start, stop)
+        if searched is not None:
+            chosen = choose(self._settings, self._pool, self._duplicates, *searched, self._counts)
+            for one, negatives in chosen:
+                _put(rows[one.number - start], [self._pool.file.ids[position] for position in negatives])
+        with part.open("w", encoding="utf-8", newline="\n") as stream:
+            stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _join(parts: list[Path], target: Path) -> None:
+    whole = target.with_name(f"{target.name}.part")
+    with whole.open("wb") as stream:
+        for part in parts:
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, stream)
+    os.replace(whole, target)
+    for part in parts:
+        part.unlink()
 
 
 def _put(row: dict, dids: list[str]) -> None:
     """Sets the row's list, spelt as its list of right ones is."""
     objects = any(isinstance(one, dict) for one in row.get("pos_cand_list") or ())
     row["neg_cand_list"] = [{"did": did} for did in dids] if objects else dids
-
-
-def _chunks(rows: Iterable, size: int) -> Iterator[list]:
-    chunk = []
-    for row in rows:
-        chunk.append(row)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk

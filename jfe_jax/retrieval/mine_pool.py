@@ -3,14 +3,16 @@
 Axes: N candidates, E embedding, Q queries.
 """
 
-import hashlib
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jfe_jax.data.catalogue import Catalogue, read_catalogue
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import MODALITIES, Candidate, Mbeir
+from jfe_jax.data.numbering import image_id
 from jfe_jax.data.stored_images import Images, opened
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.embed import embed
@@ -20,45 +22,78 @@ from jfe_jax.retrieval.search import Searcher
 
 
 class PoolFile:
-    """The candidates of a pool file, by modality and id: what `embed` takes.
+    """The candidates of a pool file, by modality and id: what `embed` takes. Rows are read when asked for.
+
+    A candidate takes some 60 bytes.
 
     Attributes:
       images: where the images are.
-      candidates: N; those whose image is missing are left out, and counted in `missing`.
-      row: candidate id → position.
+      missing: how many candidates are left out, as their image is missing.
       ranges: modality → first position and the one after the last.
+      path, ids, digest: as embed.Source.
 
     Raises:
-      UserError: a row is wrong, or there is no candidate with its image.
+      UserError: a row is wrong, two rows give one id to different candidates, or there is none with its image.
     """
 
     def __init__(self, mbeir: Mbeir, path: Path, images: Images):
-        self.path, self.images = path, images
-        there: dict[str, Candidate] = {}
-        self.missing = 0
-        for candidate in mbeir.candidates(path):
-            if candidate.image is not None and images.find(candidate.image) is None:
-                self.missing += 1
-            else:
-                there[candidate.did] = candidate
-        if not there:
+        self.path, self.images, lost = path, images, array("q")
+
+        def parse(line: bytes, file: Path, number: int) -> Candidate:
+            one = mbeir.candidate(line, file, number)
+            # Number 0: read again.
+            if number and one.image is not None and images.find(one.image) is None:
+                lost.append(image_id(one.image, mbeir.path))
+            return one
+
+        self._table, _ = read_catalogue([path], parse, mbeir.path)
+        there = ~np.isin(self._table.images, np.array(lost, np.int64))
+        self.missing = int(len(there) - there.sum())
+        if not there.any():
             raise UserError(f"{path}: no candidate ({self.missing} have an image that is missing)")
-        self.candidates = sorted(there.values(), key=lambda one: (MODALITIES.index(one.modality), one.did))
-        self.ids = [one.did for one in self.candidates]
-        self.row = {did: number for number, did in enumerate(self.ids)}
-        of = np.array([MODALITIES.index(one.modality) for one in self.candidates])
-        bounds = np.searchsorted(of, np.arange(len(MODALITIES) + 1))
+        # Rising ids, those of one modality together.
+        rows = np.flatnonzero(there)[::-1].astype(np.int32)
+        self._rows = rows[np.argsort(self._table.modalities[rows], kind="stable")]
+        self._positions = np.full(len(there), -1, np.int32)
+        self._positions[self._rows] = np.arange(len(self._rows), dtype=np.int32)
+        bounds = np.searchsorted(self._table.modalities[self._rows], np.arange(len(MODALITIES) + 1))
         self.ranges = {
             name: (int(start), int(stop))
             for name, start, stop in zip(MODALITIES, bounds[:-1], bounds[1:], strict=True)
             if start < stop
         }
-        told = repr([(one.did, one.text, str(one.image)) for one in self.candidates])
-        self.digest = hashlib.sha256(told.encode()).hexdigest()
+        self.ids, self.digest = _Ids(self._table, self._rows), self._table.digest(self._rows)
+
+    def find(self, did: str) -> int:
+        """Where the candidate of that id stands; -1 if there is none."""
+        row = self._table.row(did)
+        return int(self._positions[row]) if row >= 0 else -1
+
+    def candidate(self, position: int) -> Candidate:
+        """A candidate."""
+        return self._table[self._rows[position]]
+
+    def modality(self, position: int) -> str:
+        """One of MODALITIES."""
+        return self._table.modality(self._rows[position])
 
     def items(self, start: int, stop: int) -> list[Item]:
         """As embed.Source."""
-        return [opened(one.item(), self.images) for one in self.candidates[start:stop]]
+        stop = min(stop, len(self._rows))
+        return [opened(self.candidate(position).item(), self.images) for position in range(start, stop)]
+
+
+class _Ids(Sequence[str]):
+    def __init__(self, table: Catalogue, rows: np.ndarray):
+        self._table, self._rows = table, rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, position: int | slice) -> str | list[str]:
+        if isinstance(position, slice):
+            return self._table.dids(self._rows[position]).tolist()
+        return self._table.did(self._rows[position])
 
 
 class Pool:
@@ -66,7 +101,7 @@ class Pool:
 
     Args:
       file: its candidates.
-      out: where the index is, or is made; `dtype` and `overwrite` as for `embed`.
+      out: where the index is, or is made; `dtype`, `shard` and `overwrite` as for `embed`.
     """
 
     def __init__(
@@ -75,16 +110,17 @@ class Pool:
         file: PoolFile,
         out: Path,
         dtype: str,
+        shard: int,
         overwrite: bool,
         progress: Callable[[int], None] | None,
     ):
         self.file = file
-        done = embed(retriever, file, out, dtype=dtype, overwrite=overwrite, progress=progress)
+        done = embed(retriever, file, out, dtype=dtype, shard=shard, overwrite=overwrite, progress=progress)
         self.rows: Rows = done.index.rows
         self._searchers: dict[str, Searcher] = {}
 
     def best(self, queries: np.ndarray, k: int, modalities: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and positions [Q, up to k] of the best candidates of these modalities, together."""
+        """Scores and positions [Q, up to k] of the best candidates of these modalities, together; all processes ask."""
         scores, rows = [np.zeros((len(queries), 0), np.float32)], [np.zeros((len(queries), 0), np.int64)]
         for name in modalities:
             if name not in self.file.ranges:

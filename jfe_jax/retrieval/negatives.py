@@ -13,15 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jfe_jax.data.items import Item
-from jfe_jax.data.mbeir import MODALITIES, Mbeir, Query, Unit
-from jfe_jax.data.stored_images import opened
+from jfe_jax.data.mbeir import MODALITIES
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.duplicates import Duplicates
 from jfe_jax.retrieval.mine_pool import Pool
-from jfe_jax.retrieval.retriever import Retriever
 from jfe_jax.retrieval.scoring import exact_scores
-from jfe_jax.retrieval.search import require_finite
 
 # A picture that is the same is near, however it was encoded: images further apart are not compared.
 _COMPARED_FROM = 0.7
@@ -72,31 +68,30 @@ def check(settings: Settings) -> None:
 
 
 class Asked(NamedTuple):
-    """A query to mine for: its row number in the file, itself, its right candidates in the pool, what it wants."""
+    """A query to mine for: its row number in the file, its id, its right candidates in the pool, what it wants."""
 
     number: int
-    query: Query
+    qid: str
     right: list[int]
     wanted: str
 
 
-def negatives_of(
-    retriever: Retriever,
-    mbeir: Mbeir,
-    settings: Settings,
-    unit: Unit,
-    pool: Pool,
-    duplicates: Duplicates,
-    asked: list[Asked],
-    counts: Counter[str],
-) -> Iterator[tuple[Asked, list[int]]]:
-    """Each query with its negatives' positions in the pool."""
-    names = [f"query {one.query.qid}" for one in asked]
-    embeddings = retriever.encode(
-        [opened(_item(mbeir, settings, unit, one), pool.file.images) for one in asked], names=names
-    )
-    require_finite(embeddings, names, str(retriever.path))
+class Searched(NamedTuple):
+    """What was found for the queries `here` of those asked, which want the same modality.
+
+    Attributes:
+      found: of candidates of the wanted modality, and of the others: scores and positions [len(here), K], how many of
+        them are wanted, and what those are counted as.
+    """
+
+    here: list[int]
+    found: list[tuple[tuple[np.ndarray, np.ndarray], int, str]]
+
+
+def search(settings: Settings, pool: Pool, asked: list[Asked], embeddings: np.ndarray) -> list[Searched]:
+    """The best candidates of the queries, float [Q, E]. Of several processes every one calls it, with the same."""
     depth = settings.last_rank + max(len(one.right) for one in asked)
+    searched = []
     for wanted in dict.fromkeys(one.wanted for one in asked):
         here = [number for number, one in enumerate(asked) if one.wanted == wanted]
         others = tuple(name for name in MODALITIES if name != wanted)
@@ -108,6 +103,21 @@ def negatives_of(
             )
             if most
         ]
+        searched.append(Searched(here, found))
+    return searched
+
+
+def choose(
+    settings: Settings,
+    pool: Pool,
+    duplicates: Duplicates,
+    asked: list[Asked],
+    embeddings: np.ndarray,
+    searched: list[Searched],
+    counts: Counter[str],
+) -> Iterator[tuple[Asked, list[int]]]:
+    """Each query with its negatives' positions in the pool."""
+    for here, found in searched:
         best_right = _best_right(embeddings[here], pool, [asked[number].right for number in here])
         for place, number in enumerate(here):
             choice = _Choice(settings, pool, duplicates, asked[number], float(best_right[place]), counts)
@@ -118,17 +128,6 @@ def negatives_of(
                 chosen += taken
             counts["short"] += len(chosen) < settings.negatives
             yield asked[number], chosen
-
-
-def _item(mbeir: Mbeir, settings: Settings, unit: Unit, one: Asked) -> Item:
-    if settings.instruction is None:
-        return one.query.item()
-    # A file that mixes data sets has its queries' own in their ids.
-    of = unit.dataset if unit.task is not None else one.query.qid.partition(":")[0]
-    prompts = mbeir.instructions(of, one.query.modality, one.wanted, required=False)
-    if prompts and settings.instruction >= len(prompts):
-        raise UserError(f"{unit.name}: no instruction {settings.instruction}; there are {len(prompts)}, from 0")
-    return one.query.item(prompts[settings.instruction] if prompts else None)
 
 
 def _best_right(embeddings: np.ndarray, pool: Pool, right: list[list[int]]) -> np.ndarray:
@@ -161,7 +160,7 @@ class _Choice:
         settings = self._settings
         window = np.flatnonzero(~np.isin(rows, self._asked.right))[settings.first_rank - 1 : settings.last_rank]
         if settings.pick == "random":
-            digits = [ord(letter) for letter in self._asked.query.qid]
+            digits = [ord(letter) for letter in self._asked.qid]
             window = np.random.default_rng([settings.seed, *digits]).permutation(window)
         taken: list[int] = []
         # As many at a time as are still wanted: hardly any is read in vain.
@@ -176,7 +175,7 @@ class _Choice:
 
     def _left_out(self, scores: np.ndarray, rows: np.ndarray) -> Iterator[str | None]:
         """Why each of the candidates [K] is none, or None."""
-        settings, candidates = self._settings, self._pool.file.candidates
+        settings, candidate = self._settings, self._pool.file.candidate
         high = scores > (np.inf if settings.margin is None else self._best_right - settings.margin)
         nearness = iter(self._pool.rows.take(rows[~high]) @ self._right_rows.T)
         for row, above in zip(rows.tolist(), high.tolist(), strict=True):
@@ -188,5 +187,5 @@ class _Choice:
                 yield "near"
                 continue
             close = [number for number, how in zip(self._asked.right, near, strict=True) if how >= _COMPARED_FROM]
-            same = any(self._duplicates.same(candidates[row], candidates[one]) for one in close)
+            same = any(self._duplicates.same(candidate(row), candidate(one)) for one in close)
             yield "same" if same else None

@@ -34,6 +34,7 @@ class Shard(NamedTuple):
       norm: the length of its longest row as stored.
       error: the longest difference between a row and what is stored of it: so much can its score with a query of
         length 1 be off.
+      cut: how many of its texts were cut.
     """
 
     start: int
@@ -41,6 +42,7 @@ class Shard(NamedTuple):
     sha256: str
     norm: float
     error: float
+    cut: int = 0
 
 
 def encode(rows: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray | None]:
@@ -121,8 +123,8 @@ class Storage:
         same = (shard.start, shard.stop) == self.bounds(number) and self._checksum(shard, ".part") == shard.sha256
         return shard if same else None
 
-    def write(self, number: int, rows: np.ndarray) -> Shard:
-        """Writes a shard's rows, float32 [n, E]."""
+    def write(self, number: int, rows: np.ndarray, cut: int = 0) -> Shard:
+        """Writes a shard's rows, float32 [n, E]; `cut` as Shard has it."""
         start, stop = self.bounds(number)
         stored, scales = encode(rows, self.plan["dtype"])
         decoded = decode(stored, scales)
@@ -133,7 +135,7 @@ class Storage:
         digest = hashlib.sha256(np.ascontiguousarray(stored))
         if scales is not None:
             digest.update(scales)
-        shard = Shard(start, stop, digest.hexdigest(), norm, error)
+        shard = Shard(start, stop, digest.hexdigest(), norm, error, cut)
         write_json(self.folder / SHARDS / f"{number}.json", shard._asdict())
         return shard
 

@@ -146,6 +146,15 @@ class Stores:
         """No score of these with a query of length 1 is further from that of the unrounded rows."""
         return max((self.indices[number].manifest.score_error for number in np.unique(stored.index)), default=0.0)
 
+    def cut_texts(self, stored: Stored) -> int:
+        """Texts that were cut, in the shards that hold any of these."""
+        total = 0
+        for number in np.unique(stored.index):
+            told = self.indices[number].manifest
+            shards = np.unique(stored.row[stored.index == number] // told.shard)
+            total += sum(told.shards[shard].cut for shard in shards)
+        return total
+
     def _claim(self, overwrite: bool) -> None:
         mine = {
             "fingerprint": self._retriever.fingerprint,

@@ -10,6 +10,7 @@ from jfe_jax.errors import UserError
 from jfe_jax.retrieval.embed import embed
 from jfe_jax.retrieval.index import Index
 from jfe_jax.retrieval.items_file import ItemsFile, read_items
+from jfe_jax.retrieval.names import NamesRead
 from jfe_jax.retrieval.search import search
 from tests.retrieval.tiny import picture, tiny_retriever
 
@@ -62,7 +63,7 @@ def test_an_index_opens_with_its_items_in_order(retriever, source, expected, tmp
     assert [item for _, item in read_items(source.path)] == source.items(0, 11)
     done = embed(retriever, source, tmp_path / "index", shard=4)
     index = Index.open(tmp_path / "index")
-    assert list(index.ids) == source.ids and index.ids[2] == "both" and index.embeddings.dtype == np.float32
+    assert list(index.ids) == list(source.ids) and index.ids[2] == "both" and index.embeddings.dtype == np.float32
     np.testing.assert_allclose(index.embeddings, expected, atol=1e-5)
     assert (done.shards, done.kept, index.manifest.step) == (3, 0, 0)
     assert index.manifest.fingerprint == retriever.fingerprint
@@ -91,6 +92,24 @@ def test_a_killed_run_goes_on_and_finished_shards_are_verified(retriever, source
     # Once finished, nothing is done again.
     done.clear()
     assert embed(retriever, source, tmp_path, shard=3).kept == 4 and not done
+
+
+def test_cut_texts_of_a_killed_run_are_counted_too(retriever, tmp_path, monkeypatch):
+    long = {"text": "word " * 100}
+    source = ItemsFile(
+        items_file(tmp_path, *({"id": str(n)} | (long if n in (0, 2, 7) else {"text": "x"}) for n in range(8)))
+    )
+    with monkeypatch.context() as patch:
+        kill_after(retriever, patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            embed(retriever, source, tmp_path / "out", shard=4)
+    manifest = embed(retriever, source, tmp_path / "out", shard=4).index.manifest
+    assert manifest.cut_texts == 3 and [shard.cut for shard in manifest.shards] == [2, 1]
+    # As written before they were counted.
+    told = json.loads((tmp_path / "out/manifest.json").read_text())
+    told["shards"] = [shard[:5] for shard in told["shards"]]
+    (tmp_path / "out/manifest.json").write_text(json.dumps(told))
+    assert Index.open(tmp_path / "out").manifest.cut_texts == 0
 
 
 def test_killed_between_the_last_row_and_the_manifest(retriever, source, expected, tmp_path, monkeypatch):
@@ -172,6 +191,7 @@ def test_a_diverged_model_writes_nothing_more(retriever, source, tmp_path, monke
         ({"id": "a", "text": "x"}, "id 'a' was already used in line 1"),
         ({"id": "b", "instruction": "find it"}, "'b' has neither text nor image"),
         ({"id": "b", "image": "none.png"}, "no image .*none.png"),
+        ('{"id": "b\\ud800", "text": "x"}', "'id' holds half a character"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, row, problem):
@@ -179,6 +199,16 @@ def test_a_bad_line_is_named(tmp_path, row, problem):
     for read in (ItemsFile, lambda file: list(read_items(file))):
         with pytest.raises(UserError, match=rf"items\.jsonl:3: {problem}"):
             read(file)
+
+
+def test_names_with_one_hash_are_compared(monkeypatch):
+    monkeypatch.setattr("jfe_jax.retrieval.names.hash", lambda name: 7, raising=False)
+    read = NamesRead()
+    for name in ("a", "ü", "", "b", "ü", "a"):
+        read.add(name)
+    names = read.finish()
+    assert list(names) == ["a", "ü", "", "b", "ü", "a"] and names[1:3] == ["ü", ""] and names[-1] == "a"
+    assert read.double(names) == (4, 1)
 
 
 def test_no_file_and_no_items(tmp_path):

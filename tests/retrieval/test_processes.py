@@ -67,3 +67,32 @@ def test_two_processes_give_what_one_gives(shapes_retriever, mbeir_path, tmp_pat
         np.testing.assert_allclose(np.array(lines[4::6], float), answers.scores.reshape(-1), atol=1e-5)
     told = json.loads((tmp_path / "eval/results.json").read_text())
     assert told["units"]["shapes_task7"]["pools"]["global"]["size"] == alone.answers[1].pool_size
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_two_processes_mine_what_one_mines(shapes_retriever, mbeir_path, tmp_path):
+    run = str(save(shapes_retriever, tmp_path / "shapes"))
+    # Of six queries each of two processes has three, and more candidates than one shard.
+    words = ["--pool", "global", "--units", "shapes_task7", "--wrong-modality", "2", "--near", "0", "--shard", "3"]
+    program = "import sys; from jfe_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    told = []
+    for processes in ("1", "2"):
+        command = [sys.executable, "launch/local.py", "--processes", processes, "--", sys.executable, "-c", program]
+        command += ["mine", "--checkpoint", run, "--data", str(mbeir_path), "--out", str(tmp_path / processes), *words]
+        done = subprocess.run(
+            command,
+            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        told.append([line for line in done.stdout.splitlines() if "48 negatives" in line])
+    assert told[0][0] == told[1][0] and [len(one) for one in told] == [2, 2], "one process speaks"
+    files = [tmp_path / number / "query/train/mbeir_shapes_task7_train.jsonl" for number in ("1", "2")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert all(len(json.loads(line)["neg_cand_list"]) == 8 for line in files[0].read_text().splitlines())
+    counts = [json.loads((tmp_path / number / "mining/mining.json").read_text())["units"] for number in ("1", "2")]
+    assert counts[0] == counts[1] and counts[0]["shapes_task7"]["wrong_modality"] == 12
+    assert not list((tmp_path / "2").rglob("*.part")), "nothing half-written is left"
