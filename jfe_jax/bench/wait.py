@@ -15,7 +15,7 @@ from jfe_jax.bench.result import Progress, Table, table
 from jfe_jax.data.tokens import train_tokenizer
 
 # Geometry → steps, and what a step takes: pairs, rows, their tokens, image slots. Images are 56 pixels and 224.
-RUNS = {"tiny": (40, 64, 16, 640, 96), "30m": (8, 4, 2, 1280, 8)}
+RUNS = {"tiny": (40, 64, 16, 640, 96), "30m": (4, 4, 2, 1280, 8)}
 # Lines of the log for each run; the first is of fewer steps and is left out.
 _LINES = 4
 

@@ -14,7 +14,8 @@ class Gated:
         self.gate = threading.Event()
 
     def __iter__(self):
-        self.gate.wait()
+        # A test that goes wrong is to fail, not to hang.
+        self.gate.wait(20)
         yield "batch"
         raise RuntimeError("broken")
 
