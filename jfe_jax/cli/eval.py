@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items embedded at a time (default 8192)")
     parser.add_argument("--overwrite", action="store_true", help="embed and search anew, whatever is there")
     parser.add_argument(
-        "--depth", type=int, default=50, metavar="K", help="results a query in the run files (default 50)"
+        "--depth", type=int, default=50, metavar="K", help="results a query in the run files, at least 10 (default 50)"
     )
 
 
@@ -62,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: it is {', '.join(DTYPES)}")
+    if args.depth < 10:
+        raise UserError(f"--depth {args.depth}: at least 10, as the figures need")
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     join()

@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> None:
     from jfe_jax.retrieval.retriever import Retriever
 
     index = Index.open(folder)
-    retriever = Retriever.load(args.checkpoint or index.manifest.checkpoint)
+    maker = index.manifest.checkpoint
+    if not args.checkpoint and not Path(maker).is_dir():
+        raise UserError(f"{folder}: was made by {maker}, which is not there; say where it is with --checkpoint")
+    retriever = Retriever.load(args.checkpoint or maker)
     index.require_made_by(retriever)
     item = Item(text=args.text, image=args.image, instruction=args.instruction)
     query = retriever.encode([item], names=["the query"])

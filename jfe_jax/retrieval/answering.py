@@ -26,7 +26,10 @@ from jfe_jax.retrieval.search import Found, Searcher
 from jfe_jax.retrieval.storage import decode
 from jfe_jax.retrieval.stores import StoredRows
 
-# On the CPU, pools up to so many bytes stay in memory from one unit to the next; larger ones are read for each.
+# On the CPU, pools up to so many bytes stay in memory from one unit to the next; larger ones are read for each, which
+# takes no longer.
+_RESIDENT = 128 << 20
+# Candidates that are read for each query apart are kept, decoded, up to so many bytes.
 _IN_MEMORY = 1 << 30
 # Bytes of the queries that are asked together.
 _QUERY_BYTES = 256 << 20
@@ -176,7 +179,7 @@ class _Search:
         if self._searcher is None:
             size = len(self._rows) * self._candidates.row_bytes
             on_cpu = jax.local_devices()[0].platform == "cpu"
-            self._searcher = Searcher(self._candidates, resident=size <= _IN_MEMORY if on_cpu else None)
+            self._searcher = Searcher(self._candidates, resident=size <= _RESIDENT if on_cpu else None)
         queries = self._queries[numbers]
         step = max(1, _QUERY_BYTES // queries.row_bytes)
         parts = []

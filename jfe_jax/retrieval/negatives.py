@@ -6,6 +6,7 @@ left out if they show and say the same as a right one, lie too near to one, or s
 Axes: Q queries, E embedding, K candidates of a query.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -63,6 +64,10 @@ def check(settings: Settings) -> None:
         raise UserError(f"{settings.wrong_modality} negatives of the wrong modality: 0 to {settings.negatives}")
     if not 1 <= settings.first_rank <= settings.last_rank:
         raise UserError(f"ranks {settings.first_rank} to {settings.last_rank}: they rise, from 1")
+    if not 0 <= settings.near <= 1:
+        raise UserError(f"near {settings.near}: from 0, where nothing is a duplicate by it, to 1")
+    if settings.margin is not None and not math.isfinite(settings.margin):
+        raise UserError(f"margin {settings.margin}: a number")
     if settings.pick not in ("top", "random"):
         raise UserError(f"pick {settings.pick}: top or random")
 

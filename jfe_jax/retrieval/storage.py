@@ -83,7 +83,11 @@ class Storage:
     def begin(self) -> None:
         """Makes the files, or finds those of the same plan; one process calls it, before any other does anything."""
         file = self.folder / PLAN
-        if file.exists() and json.loads(file.read_text(encoding="utf-8")) != self.plan:
+        try:
+            same = not file.exists() or json.loads(file.read_text(encoding="utf-8")) == self.plan
+        except ValueError as error:
+            raise UserError(f"{file}: damaged ({error}); begin anew with --overwrite") from error
+        if not same:
             raise UserError(
                 f"{self.folder}: holds the unfinished embeddings of another checkpoint, other items or other settings; "
                 "take another --out, or begin anew with --overwrite"

@@ -164,7 +164,9 @@ class Stores:
         }
         try:
             told = json.loads((self.folder / CHECKPOINT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            told = {name: told[name] for name in mine}
+        except (OSError, ValueError, KeyError, TypeError):
+            # Each index says itself which checkpoint made it.
             told = mine
         if told["fingerprint"] != mine["fingerprint"] and not overwrite:
             raise UserError(

@@ -125,6 +125,10 @@ def test_search_refuses_what_it_cannot_answer(index, runs, tmp_path, capsys):
     assert "between 0 and 1" in failed(capsys, "search", "--index", index, "--text", "x", "--device-approx", 2)
     other = failed(capsys, "search", "--index", index, "--text", "x", "--checkpoint", runs[1])
     assert "embed it again" in other
+    moved = shutil.copytree(index, tmp_path / "moved")
+    told = json.loads((moved / "manifest.json").read_text()) | {"checkpoint": str(tmp_path / "gone")}
+    (moved / "manifest.json").write_text(json.dumps(told))
+    assert "gone, which is not there; say where it is" in failed(capsys, "search", "--index", moved, "--text", "x")
 
 
 def test_embed_names_a_bad_line_and_a_missing_checkpoint(runs, items, tmp_path, capsys):
@@ -192,6 +196,7 @@ def test_eval_refuses_unknown_names(mbeir, runs, tmp_path, capsys):
     words = ("eval", "--checkpoint", runs[0], "--out", tmp_path, "--data")
     assert "--pool union" in failed(capsys, *words, mbeir, "--pool", "union")
     assert "--dtype half: it is float32" in failed(capsys, *words, mbeir, "--dtype", "half")
+    assert "--depth 0: at least 10" in failed(capsys, *words, mbeir, "--depth", 0)
     assert "--instruction two" in failed(capsys, *words, mbeir, "--instruction", "two")
     assert "no M-BEIR directory" in failed(capsys, *words, tmp_path / "none")
 

@@ -130,6 +130,11 @@ def test_embeddings_of_two_checkpoints_are_never_mixed(retriever, source, tmp_pa
             embed(retriever, source, tmp_path / "index", shard=4)
     with pytest.raises(UserError, match="unfinished embeddings of another checkpoint"):
         embed(other, source, tmp_path / "index", shard=4)
+    plan = (tmp_path / "index/plan.json").read_text()
+    (tmp_path / "index/plan.json").write_text(plan[:20])
+    with pytest.raises(UserError, match=r"plan\.json: damaged .*begin anew with --overwrite"):
+        embed(retriever, source, tmp_path / "index", shard=4)
+    (tmp_path / "index/plan.json").write_text(plan)
     embed(retriever, source, tmp_path / "index", shard=4)
     with pytest.raises(UserError, match="holds an index of another fingerprint"):
         embed(other, source, tmp_path / "index", shard=4)

@@ -120,7 +120,7 @@ def test_other_items_are_embedded_and_another_checkpoint_is_refused(shapes_retri
     other = random_retriever(config, tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"holds embeddings of .*model step 0 .*, not of .*other step 1 .*--overwrite"):
         ask(other, path, keep)
-    (tmp_path / "out/embeddings/checkpoint.json").unlink()
+    (tmp_path / "out/embeddings/checkpoint.json").write_text("{}")
     with pytest.raises(UserError, match=r"made by .*model step 0"):
         ask(other, path, keep)
     anew = ask(other, path, Keep(folder=tmp_path / "out", overwrite=True))[0]

@@ -171,6 +171,8 @@ def test_what_cannot_be_mined_is_counted(shapes_retriever, data, tmp_path):
         ({"negatives": 2, "wrong_modality": 3}, "0 to 2"),
         ({"first_rank": 5, "last_rank": 4}, "they rise"),
         ({"pick": "best"}, "top or random"),
+        ({"near": 1.5}, "near 1.5: from 0"),
+        ({"margin": float("nan")}, "margin nan: a number"),
         ({"instruction": 9}, "no instruction 9"),
     ],
 )
