@@ -1,6 +1,8 @@
-"""Sums over all pairs of queries and candidates, a tile of rows at a time, so that no [I, J] array is ever whole.
+"""Sums over all pairs of queries and candidates, a tile of queries at a time, so that no [J, I] array is ever whole.
 
-Axes: I queries of this device, J candidates of everybody, T queries of a tile, P right answers, E embedding.
+Axes: I queries of this device, J candidates of everybody, T queries of a tile, P right answers, E embedding. A tile's
+logits are [J, T]: its product with all candidates then needs no transposed copy of them, which on the CPU took longer
+than half of the product.
 
 Each function is differentiated by hand: the backward pass makes a tile's logits again and needs nothing of the forward
 pass but its results, and the logits of as many rows as may be kept. Beside those, memory is a tile's, whatever I and J.
@@ -81,19 +83,18 @@ def log_sums(
 
 
 def _log_sums_forward(settings: Settings, queries, candidates, scale, rows, columns):
-    def tile(keep, carry, queries, rows):
-        logits = scale * _products(queries, candidates)
-        negative = jnp.where(_negatives(settings, rows, columns), logits, -jnp.inf)
-        highest, log_sum = _log_sum(negative, 1)
+    def tile(carry, logits):
+        highest, log_sum = _log_sum(logits, 0)
         if settings.columns:
             most, total = carry
-            now = jnp.maximum(most, jnp.max(negative, axis=0))
-            carry = (now, total * jnp.exp(most - _finite(now)) + jnp.sum(jnp.exp(negative - _finite(now)), axis=0))
-        return carry, (log_sum, highest), logits if keep else None
+            now = jnp.maximum(most, jnp.max(logits, axis=1))
+            added = jnp.sum(jnp.exp(logits - _finite(now)[:, None]), axis=1)
+            carry = (now, total * jnp.exp(most - _finite(now)) + added)
+        return carry, (log_sum, highest)
 
     empty = _varying(settings, jnp.full(len(candidates) if settings.columns else 0, -jnp.inf))
-    (most, total), (log_sum, highest), kept = _keeping(
-        settings, tile, (empty, jnp.zeros_like(empty)), len(candidates), queries, rows
+    (most, total), (log_sum, highest), kept = _forward(
+        settings, tile, (empty, jnp.zeros_like(empty)), queries, candidates, scale, rows, columns
     )
     column_sums = jnp.where(total > 0, jnp.log(jnp.where(total > 0, total, 1.0)) + most, -jnp.inf)
     return (log_sum, column_sums, highest), (queries, candidates, scale, rows, columns, log_sum, column_sums, kept)
@@ -103,14 +104,13 @@ def _log_sums_backward(settings: Settings, saved, cotangents):
     queries, candidates, scale, rows, columns, log_sum, column_sums, kept = saved
     to_rows, to_columns, _ = cotangents
 
-    def weights(logits, rows, log_sum, to_rows):
-        negative = jnp.where(_negatives(settings, rows, columns), logits, -jnp.inf)
-        given = to_rows[:, None] * jnp.exp(negative - _finite(log_sum)[:, None])
+    def weights(logits, log_sum, to_rows):
+        given = to_rows * jnp.exp(logits - _finite(log_sum))
         if settings.columns:
-            given += to_columns * jnp.exp(negative - _finite(column_sums))
+            given += to_columns[:, None] * jnp.exp(logits - _finite(column_sums)[:, None])
         return given
 
-    return _products_backward(settings, weights, queries, candidates, scale, kept, rows, log_sum, to_rows)[:5]
+    return _backward(settings, weights, queries, candidates, scale, rows, columns, kept, log_sum, to_rows)[:5]
 
 
 log_sums.defvjp(_log_sums_forward, _log_sums_backward)
@@ -137,110 +137,116 @@ def softplus_sums(
 
 
 def _softplus_sums_forward(settings: Settings, queries, candidates, scale, bias, rows, columns):
-    def tile(keep, carry, queries, rows):
-        logits = scale * _products(queries, candidates)
-        negative = _negatives(settings, rows, columns)
-        total = jnp.sum(jnp.where(negative, jax.nn.softplus(logits + bias), 0.0), axis=1)
-        highest = jnp.max(jnp.where(negative, logits, -jnp.inf), axis=1)
-        return carry, (total, highest), logits if keep else None
+    def tile(carry, logits):
+        return carry, (jnp.sum(jax.nn.softplus(logits + bias), axis=0), jnp.max(logits, axis=0))
 
-    _, (total, highest), kept = _keeping(settings, tile, (), len(candidates), queries, rows)
+    _, (total, highest), kept = _forward(settings, tile, (), queries, candidates, scale, rows, columns)
     return (total, highest), (queries, candidates, scale, bias, rows, columns, kept)
 
 
 def _softplus_sums_backward(settings: Settings, saved, cotangents):
     queries, candidates, scale, bias, rows, columns, kept = saved
 
-    def weights(logits, rows, to_rows):
-        return jnp.where(_negatives(settings, rows, columns), to_rows[:, None] * jax.nn.sigmoid(logits + bias), 0.0)
+    def weights(logits, to_rows):
+        return to_rows * jax.nn.sigmoid(logits + bias)
 
-    *given, to_bias = _products_backward(settings, weights, queries, candidates, scale, kept, rows, cotangents[0])
+    *given, to_bias = _backward(settings, weights, queries, candidates, scale, rows, columns, kept, cotangents[0])
     return *given[:3], to_bias, None, None
 
 
 softplus_sums.defvjp(_softplus_sums_forward, _softplus_sums_backward)
 
 
-def _products_backward(settings: Settings, weights, queries, candidates, scale, kept, *by_row):
-    # `weights` gives the cotangent of a tile's logits. Returns those of queries, candidates, scale, two times None for
-    # what is known, and the sum of all weights.
-    def tile(carry, kept, queries, *by_row):
-        to_candidates, to_scale, total = carry
-        logits = scale * _products(queries, candidates) if kept is None else kept
-        given = weights(logits, *by_row)
-        to_queries = scale * _matmul(given, candidates)
-        # Σ_j given_ij s_ij = <q_i, to_q_i>.
-        to_scale += jnp.sum(to_queries * queries) / scale
-        return (to_candidates + scale * _matmul(given.T, queries), to_scale, total + jnp.sum(given)), (to_queries,)
+def _forward(
+    settings: Settings, tile: Callable[..., Any], carry: Any, queries, candidates, scale, rows: Rows, columns: Columns
+) -> Any:
+    # carry, outputs = tile(carry, logits), -inf for those that are no negatives. Returns the last carry, the outputs of
+    # all rows, and the logits [tiles, J, T] of the first tiles, None of none.
+    def one(keep, carry, number):
+        # By number: parts of the queries to go through would be copies.
+        queries, rows = jax.tree.map(lambda x: x[number], tiles)
+        logits = _logits(settings, queries, candidates, scale, rows, columns)
+        carry, outputs = tile(carry, logits)
+        return carry, (outputs, logits if keep else None)
 
-    zero = _varying(settings, jnp.zeros(()))
-    carry, by_row = (_varying(settings, jnp.zeros(candidates.shape)), zero, zero), (queries, *by_row)
-    count, parts = 0 if kept is None else len(kept), []
-    for logits, own in ((kept, _rows(by_row, 0, count)), (None, _rows(by_row, count, len(queries)))):
-        if len(own[0]):
-            carry, (to_queries,) = _over_tiles(settings, tile, carry, len(candidates), logits, *own)
-            parts.append(to_queries)
-    to_candidates, to_scale, total = carry
-    return jnp.concatenate(parts), to_candidates, to_scale, None, None, total
-
-
-def _keeping(settings: Settings, tile: Callable[..., Any], carry: Any, columns: int, *by_row: Any) -> Any:
-    # carry, outputs, logits = tile(keep, carry, *by_row), first over the rows whose logits are kept, then over the
-    # others. Returns the last carry, the outputs of all rows and the logits of the first, None of none.
-    rows, size = len(jax.tree.leaves(by_row)[0]), _tile_rows(settings, columns)
-    # Whole tiles: nothing is filled up and cut off again.
-    count, parts, kept = min(rows, settings.keep_bytes // (4 * columns) // size * size), [], None
-    for keep, own in ((True, _rows(by_row, 0, count)), (False, _rows(by_row, count, rows))):
-        if len(jax.tree.leaves(own)[0]):
-
-            def one(carry, *own, keep=keep):
-                carry, *outputs = tile(keep, carry, *own)
-                return carry, outputs
-
-            carry, (outputs, logits) = _over_tiles(settings, one, carry, columns, *own)
+    tiles, parts, kept = _tiles(settings, len(candidates), (queries, rows)), [], None
+    count = min(len(tiles[0]), settings.keep_bytes // (4 * len(candidates) * tiles[0].shape[1]))
+    for keep, numbers in ((True, jnp.arange(count)), (False, jnp.arange(count, len(tiles[0])))):
+        if len(numbers):
+            carry, (outputs, logits) = jax.lax.scan(partial(one, keep), carry, numbers)
             parts.append(outputs)
             kept = logits if keep else kept
-    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts), kept
+    outputs = jax.tree.map(lambda *parts: _whole(jnp.concatenate(parts), len(queries)), *parts)
+    return carry, outputs, kept
 
 
-def _rows(by_row: Any, start: int, stop: int) -> Any:
-    return jax.tree.map(lambda x: x[start:stop], by_row)
+def _backward(
+    settings: Settings, weights: Callable[..., Any], queries, candidates, scale, rows, columns, kept, *by_row: Any
+) -> Any:
+    # `weights` gives the cotangent of a tile's logits, as the forward pass has them. Returns those of queries,
+    # candidates, scale, two times None for what is known, and the sum of all weights.
+    tiles = _tiles(settings, len(candidates), (queries, rows, *by_row))
+
+    def again(queries, rows):
+        return _logits(settings, queries, candidates, scale, rows, columns)
+
+    def logits(number, queries, rows):
+        if kept is None:
+            return again(queries, rows)
+        if len(kept) == len(tiles[0]):
+            return kept[number]
+        # One loop for both kinds: two would hold the gradients to the queries twice, to join them.
+        return jax.lax.cond(number < len(kept), lambda *_: kept[number], again, queries, rows)
+
+    def tile(carry, own):
+        to_candidates, to_scale, total = carry
+        number, queries, rows, *by_row = own
+        given = weights(logits(number, queries, rows), *by_row)
+        to_queries = scale * _matmul(given.T, candidates)
+        # Σ_j given_ij s_ij = <q_i, to_q_i>.
+        to_scale += jnp.sum(to_queries * queries) / scale
+        return (to_candidates + _matmul(given, scale * queries), to_scale, total + jnp.sum(given)), to_queries
+
+    zero = _varying(settings, jnp.zeros(()))
+    carry = (_varying(settings, jnp.zeros(candidates.shape)), zero, zero)
+    (to_candidates, to_scale, total), to_queries = jax.lax.scan(tile, carry, (jnp.arange(len(tiles[0])), *tiles))
+    return _whole(to_queries, len(queries)), to_candidates, to_scale, None, None, total
 
 
-def _over_tiles(settings: Settings, tile: Callable[..., Any], carry: Any, columns: int, *by_row: Any) -> Any:
-    # carry, outputs = tile(carry, *by_row) over tiles of rows; outputs have I in front again.
+def _logits(
+    settings: Settings, queries: jax.Array, candidates: jax.Array, scale: jax.Array, rows: Rows, columns: Columns
+) -> jax.Array:
+    # [J, T], -inf where the pair may not be pushed apart.
+    return jnp.where(_negatives(settings, rows, columns), _matmul(candidates, (scale * queries).T), -jnp.inf)
+
+
+def _tiles(settings: Settings, columns: int, by_row: Any) -> Any:
+    # [I, …] → [tiles, T, …], T of nearly one size: the last tile is filled up with rows that are not valid and count
+    # for nothing.
     count = len(jax.tree.leaves(by_row)[0])
-    tiles = -(-count // _tile_rows(settings, columns))
-    if tiles == 1:
-        return tile(carry, *by_row)
-    # Tiles of nearly one size: the last is filled up with rows that are not valid and count for nothing.
+    tiles = -(-count // max(8, settings.tile_bytes // (4 * columns) // 8 * 8))
     size = -(-count // tiles)
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, tiles * size - count), *[(0, 0)] * (x.ndim - 1)]), by_row)
-    split = jax.tree.map(lambda x: x.reshape(tiles, size, *x.shape[1:]), padded)
-    carry, outputs = jax.lax.scan(lambda carry, own: tile(carry, *own), carry, split)
-    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], outputs)
+    return jax.tree.map(lambda x: x.reshape(tiles, size, *x.shape[1:]), padded)
 
 
-def _tile_rows(settings: Settings, columns: int) -> int:
-    return max(8, settings.tile_bytes // (4 * columns) // 8 * 8)
+def _whole(x: jax.Array, count: int) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])[:count]
 
 
 def _negatives(settings: Settings, rows: Rows, columns: Columns) -> jax.Array:
-    # bool [T, J]: the pair may be pushed apart.
-    own = jnp.arange(len(columns.ids))[None] == rows.own_column[:, None]
-    negative = rows.valid[:, None] & columns.valid[None] & ~own
+    # bool [J, T]: the pair may be pushed apart.
+    ids = columns.ids[:, None]
+    own = jnp.arange(len(ids))[:, None] == rows.own_column
+    negative = rows.valid & columns.valid[:, None] & ~own
     if settings.mask:
         # Padding of `right` is -1, and so is a filler's number: fillers are not valid. Written out over P because a
-        # reduction would hold [T, J, P] in memory.
-        sets = (rows.right[:, p, None] == columns.ids[None] for p in range(rows.right.shape[1]))
-        negative &= ~functools.reduce(jnp.logical_or, sets, rows.own_id[:, None] == columns.ids[None])
+        # reduction would hold [J, T, P] in memory.
+        sets = (rows.right[:, p] == ids for p in range(rows.right.shape[1]))
+        negative &= ~functools.reduce(jnp.logical_or, sets, rows.own_id == ids)
     if settings.same_modality:
-        negative &= rows.modality[:, None] == columns.modality[None]
+        negative &= rows.modality == columns.modality[:, None]
     return negative
-
-
-def _products(rows: jax.Array, columns: jax.Array) -> jax.Array:
-    return _matmul(rows, columns.T)
 
 
 def _matmul(left: jax.Array, right: jax.Array) -> jax.Array:
