@@ -1,9 +1,11 @@
-"""One side of `train-step`: what it takes to make it, to check it and to time it; or as a process of its own, because
-two of them do not fit a GPU's memory at once.
+"""One side of `train-step`: what it takes to make it, to check it and to time it; and as a process of its own, as a
+user runs it.
 
-`python -m jfe_jax.bench.step_side '{"side": "jfe", "rounds": 5, "settings": {…}}'` prints a line of JSON.
+`python -m jfe_jax.bench.step_side '{"side": "jfe", "rounds": 5, "settings": {…}}'` prints a line of JSON: on a GPU,
+whose memory does not hold two of them at once. With 0 rounds it takes steps as it is told to (`Apart`).
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from jfe_jax import allocator
 from jfe_jax.bench import rates
 from jfe_jax.bench.step_compare import STEPS
 from jfe_jax.bench.step_workload import KINDS, Batch, Settings, batches, config
@@ -97,6 +100,61 @@ def put(side: str, step: Any, made: list[Batch]) -> list[Any]:
     return [step.put(one.packed if side == "jfe" else one.padded) for one in made]
 
 
+class Apart:
+    """A side in a process of its own, as a user runs it; `time_rounds` takes it for a `Step`.
+
+    Ours keeps freed memory as `jfe train` does (`allocator`), PyTorch's has glibc's malloc as it is.
+
+    Args:
+      cache: directory of XLA's compiled programs.
+    """
+
+    def __init__(self, side: str, settings: Settings, cache: str):
+        self._name = side
+        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen(_command(side, 0, settings), env=env, text=True, bufsize=1, **pipes)
+
+    def put(self, kind: str, count: int) -> list[str]:
+        """The process has its own batches: what each of `count` of a kind is called."""
+        return [f"{kind} {number}" for number in range(count)]
+
+    def step(self, batch: str) -> None:
+        """Takes a step, and waits for it.
+
+        Raises:
+          UserError: the process ended; it has said why.
+        """
+        try:
+            self._process.stdin.write(f"{batch}\n")
+            while (line := self._process.stdout.readline()) != f"{batch}\n":
+                if not line:
+                    raise UserError(f"{self._name}'s process ended with status {self._process.wait()}")
+        except BrokenPipeError as error:
+            raise UserError(f"{self._name}'s process ended with status {self._process.wait()}") from error
+
+    def wait(self) -> None:
+        """Nothing: `step` has waited."""
+
+    def close(self) -> None:
+        """Ends the process."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def serve(side: str, settings: Settings) -> None:
+    """Takes the step that each line of the input names, and repeats the line when it is done."""
+    step = make(side, settings)
+    there = {kind: put(side, step, batches(settings, kind)) for kind in KINDS}
+    for line in sys.stdin:
+        kind, number = line.split()
+        step.step(there[kind][int(number)])
+        step.wait()
+        print(line, end="", flush=True)
+
+
 def run(side: str, rounds: int, settings: Settings) -> Timed:
     """Makes one side, takes the first steps, and times it."""
     start = time.perf_counter()
@@ -123,14 +181,30 @@ def apart(side: str, rounds: int, settings: Settings, cache: str) -> Timed:
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.96"}
     if side == "torch":
         env |= {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    task = json.dumps({"side": side, "rounds": rounds, "settings": asdict(settings)})
-    command = [sys.executable, "-m", "jfe_jax.bench.step_side", task]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    done = subprocess.run(_command(side, rounds, settings), capture_output=True, text=True, env=env)
     if done.returncode:
         raise UserError(f"{side}'s process failed:\n{done.stderr[-3000:]}")
     return Timed(**json.loads(done.stdout.splitlines()[-1]))._replace(took=time.perf_counter() - start)
 
 
+def _command(side: str, rounds: int, settings: Settings) -> list[str]:
+    task = json.dumps({"side": side, "rounds": rounds, "settings": asdict(settings)})
+    return [sys.executable, "-m", "jfe_jax.bench.step_side", task]
+
+
+def _main(side: str, rounds: int, settings: Settings) -> None:
+    if side == "jfe":
+        allocator.keep_freed_memory()
+    elif settings.device == "cpu":
+        import torch
+
+        torch.set_num_threads(rates.threads())
+    if rounds:
+        print(json.dumps(run(side, rounds, settings)._asdict()))
+    else:
+        serve(side, settings)
+
+
 if __name__ == "__main__":
     task = json.loads(sys.argv[1])
-    print(json.dumps(run(task["side"], task["rounds"], Settings(**task["settings"]))._asdict()))
+    _main(task["side"], task["rounds"], Settings(**task["settings"]))

@@ -29,8 +29,8 @@ class Settings:
     """
 
     geometry: str = "30m"
-    rows: int = 5
-    row_tokens: int = 1280
+    rows: int = 10
+    row_tokens: int = 640
     batches: int = 3
     dtype: str = "float32"
     attention: str = "xla"

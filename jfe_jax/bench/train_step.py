@@ -1,9 +1,9 @@
 """One contrastive step in pairs/s: ours on packed batches beside transformers' PaliGemma in PyTorch on padded ones.
 
 Both start from the same weights (`weights`) and see the same pairs. A step's time is that of forward and backward pass,
-loss and update; its batch lies on the device already. On a CPU both sides run in this process by turns, after a check
-of losses, gradients and updated weights. A GPU's memory holds only one: processes by turns, whose first losses and
-gradient norms are compared.
+loss and update; its batch lies on the device already. Each side is a process of its own, with the memory allocation
+that a user has. On a CPU they take a step by turns, after a check of losses, gradients and updated weights in this
+process. A GPU's memory holds only one: processes by turns, whose first losses and gradient norms are compared.
 """
 
 import argparse
@@ -26,7 +26,7 @@ SIDES = ("jfe", "torch")
 ROUNDED = 0.03
 # What an argument is if it is not given.
 DEFAULTS = {
-    "cpu": {"geometry": "30m", "rows": 5, "row_tokens": 1280, "dtype": "float32"},
+    "cpu": {"geometry": "30m", "rows": 10, "row_tokens": 640, "dtype": "float32"},
     "gpu": {"geometry": "3b", "rows": 8, "row_tokens": 640, "dtype": "bfloat16"},
 }
 COLUMNS = {
@@ -65,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes, and how each side computes."""
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--geometry", help="tiny, 30m, 150m or 3b; default 30m on a CPU, 3b on a GPU")
-    parser.add_argument("--rows", type=int, help="packed rows of a step; default 5, on a GPU 8")
-    parser.add_argument("--row-tokens", type=int, help="default 1280, on a GPU 640")
+    parser.add_argument("--rows", type=int, help="packed rows of a step; default 10, on a GPU 8")
+    parser.add_argument("--row-tokens", type=int, help="default 640")
     parser.add_argument("--batches", type=int, default=3, help="different batches, by turns")
     parser.add_argument("--rounds", type=int, default=5, help="times that each batch is taken; on a GPU in each turn")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; default bfloat16 on a GPU")
@@ -120,21 +120,32 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
 
 
 def _on_cpu(settings: Settings, rounds: int, names: Sequence[str], progress: Progress) -> Measured:
-    sides = [step_side.make(name, settings) for name in names]
-    made = {kind: batches(settings, kind) for kind in KINDS}
-    words = ""
-    if len(sides) > 1:
-        found = step_compare.compare(*sides, made["mix"])
-        words = ", ".join(f"{name} to {value:.0e}" for name, value in found._asdict().items())
-        words += " (relative; weights by what a step changes)"
+    import jax
+
     seconds, measured = {}, {kind: [] for kind in KINDS}
-    with progress("steps", len(sides) * len(KINDS) * (rounds + 1) * settings.batches) as done:
-        for kind in KINDS:
-            there = [(side, step_side.put(name, side, made[kind])) for name, side in zip(names, sides, strict=True)]
-            seconds[kind] = step_side.time_rounds(
-                there, rounds, done, lambda kind=kind: measured[kind].append(_rate(settings))
-            )
+    with tempfile.TemporaryDirectory() as cache:
+        # What is compiled here need not be in our side's process.
+        jax.config.update("jax_compilation_cache_dir", cache)
+        words = _checked(settings, names) if len(names) > 1 else ""
+        jax.config.update("jax_compilation_cache_dir", None)
+        sides = [step_side.Apart(name, settings, cache) for name in names]
+        try:
+            with progress("steps", len(sides) * len(KINDS) * (rounds + 1) * settings.batches) as done:
+                for kind in KINDS:
+                    there = [(side, side.put(kind, settings.batches)) for side in sides]
+                    seconds[kind] = step_side.time_rounds(
+                        there, rounds, done, lambda kind=kind: measured[kind].append(_rate(settings))
+                    )
+        finally:
+            for side in sides:
+                side.close()
     return Measured(seconds, measured, words)
+
+
+def _checked(settings: Settings, names: Sequence[str]) -> str:
+    found = step_compare.compare(*(step_side.make(name, settings) for name in names), batches(settings, "mix"))
+    words = ", ".join(f"{name} to {value:.0e}" for name, value in found._asdict().items())
+    return f"{words} (relative; weights by what a step changes)"
 
 
 def _rate(settings: Settings) -> float:

@@ -47,6 +47,11 @@ def main(argv: list[str] | None = None) -> int:
             leaf.add_argument("--debug", action="store_true", help="show the traceback of an error")
             leaf.set_defaults(run=leaf.get_default("run") or module.run)
     args, extra = parser.parse_known_args(argv)
+    if args.verb in RUNNING and argv is None:
+        # A process of its own; what calls this from Python decides for itself.
+        from jfe_jax.allocator import keep_freed_memory
+
+        keep_freed_memory()
     if args.verb in RUNNING and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         # What has been compiled once is there for the next command; jax reads it when it is imported.
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -13,6 +13,8 @@ from jfe_jax.data.items import EncodedItem
 from jfe_jax.errors import UserError
 
 Layout = Literal["packed", "padded"]
+# A group of more items is not laid anew: that would take longer than it is worth.
+_LAID_ANEW = 512
 
 
 class PackedBatch(NamedTuple):
@@ -61,6 +63,14 @@ class ContrastiveBatch(NamedTuple):
     positive_ids: np.ndarray
 
 
+class _Placed(NamedTuple):
+    """An item, its index in the group's B, and where it starts in the group's flattened R·S."""
+
+    index: int
+    item: EncodedItem
+    start: int
+
+
 class Packer:
     """Finds room for items, then lays them out.
 
@@ -80,30 +90,48 @@ class Packer:
         self.image_slots, self.image_size, self.layout = image_slots, image_size, layout
         self.free = [rows * row_tokens] * groups
         # (tokens left, row), in that order.
-        self._left = [[(row_tokens, row) for row in range(rows)] for _ in range(groups)]
+        self._left = [self._empty() for _ in range(groups)]
         self._images = [0] * groups
-        self._placed: list[tuple[int, int, EncodedItem, int]] = []
+        # (index, item, start) by group.
+        self._placed: list[list[_Placed]] = [[] for _ in range(groups)]
 
     def add(self, group: int, items: Sequence[tuple[int, EncodedItem]]) -> bool:
-        """Takes all of `items` (each with its index in the group's B) into `group`, or, if they do not fit, none."""
+        """Takes all of `items` (each with its index in the group's B) into `group`, or, if they do not fit, none.
+
+        If they would fit but for how the others lie, all are laid anew.
+        """
         images = self._images[group] + sum(item.pixels is not None for _, item in items)
-        if images > self.image_slots:
+        total = sum(len(item.tokens) for _, item in items)
+        if images > self.image_slots or total > self.free[group]:
             return False
-        left, taken = self._left[group].copy(), []
+        left, placed = self._left[group].copy(), self._placed[group]
+        taken = self._lay(left, items)
+        if taken is None and self.layout == "packed" and len(placed) <= _LAID_ANEW:
+            left, placed = self._empty(), []
+            taken = self._lay(left, [*((index, item) for index, item, _ in self._placed[group]), *items])
+        if taken is None:
+            return False
+        self._left[group], self._images[group], self._placed[group] = left, images, placed + taken
+        self.free[group] -= total
+        return True
+
+    def _empty(self) -> list[tuple[int, int]]:
+        return [(self.row_tokens, row) for row in range(self.rows)]
+
+    def _lay(self, left: list[tuple[int, int]], items: Sequence[tuple[int, EncodedItem]]) -> "list[_Placed] | None":
+        # Into the rows of `left`, which changes; None if they do not fit.
+        taken = []
         # The longest first: they fit into the fewest rows.
         for index, item in sorted(items, key=lambda one: -len(one[1].tokens)):
             length = len(item.tokens)
             at = bisect_left(left, (length, -1))
             if at == len(left):
-                return False
+                return None
             room, row = left.pop(at)
             if self.layout == "packed":
                 insort(left, (room - length, row))
-            taken.append((group, index, item, (row + 1) * self.row_tokens - room))
-        self._left[group], self._images[group] = left, images
-        self.free[group] -= sum(len(item.tokens) for _, item in items)
-        self._placed += taken
-        return True
+            taken.append(_Placed(index, item, (row + 1) * self.row_tokens - room))
+        return taken
 
     def finish(self, items_per_group: int) -> PackedBatch:
         """Everything that was added, as one batch with B = `items_per_group`."""
@@ -113,10 +141,10 @@ class Packer:
         image_start = np.full((G, M), R * S, np.int32)
         pool, pool_span = np.zeros((G, B), np.int32), np.zeros((G, B, 2), np.int32)
         valid = np.zeros((G, B), bool)
-        if self._placed:
-            # In the order in which they lie.
-            self._placed.sort(key=lambda one: (one[0], one[3]))
-            group, index, items, start = zip(*self._placed, strict=True)
+        # In the order in which they lie.
+        placed = [(g, *one) for g, own in enumerate(self._placed) for one in sorted(own, key=lambda one: one.start)]
+        if placed:
+            group, index, items, start = zip(*placed, strict=True)
             lengths = np.array([len(item.tokens) for item in items])
             ends = np.cumsum(lengths)
             inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
@@ -132,7 +160,7 @@ class Packer:
             pool_span[group, index, 1] = start + lengths
             valid[group, index] = True
         used = [0] * G
-        for g, _, item, start in self._placed:
+        for g, _, item, start in placed:
             if item.pixels is not None:
                 pixels[g, used[g]] = item.pixels
                 image_start[g, used[g]] = start

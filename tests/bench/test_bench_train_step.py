@@ -47,6 +47,17 @@ def test_what_is_timed_computes_the_same_or_is_refused(sides):
         step_compare.compare(ours, theirs, made)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_process_takes_the_steps_it_is_told_to_and_says_when_it_cannot(tmp_path):
+    side = step_side.Apart("jfe", replace(SETTINGS, batches=1), str(tmp_path))
+    seconds = step_side.time_rounds([(side, side.put("mix", 1))], 2)
+    assert [len(own) for own in seconds] == [2] and min(seconds[0]) > 0
+    with pytest.raises(UserError, match="jfe's process ended with status 1"):
+        side.step("no 0")
+    side.close()
+
+
 def test_both_layouts_hold_the_same_items():
     for kind in ("mix", "equal"):
         for batch in batches(SETTINGS, kind):

@@ -81,6 +81,14 @@ def test_items_share_rows_first_fit():
     np.testing.assert_array_equal(batch.segments[0], [[1] * 6 + [2] * 4, [1] * 5 + [2] * 3 + [3] * 2])
 
 
+def test_items_are_laid_anew_if_another_fits_then():
+    items = [item(n, length, False) for n, length in enumerate([3, 3, 7, 7])]
+    batch = pack(items, groups=1, rows=2, row_tokens=10, image_slots=0)
+    for index, one in enumerate(items):
+        check_placed(batch, 0, index, one)
+    assert (batch.segments > 0).all()
+
+
 @pytest.mark.parametrize(("lengths", "image"), [([11], False), ([6, 6, 6], False), ([1, 1], True)])
 def test_what_does_not_fit_is_refused(lengths, image):
     with pytest.raises(UserError, match="fits into no row"):
