@@ -102,12 +102,13 @@ def third(pairs: int, width: int) -> LossConfig:
     """Settings with which the loss takes a third of what the plain formula does.
 
     That holds the logits, their exponentials and their gradients, and gives the gradients G of the embeddings: a third
-    of 3 · L + G. Ours holds G twice, and the tiles in the place of one of them: L - 5/3 · G is left to keep.
+    of 3 · L + G. Ours holds G twice, and the tiles in the place of one of them: L - 5/3 · G would be left to keep; a
+    third of G less is kept, for what the process needs besides.
     """
     logits, gradients = 4 * pairs**2 / 2**20, 8 * pairs * width / 2**20
     # Tiles of 512 queries: with fewer, adding up the candidates' gradients takes as long as making them.
     tile = max(LossConfig.tile_mib, 4 * 512 * pairs / 2**20)
-    return LossConfig(temperature=TEMPERATURE, tile_mib=tile, keep_mib=max(0.0, logits - 5 / 3 * gradients))
+    return LossConfig(temperature=TEMPERATURE, tile_mib=tile, keep_mib=max(0.0, logits - 2 * gradients))
 
 
 def _jfe(config: LossConfig, queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
