@@ -9,11 +9,12 @@ import hashlib
 import os
 import weakref
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from jfe_jax.data.lines import filled_lines
 from jfe_jax.data.mbeir import MODALITIES, Candidate
 from jfe_jax.data.numbering import image_id, image_name, name_id
 from jfe_jax.errors import UserError
@@ -132,7 +133,7 @@ def read_catalogue(
     """
     columns, bounds, starts, lengths = _Columns(root), [0], array("q"), array("i")
     for number, file in enumerate(files):
-        for place, start, line in lines_with_places(file):
+        for place, start, line in filled_lines(file):
             columns.add(parse(line, file, place), number)
             starts.append(start)
             lengths.append(len(line))
@@ -149,7 +150,7 @@ def read_catalogue(
         place = np.flatnonzero(wrong)[0]
         at = order[place]
         file = files[arrays["files"][at]]
-        line = next(line for line, start, _ in lines_with_places(file) if start == starts[at])
+        line = next(line for line, start, _ in filled_lines(file) if start == starts[at])
         said = "is another one than in a pool read before" if repeated else "is there a second time"
         raise UserError(f"{file}:{line}: candidate {dids[place]} {said}")
     # Rows are counted from the last id.
@@ -161,23 +162,6 @@ def read_catalogue(
     places = (np.frombuffer(part, part.typecode)[first] for part in (starts, lengths))
     reader = _Reader(files, arrays["files"], *places, parse)
     return Catalogue(dids[new], arrays, root, [file.stem for file in files], reader), found
-
-
-def lines_with_places(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """The lines of a file that are not blank: number from 1, position in the file in bytes, content.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    start = 0
-    try:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.isspace():
-                    yield number, start, line
-                start += len(line)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 class _Columns:

@@ -13,6 +13,7 @@ from typing import Any
 import orjson
 
 from jfe_jax.data.items import Item
+from jfe_jax.data.lines import filled_lines
 from jfe_jax.errors import UserError
 
 MODALITIES = ("text", "image", "image,text")
@@ -109,7 +110,7 @@ def iter_rows(file: Path, containing: str = "") -> Iterator[tuple[int, Any, str 
       UserError: the file cannot be read.
     """
     wanted = containing.encode()
-    for number, line in raw_lines(file):
+    for number, _, line in filled_lines(file):
         if wanted in line:
             yield number, *decode_row(line)
 
@@ -147,7 +148,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     Raises:
       UserError: it cannot be read or is not UTF-8.
     """
-    for number, line in raw_lines(file):
+    for number, _, line in filled_lines(file):
         try:
             yield number, line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -160,21 +161,6 @@ def read_qrels(file: Path) -> Iterator[tuple[str, str, str, int | None]]:
         parts = line.split()
         good = len(parts) in (4, 5) and re.fullmatch(r"-?\d{1,9}", parts[3])
         yield f"{file}:{number}", *((parts[0], parts[2], int(parts[3])) if good else ("", "", None))
-
-
-def raw_lines(file: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file that are not blank, numbered from 1.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, 1):
-                if not line.isspace():
-                    yield number, line
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
 def dataset_id(identifier: str) -> int:

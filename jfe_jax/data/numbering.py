@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jfe_jax.data.lines import filled_lines
 from jfe_jax.data.mbeir import MODALITIES, Candidate, Mbeir, dataset_id
-from jfe_jax.data.mbeir_rows import decode_row, iter_rows, parse_candidate, raw_lines
+from jfe_jax.data.mbeir_rows import decode_row, iter_rows, parse_candidate
 from jfe_jax.errors import UserError
 
 PER_DATASET = 10_000_000
@@ -145,7 +146,7 @@ class CandidateIndices:
     def _read(self) -> dict[int, CandidateIndex]:
         known: dict[int, CandidateIndex] = {}
         for file in self._mbeir.pool_files():
-            for number, line in raw_lines(file):
+            for number, _, line in filled_lines(file):
                 row, problem = decode_row(line)
                 try:
                     dataset = dataset_id(row["did"])

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jfe_jax.data.catalogue import lines_with_places
+from jfe_jax.data.lines import filled_lines
 from jfe_jax.data.mbeir import Candidate, Mbeir
 from jfe_jax.data.mbeir_rows import decode_row
 from jfe_jax.data.stored_images import Images, Unpacked, open_images
@@ -131,7 +131,7 @@ def _questions(
 
 
 def _wanted(mbeir: Mbeir, file: Path, dids: set[str]) -> dict[str, Candidate]:
-    rows = (line for line in lines_with_places(file) if (row := decode_row(line[2])[0]) and row.get("did") in dids)
+    rows = (line for line in filled_lines(file) if (row := decode_row(line[2])[0]) and row.get("did") in dids)
     return {one.did: one for number, _, line in rows if (one := mbeir.candidate(line, file, number))}
 
 

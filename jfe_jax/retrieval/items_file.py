@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jfe_jax.data.items import Item
+from jfe_jax.data.lines import all_lines, filled_lines, lines_at
 from jfe_jax.data.mbeir_rows import is_unicode
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.names import NamesRead
@@ -31,7 +32,7 @@ class ItemsFile:
         self._starts = array("q")
         self._numbers = array("q")
         digest, names = hashlib.sha256(), NamesRead()
-        for number, start, line in _lines(self.path):
+        for number, start, line in all_lines(self.path):
             digest.update(line)
             if not line.isspace():
                 names.add(parse_line(line, self.path, number)[0])
@@ -50,12 +51,8 @@ class ItemsFile:
 
     def items(self, start: int, stop: int) -> list[Item]:
         """Items number start … stop - 1."""
-        with self.path.open("rb") as stream:
-            items = []
-            for place in range(start, stop):
-                stream.seek(self._starts[place])
-                items.append(parse_line(stream.readline(), self.path, self._numbers[place])[1])
-        return items
+        lines = zip(lines_at(self.path, self._starts[start:stop]), self._numbers[start:stop], strict=True)
+        return [parse_line(line, self.path, number)[1] for line, number in lines]
 
 
 def read_items(path: str | Path) -> Iterator[tuple[str, Item]]:
@@ -66,25 +63,12 @@ def read_items(path: str | Path) -> Iterator[tuple[str, Item]]:
         such image.
     """
     seen: dict[str, int] = {}
-    for number, _, line in _lines(Path(path)):
-        if not line.isspace():
-            name, item = parse_line(line, Path(path), number)
-            if name in seen:
-                raise _used(Path(path), number, name, seen[name])
-            seen[name] = number
-            yield name, item
-
-
-def _lines(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number from 1, position in the file and bytes of each line."""
-    start = 0
-    try:
-        with path.open("rb") as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, start, line
-                start += len(line)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, _, line in filled_lines(Path(path)):
+        name, item = parse_line(line, Path(path), number)
+        if name in seen:
+            raise _used(Path(path), number, name, seen[name])
+        seen[name] = number
+        yield name, item
 
 
 def _used(path: Path, number: int, name: str, before: int) -> UserError:

@@ -4,18 +4,19 @@ Axes: N candidates, E embedding, Q queries.
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from jfe_jax.data.catalogue import Catalogue, read_catalogue
+from jfe_jax.data.catalogue import read_catalogue
 from jfe_jax.data.items import Item
 from jfe_jax.data.mbeir import MODALITIES, Candidate, Mbeir
 from jfe_jax.data.numbering import image_id
 from jfe_jax.data.stored_images import Images, opened
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval.embed import embed
+from jfe_jax.retrieval.names import ChosenNames
 from jfe_jax.retrieval.retriever import Retriever
 from jfe_jax.retrieval.rows import Rows, RowsPart
 from jfe_jax.retrieval.search import Searcher
@@ -62,7 +63,7 @@ class PoolFile:
             for name, start, stop in zip(MODALITIES, bounds[:-1], bounds[1:], strict=True)
             if start < stop
         }
-        self.ids, self.digest = _Ids(self._table, self._rows), self._table.digest(self._rows)
+        self.ids, self.digest = ChosenNames(self._rows, self._table.did), self._table.digest(self._rows)
 
     def find(self, did: str) -> int:
         """Where the candidate of that id stands; -1 if there is none."""
@@ -81,19 +82,6 @@ class PoolFile:
         """As embed.Source."""
         stop = min(stop, len(self._rows))
         return [opened(self.candidate(position).item(), self.images) for position in range(start, stop)]
-
-
-class _Ids(Sequence[str]):
-    def __init__(self, table: Catalogue, rows: np.ndarray):
-        self._table, self._rows = table, rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, position: int | slice) -> str | list[str]:
-        if isinstance(position, slice):
-            return self._table.dids(self._rows[position]).tolist()
-        return self._table.did(self._rows[position])
 
 
 class Pool:

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from jfe_jax.data.catalogue import content_id, lines_with_places
+from jfe_jax.data.catalogue import content_id
 from jfe_jax.data.items import Item
+from jfe_jax.data.lines import filled_lines, lines_at
 from jfe_jax.data.mbeir import MODALITIES, Mbeir, Query, Unit
 from jfe_jax.data.mbeir_rows import decode_row, parse_query
 from jfe_jax.data.stored_images import opened
@@ -43,7 +44,7 @@ class QueryFile:
         right_of = mbeir.qrels(split, unit) if mbeir.qrels_file(split, unit).is_file() else {}
         starts, numbers, right, ends, kinds = array("q"), array("i"), array("i"), array("q", [0]), array("b")
         names, contents = NamesRead(), array("q")
-        for line, start, content in lines_with_places(self.path):
+        for line, start, content in filled_lines(self.path):
             starts.append(start)
             query = self._query(content, line)
             self.counts["queries"] += 1
@@ -90,10 +91,7 @@ class QueryFile:
         return [decode_row(line)[0] for line in self._lines(range(start, stop))]
 
     def _lines(self, numbers: Iterable[int]) -> Iterator[bytes]:
-        with self.path.open("rb") as stream:
-            for number in numbers:
-                stream.seek(self._starts[number])
-                yield stream.readline()
+        return lines_at(self.path, (self._starts[number] for number in numbers))
 
     def _query(self, content: bytes, line: int) -> Query:
         row, problem = decode_row(content)

@@ -4,7 +4,7 @@ Axes: N names.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,6 +30,26 @@ class Names(Sequence[str]):
         number = range(len(self))[number]
         start = self._ends[number - 1] + 1 if number else 0
         return self._content[start : self._ends[number]].decode()
+
+
+class ChosenNames(Sequence[str]):
+    """The names of some rows, looked up when they are asked for.
+
+    Args:
+      rows: int [N].
+      name: the name of a row.
+    """
+
+    def __init__(self, rows: np.ndarray, name: Callable[[int], str]):
+        self._rows, self._name = rows, name
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int | slice) -> str | list[str]:
+        if isinstance(number, slice):
+            return [self._name(row) for row in self._rows[number]]
+        return self._name(self._rows[number])
 
 
 class NamesRead:

@@ -27,6 +27,7 @@ from jfe_jax.errors import UserError
 from jfe_jax.processes import is_first, together
 from jfe_jax.retrieval.embed import SHARD, embed
 from jfe_jax.retrieval.index import MANIFEST, Index
+from jfe_jax.retrieval.names import ChosenNames
 from jfe_jax.retrieval.retriever import Retriever
 from jfe_jax.retrieval.rows import FileRows
 from jfe_jax.retrieval.storage import PLAN, write_json
@@ -260,23 +261,10 @@ class _Part:
     def __init__(self, wanted: Wanted, chosen: np.ndarray):
         self._wanted, self._chosen, self.path = wanted, chosen, wanted.path
         self.digest = _digest(wanted.contents[chosen])
-        self.ids = _Ids(wanted, chosen)
+        self.ids = ChosenNames(chosen, wanted.id)
 
     def items(self, start: int, stop: int) -> list[Item]:
         return [self._wanted.item(number) for number in self._chosen[start:stop]]
-
-
-class _Ids(Sequence[str]):
-    def __init__(self, wanted: Wanted, chosen: np.ndarray):
-        self._wanted, self._chosen = wanted, chosen
-
-    def __len__(self) -> int:
-        return len(self._chosen)
-
-    def __getitem__(self, place: int | slice) -> str | list[str]:
-        if isinstance(place, slice):
-            return [self._wanted.id(number) for number in self._chosen[place]]
-        return self._wanted.id(self._chosen[place])
 
 
 def _runs(index: np.ndarray, row: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

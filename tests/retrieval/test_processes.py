@@ -1,9 +1,6 @@
 """Two real processes on one machine embed their shares into one index, and search it together; so they evaluate."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,6 +10,7 @@ from jfe_jax.retrieval.embed import embed
 from jfe_jax.retrieval.evaluate import evaluate
 from jfe_jax.retrieval.items_file import ItemsFile
 from jfe_jax.retrieval.search import search
+from tests.retrieval.launched import launched
 from tests.retrieval.tiny import quiet, save, tiny_retriever
 
 SCRIPT = """
@@ -40,18 +38,10 @@ def test_two_processes_give_what_one_gives(shapes_retriever, mbeir_path, tmp_pat
     items = tmp_path / "items.jsonl"
     # Equal texts: ties between the two shares.
     items.write_text("".join(json.dumps({"id": f"t{i}", "text": f"text {i % 25}"}) + "\n" for i in range(40)))
-    command = [sys.executable, "-c", SCRIPT, str(run), str(items), str(tmp_path / "two"), str(tmp_path)]
-    command += [str(save(shapes_retriever, tmp_path / "shapes")), str(mbeir_path)]
-    launch = [sys.executable, "launch/local.py", "--processes", "2", "--devices", "2", "--", *command]
-    done = subprocess.run(
-        launch,
-        env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("40 embeddings") == 1 == done.stdout.count("report.html"), "one process speaks"
+    shapes = str(save(shapes_retriever, tmp_path / "shapes"))
+    arguments = [str(run), str(items), str(tmp_path / "two"), str(tmp_path), shapes, str(mbeir_path)]
+    said = launched(SCRIPT, arguments, options=["--devices", "2"])
+    assert said.count("40 embeddings") == 1 == said.count("report.html"), "one process speaks"
     one = embed(retriever, ItemsFile(items), tmp_path / "one", shard=8).index
     two = np.load(tmp_path / "two" / "embeddings.npy")
     np.testing.assert_allclose(two, one.embeddings, atol=1e-5)
@@ -77,18 +67,11 @@ def test_two_processes_mine_what_one_mines(shapes_retriever, mbeir_path, tmp_pat
     words = ["--pool", "global", "--units", "shapes_task7", "--wrong-modality", "2", "--near", "0", "--shard", "3"]
     program = "import sys; from jfe_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
     told = []
-    for processes in ("1", "2"):
-        command = [sys.executable, "launch/local.py", "--processes", processes, "--", sys.executable, "-c", program]
-        command += ["mine", "--checkpoint", run, "--data", str(mbeir_path), "--out", str(tmp_path / processes), *words]
-        done = subprocess.run(
-            command,
-            env=os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()},
-            capture_output=True,
-            text=True,
-            timeout=240,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        told.append([line for line in done.stdout.splitlines() if "48 negatives" in line])
+    for processes in (1, 2):
+        out = str(tmp_path / str(processes))
+        command = ["mine", "--checkpoint", run, "--data", str(mbeir_path), "--out", out, *words]
+        said = launched(program, command, processes=processes)
+        told.append([line for line in said.splitlines() if "48 negatives" in line])
     assert told[0][0] == told[1][0] and [len(one) for one in told] == [2, 2], "one process speaks"
     files = [tmp_path / number / "query/train/mbeir_shapes_task7_train.jsonl" for number in ("1", "2")]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -1,14 +1,12 @@
 """What one of two processes refuses, both leave with at once, and one says it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 
 from jfe_jax.cli.main import main
+from tests.retrieval.launched import launched
 from tests.retrieval.tiny import random_retriever, save
 
 SCRIPT = """
@@ -67,10 +65,7 @@ def test_one_refusal_is_everybodys(shapes_retriever, mbeir_path, tmp_path):
     commands = tmp_path / "commands.json"
     words = {name: [told[0], told[-1]] for name, (told, _, _) in cases.items()}
     commands.write_text(json.dumps(words | {"good": [embed("good")] * 2}))
-    launch = [sys.executable, "launch/local.py", "--processes", "2", "--", sys.executable, "-c", SCRIPT, str(commands)]
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
-    done = subprocess.run(launch, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    launched(SCRIPT, [str(commands)])
     told = [json.loads((tmp_path / f"commands.json.{number}").read_text()) for number in range(2)]
     for name, (_, speaker, says) in cases.items():
         (status, said), (other_status, silence) = told[speaker][name], told[1 - speaker][name]
