@@ -131,8 +131,8 @@ class ModelConfig:
       remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "up" all but the text tower's
         widest product (it keeps 2·F bytes a token and layer), "dots" all but matrix products, "offload" the same, with
         the products kept in the host's memory (TPU, GPU).
-      attention: how the text tower attends in training: "xla", "cudnn" (GPU, bfloat16, no soft-cap) or "splash" (TPU;
-        rows of a multiple of 128 tokens, head_dim too). Opened models use "xla".
+      attention: how a tower attends in training: "xla", "cudnn" (GPU, bfloat16, no soft-cap) or "splash" (TPU, the text
+        tower alone; rows of a multiple of 128 tokens, head_dim too). Opened models use "xla".
       lora: low-rank adapters. With them only they and `optimizer.train` are trained and kept in checkpoints.
     """
 

@@ -36,12 +36,16 @@ class Segments(NamedTuple):
 def check(cfg: ModelConfig) -> None:
     """Raises UserError if `cfg.attention` cannot do what the model needs."""
     text = cfg.text
-    h = text.head_dim
+    h, patch_h = text.head_dim, cfg.vision.width // cfg.vision.num_heads
     conditions = {
         "cudnn": (
             (not text.attn_logit_softcap, "has no soft-cap, which model.text.attn_logit_softcap asks for"),
             (cfg.dtype == "bfloat16", f"needs model.dtype bfloat16, not {cfg.dtype}"),
             (h % 8 == 0 and h <= 256, f"needs model.text.head_dim to be a multiple of 8 up to 256, not {h}"),
+            (
+                patch_h % 8 == 0 and patch_h <= 256,
+                f"needs model.vision.width / num_heads to be a multiple of 8 up to 256, not {patch_h}",
+            ),
         ),
         "splash": ((h % LANES == 0, f"needs model.text.head_dim to be a multiple of {LANES}, not {h}"),),
     }
@@ -53,7 +57,7 @@ def check(cfg: ModelConfig) -> None:
 
 
 def attend(
-    how: str, query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, scale: float, softcap: float
+    how: str, query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, scale: float, softcap: float = 0.0
 ) -> jax.Array:
     """Attention as of `layers.attend`, one way or the other.
 
@@ -61,7 +65,7 @@ def attend(
       how: "xla", "cudnn" or "splash".
       query: [G, R, S, N, H].
       key, value: [G, R, S, K, H].
-      mask: for "splash" Segments, else a bias float32 [G, R, S, S], 0 or far below any logit.
+      mask: for "splash" Segments, else a bias float32 [G, R, S, S], 0 or far below any logit, or None.
       scale, softcap: see `layers.attend`.
     """
     if how == "splash":
@@ -72,12 +76,12 @@ def attend(
 
 
 def dot_product(
-    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array, scale: float, implementation: str
+    query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, scale: float, implementation: str
 ) -> jax.Array:
     """`jax.nn.dot_product_attention` over rows; see `attend`."""
     groups, rows = query.shape[:2]
     flat = (x.reshape(groups * rows, *x.shape[2:]) for x in (query, key, value))
-    seen = (bias == 0).reshape(groups * rows, 1, *bias.shape[2:])
+    seen = None if bias is None else (bias == 0).reshape(groups * rows, 1, *bias.shape[2:])
     out = jax.nn.dot_product_attention(*flat, mask=seen, scale=scale, implementation=implementation)
     return out.reshape(query.shape)
 

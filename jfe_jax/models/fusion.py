@@ -22,7 +22,7 @@ class FusionEncoder(nnx.Module):
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         self.cfg = cfg
         dtype = jnp.dtype(cfg.dtype)
-        self.vision = VisionTower(cfg.vision, dtype, cfg.remat, rngs)
+        self.vision = VisionTower(cfg.vision, dtype, cfg.remat, rngs, cfg.attention)
         self.projector = Linear(cfg.vision.width, cfg.text.width, rngs)
         self.embedder = Embedder(cfg.text, dtype, rngs)
         self.tower = GemmaTower(cfg.text, cfg.remat, rngs, attention=cfg.attention)

@@ -151,6 +151,12 @@ def run_stack(
       last: what is done with the last block and its input in place of calling it; the result is returned.
     """
     graphdef, params = nnx.split(blocks)
+    if not gather.inside():
+        # Once a step: the loop would read float32 in the forward pass, again where it is recomputed and in the backward
+        # pass, and stack float32 gradients of what it multiplied in `x`'s type.
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf.astype(x.dtype) if len(_axes(path)) > 1 else leaf, params
+        )
     groups = ("group", *[None] * (x.ndim - 1))
 
     def block(params: nnx.State) -> nnx.Module:

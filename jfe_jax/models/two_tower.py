@@ -55,7 +55,7 @@ class TwoTowerEncoder(nnx.Module):
         self.cfg = cfg
         dtype, d = jnp.dtype(cfg.dtype), cfg.text.width
         e = cfg.embed_dim or d
-        self.vision = VisionTower(cfg.vision, dtype, cfg.remat, rngs)
+        self.vision = VisionTower(cfg.vision, dtype, cfg.remat, rngs, cfg.attention)
         self.embedder = Embedder(cfg.text, dtype, rngs)
         self.tower = GemmaTower(cfg.text, cfg.remat, rngs, attention=cfg.attention)
         if cfg.fusion == "score":

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jfe_jax.config import TextConfig, VisionConfig
-from jfe_jax.models.layers import Adaptable, attend, project, run_stack, stack, weight, zeros
+from jfe_jax.models.attention import attend
+from jfe_jax.models.layers import Adaptable, project, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
 
 # Layouts of what a block computes inside.
@@ -43,32 +44,35 @@ class LayerNorm(nnx.Module):
 class VisionAttention(Adaptable):
     """Every patch attends to every patch of its image; all projections have biases."""
 
-    def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs, attention: str = "xla"):
         d, n = cfg.width, cfg.num_heads
         h = d // n
         self.query_dnh, self.key_dnh, self.value_dnh = (weight(rngs, d, n, h, fan_in=d) for _ in range(3))
         self.query_bias_nh, self.key_bias_nh, self.value_bias_nh = (zeros(n, h) for _ in range(3))
         self.out_nhd = weight(rngs, n, h, d, fan_in=d)
         self.out_bias_d = zeros(d)
+        # SigLIP's heads are of 64 and 72: none that splash attention could split.
+        self.how = "xla" if attention == "splash" else attention
+        self.scale = h**-0.5
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """[G, M, P, D] → [G, M, P, D]; `bias` as in `attend`."""
+        """[G, M, P, D] → [G, M, P, D]; `bias` as in `layers.attend`."""
         query = self.project(x, "query_dnh") + self.query_bias_nh[...].astype(x.dtype)
         key = self.project(x, "key_dnh") + self.key_bias_nh[...].astype(x.dtype)
         value = self.project(x, "value_dnh") + self.value_bias_nh[...].astype(x.dtype)
         query, key, value = (constrain(heads, HEADS) for heads in (query, key, value))
-        out = constrain(attend(query, key, value, bias), HEADS)
+        out = constrain(attend(self.how, query, key, value, bias, self.scale), HEADS)
         return self.project(out, "out_nhd", inner=2) + self.out_bias_d[...].astype(x.dtype)
 
 
 class VisionBlock(Adaptable):
     """Pre-norm transformer block."""
 
-    def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig | TextConfig, rngs: nnx.Rngs, attention: str = "xla"):
         self.activation = cfg.activation
         d, f = cfg.width, cfg.mlp_dim
         self.attention_norm = LayerNorm(d, cfg.norm_eps)
-        self.attention = VisionAttention(cfg, rngs)
+        self.attention = VisionAttention(cfg, rngs, attention)
         self.mlp_norm = LayerNorm(d, cfg.norm_eps)
         self.up_df = weight(rngs, d, f, fan_in=d)
         self.up_bias_f = zeros(f)
@@ -76,7 +80,7 @@ class VisionBlock(Adaptable):
         self.down_bias_d = zeros(d)
 
     def __call__(self, x: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-        """[G, M, P, D] → [G, M, P, D]; `bias` as in `attend`."""
+        """[G, M, P, D] → [G, M, P, D]; `bias` as in `layers.attend`."""
         x = x + self.attention(self.attention_norm(x), bias)
         hidden = self.project(self.mlp_norm(x), "up_df") + self.up_bias_f[...].astype(x.dtype)
         hidden = constrain(ACTIVATIONS[self.activation](hidden), MLP)
@@ -86,13 +90,13 @@ class VisionBlock(Adaptable):
 class VisionTower(nnx.Module):
     """pixels uint8 [G, M, H, W, 3] → features [G, M, P, D] in `dtype`, patches row by row."""
 
-    def __init__(self, cfg: VisionConfig, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs):
+    def __init__(self, cfg: VisionConfig, dtype: jnp.dtype, remat: str, rngs: nnx.Rngs, attention: str = "xla"):
         self.cfg, self.dtype, self.remat = cfg, dtype, remat
         side, d = cfg.patch_size, cfg.width
         self.patch_yxcd = weight(rngs, side, side, 3, d, fan_in=side * side * 3)
         self.patch_bias_d = zeros(d)
         self.position_pd = weight(rngs, cfg.patches, d, fan_in=d)
-        self.blocks = stack(lambda rngs: VisionBlock(cfg, rngs), rngs, cfg.depth)
+        self.blocks = stack(lambda rngs: VisionBlock(cfg, rngs, attention), rngs, cfg.depth)
         self.norm = LayerNorm(d, cfg.norm_eps)
 
     @jax.named_scope("vision")
