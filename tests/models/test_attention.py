@@ -117,11 +117,11 @@ def test_a_tower_with_alternating_windows_gives_the_same_either_way():
     assert np.abs(splash - hidden("xla", replace(cfg, sliding_window=0))).max() > 1e-3
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_the_call_of_cudnn_means_what_ours_does(k):
+@pytest.mark.parametrize("k, masked", [(1, True), (2, True), (2, False)])
+def test_the_call_of_cudnn_means_what_ours_does(k, masked):
     query, key, value, segments, positions = given(k)
     real = (segments > 0)[..., None, None]
-    bias = bias_of(segments, positions, 5)
+    bias = bias_of(segments, positions, 5) if masked else None
     expected = value_and_gradients(lambda *qkv: layers.attend(*qkv, bias, 0.1), query, key, value, real)
     found = value_and_gradients(lambda *qkv: dot_product(*qkv, bias, 0.1, "xla"), query, key, value, real)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5), found, expected)
@@ -129,14 +129,15 @@ def test_the_call_of_cudnn_means_what_ours_does(k):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN needs a GPU")
-@pytest.mark.parametrize("s, n, k, h", [(S, N, 1, H), (512, 8, 1, 256), (256, 8, 4, 256)])
-def test_cudnn_attends_as_float32_does(s, n, k, h):
+@pytest.mark.parametrize("s, n, k, h", [(S, N, 1, H), (512, 8, 1, 256), (256, 8, 4, 256), (256, 16, 16, 72)])
+@pytest.mark.parametrize("masked", [True, False])
+def test_cudnn_attends_as_float32_does(s, n, k, h, masked):
     random = np.random.default_rng(0)
     query, key, value = (random.normal(size=(G, 2, s, heads, h)).astype(np.float32) for heads in (n, k, k))
     segments = np.sort(random.integers(1, 6, (G, 2, s)), axis=-1)
     # Segments number upwards, with padding behind them.
     segments = np.where(np.arange(s) < s - 20, segments, 0)
-    real, bias = (segments > 0)[..., None, None], bias_of(segments)
+    real, bias = (segments > 0)[..., None, None], bias_of(segments) if masked else None
     scale = h**-0.5
     # What bfloat16 makes of the inputs is given to both sides.
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in (query, key, value))
@@ -156,6 +157,7 @@ def test_cudnn_attends_as_float32_does(s, n, k, h):
         ("cudnn", {"attn_logit_softcap": 50.0}, "bfloat16", r"cudnn has no soft-cap, which model\.text\.attn_logit"),
         ("cudnn", {}, "float32", r"cudnn needs model\.dtype bfloat16"),
         ("cudnn", {"head_dim": 260}, "bfloat16", r"head_dim to be a multiple of 8 up to 256, not 260"),
+        ("cudnn", {}, "bfloat16", r"model\.vision\.width / num_heads to be a multiple of 8 up to 256, not 12"),
         ("splash", {}, "float32", r"splash needs model\.text\.head_dim to be a multiple of 128, not 8"),
     ],
 )

@@ -147,6 +147,19 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(kind):
     assert 1e-6 < np.abs(exact - rounded).max() < 0.1
 
 
+def test_a_loop_over_layers_is_given_matrices_in_the_type_that_it_multiplies_in(monkeypatch):
+    """Cast inside, each would be read as float32 in every pass over its layer, and its gradient be stacked as that."""
+    monkeypatch.setattr("jfe_jax.models.layers.UNROLLED_DEPTH", 0)
+    graphdef, params = tiny.split("fusion", dtype="bfloat16")
+    traced = jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(tiny.packed(ITEMS)))(params)
+    loops = [each for each in traced.eqns if each.primitive.name == "scan"]
+    stacked = [x.aval for loop in loops for x in loop.invars[loop.params["num_consts"] + loop.params["num_carry"] :]]
+    # Norms' scales are [L, D].
+    given = [aval for aval in stacked if aval.ndim > 2]
+    assert len(loops) == 2 and len(given) > 10
+    assert {aval.dtype for aval in given} == {jnp.dtype("bfloat16")}
+
+
 def test_every_dimension_of_every_parameter_has_a_name():
     for kind in KINDS:
         _, params = nnx.split(nnx.eval_shape(lambda kind=kind: build_model(tiny.config(kind), nnx.Rngs(0))))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfe_jax.config import OptimizerConfig, TextConfig
+from jfe_jax.config import OptimizerConfig, TextConfig, VisionConfig
 from jfe_jax.train import state as states
 from jfe_jax.train.step import make_train_step
 from tests.train import tiny
@@ -25,7 +25,8 @@ def config():
     text = TextConfig(
         vocab_size=tiny.VOCABULARY, width=64, depth=3, mlp_dim=128, num_heads=4, num_kv_heads=1, head_dim=64
     )
-    return replace(small, model=replace(small.model, text=text))
+    vision = VisionConfig(image_size=8, patch_size=4, width=16, depth=1, mlp_dim=32, num_heads=2)
+    return replace(small, model=replace(small.model, text=text, vision=vision))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,9 @@ def exact(config):
         return gradients(training(config))
 
 
-@pytest.mark.parametrize("attention, remat", [("xla", "none"), ("cudnn", "full"), ("cudnn", "up"), ("xla", "offload")])
+@pytest.mark.parametrize(
+    "attention, remat", [("xla", "none"), ("cudnn", "full"), ("cudnn", "up"), ("cudnn", "dots"), ("xla", "offload")]
+)
 def test_loss_and_gradients_are_those_of_float32(config, exact, attention, remat):
     model = replace(config.model, dtype="bfloat16", attention=attention, remat=remat)
     loss, found = gradients(training(replace(config, model=model)))
