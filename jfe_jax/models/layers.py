@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jfe_jax import gather
+from jfe_jax.models.products import matmul, scores, weighted_mean
 from jfe_jax.sharding import constrain
 
 LOGICAL = {
@@ -188,28 +189,6 @@ def run_stack(
     return final(x, jax.tree.map(lambda leaf: leaf[-1], params))
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., C] times w [C, D] → [..., D].
-
-    The gradients are those of any product, written out: left to itself, XLA computes the weight's on the CPU from a
-    transposed copy of the activations, at a third of the speed.
-    """
-    return x @ w
-
-
-def _matmul_forward(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ w, (x, w)
-
-
-def _matmul_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = kept
-    return g @ w.T, x.reshape(-1, x.shape[-1]).T @ g.reshape(-1, g.shape[-1])
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
-
-
 class Adaptable(nnx.Module):
     """A module whose kernels may have low-rank adapters beside them (models/lora.py)."""
 
@@ -279,13 +258,10 @@ def attend(
         .reshape(*lead, k, s * n // k, h)
     )
     key, value = key.swapaxes(-3, -2), value.swapaxes(-3, -2)
-    logits = jnp.einsum("...qh,...th->...qt", query, key, preferred_element_type=jnp.float32)
+    logits = scores(query, key)
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     if bias is not None:
         logits = (logits.reshape(*lead, k, s, n // k, t) + bias[..., None, :, None, :]).reshape(logits.shape)
-    # Divided by their sum after the product with the values: H numbers a row instead of T.
-    weights = jnp.exp(logits - jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True)))
-    out = jnp.einsum("...qt,...th->...qh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
-    out = (out / jnp.sum(weights, axis=-1, keepdims=True)).astype(value.dtype)
+    out = weighted_mean(logits, value)
     return out.reshape(*lead, k, s, n // k * h).swapaxes(-3, -2).reshape(*lead, s, n, h)
