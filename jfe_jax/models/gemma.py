@@ -160,7 +160,9 @@ class GemmaTower(nnx.Module):
           where: int32 [G, B], places in the flattened R·S. If given, only their states [G, B, D] are returned, and the
             last of a few layers computes no others: their queries and MLP, of all tokens only key and value.
         """
-        angles = rotary_angles(positions + 1, self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
+        # Looked up: on the CPU, XLA would compute sines and cosines again for every head of every layer.
+        table = rotary_angles(jnp.arange(1, x.shape[2] + 1), self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
+        angles = tuple(jnp.take(each, positions, axis=0, mode="clip") for each in table)
         window = self.cfg.sliding_window
         # A window that no row is longer than hides nothing.
         windowed = 0 < window < x.shape[2] - 1

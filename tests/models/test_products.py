@@ -33,3 +33,9 @@ def test_gradients_are_the_derived_ones(name):
     np.testing.assert_allclose(own(*args), plain(*args), rtol=1e-5, atol=1e-5)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_logit_that_is_no_number_is_told():
+    logits, value = jnp.zeros((2, 9, 6)).at[0, 4, 1].set(jnp.nan), jnp.ones((2, 6, 4))
+    bad = np.isnan(jax.jit(products.weighted_mean)(logits, value)).all(-1)
+    assert bad.sum() == 1 and bad[0, 4]
