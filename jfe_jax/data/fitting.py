@@ -26,17 +26,20 @@ class Room(NamedTuple):
     items: int
 
 
-def fill(sizes: Sequence[Size], room: Room) -> Iterator[list[list[int]]]:
+def fill(sizes: Sequence[Size], rooms: Sequence[Room], together: int = 1) -> Iterator[tuple[Room, list[list[int]]]]:
     """Fills group after group, each row with the longest item that still fits, again and again.
 
     Long items with an image come first, and short texts fill the gaps that they leave; what is left are groups of texts
     alone. A `packing.Packer` that is given a group's items in this order puts them into the same rows.
 
     Args:
-      sizes: of the items; none has more tokens than a row.
+      sizes: of the items; one of the rooms has rows for the longest.
+      rooms: what a group may be: the one with the shortest rows that the longest item left fits into. So items of about
+        a length come together, and the last group of long rows is filled up with what is shorter.
+      together: so many groups, one after the other, are of one room.
 
     Yields:
-      The items' indices in each of a group's R rows.
+      A group's room, and the items' indices in each of its R rows.
     """
     # Without and with an image: the different lengths, ascending, and the items of each length.
     lengths: tuple[list[int], list[int]] = ([], [])
@@ -60,8 +63,13 @@ def fill(sizes: Sequence[Size], room: Room) -> Iterator[list[list[int]]]:
             lengths[image].remove(tokens)
         return index
 
-    left = len(sizes)
+    rooms = sorted(rooms, key=lambda room: room.row_tokens)
+    left, made = len(sizes), 0
     while left:
+        if made % together == 0:
+            longest_left = max(own[-1] for own in lengths if own)
+            room = next(room for room in rooms if room.row_tokens >= longest_left)
+        made += 1
         rows: list[list[int]] = []
         slots, places = room.image_slots, room.items
         for _ in range(room.rows):
@@ -76,4 +84,4 @@ def fill(sizes: Sequence[Size], room: Room) -> Iterator[list[list[int]]]:
                 free, slots, places = free - tokens, slots - image, places - 1
             rows.append(row)
             left -= len(row)
-        yield rows
+        yield room, rows

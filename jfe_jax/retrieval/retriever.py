@@ -21,6 +21,7 @@ from jfe_jax.data.ahead import ahead
 from jfe_jax.data.items import Item
 from jfe_jax.data.packing import PackedBatch
 from jfe_jax.retrieval.batches import BatchMaker
+from jfe_jax.retrieval.rooms import ACCELERATOR, CPU
 from jfe_jax.sharding import batch_sharding, group_count, make_mesh, replicated
 
 _BATCHES_AHEAD = 2
@@ -57,7 +58,8 @@ class Retriever:
         if all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params)):
             # The same weights as the first device has them: what fits into one group runs there.
             self._alone = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, params)
-        self._batches = BatchMaker(config, group_count(self.mesh))
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu" and config.model.attention != "splash"
+        self._batches = BatchMaker(config, group_count(self.mesh), CPU if on_cpu else ACCELERATOR)
         self._forward = jax.jit(lambda params, packed: nnx.merge(graphdef, params)(packed))
 
     @classmethod

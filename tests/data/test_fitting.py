@@ -18,7 +18,7 @@ def sizes():
 
 @pytest.mark.parametrize("room", [Room(4, 160, 8, 80), Room(3, 200, 2, 9)], ids=["roomy", "few slots and items"])
 def test_every_item_has_a_place_and_no_group_too_many(sizes, room):
-    groups = list(fill(sizes, room))
+    groups = [rows for _, rows in fill(sizes, [room])]
     assert sorted(index for rows in groups for row in rows for index in row) == list(range(500))
     for rows in groups:
         assert len(rows) <= room.rows
@@ -30,12 +30,12 @@ def test_every_item_has_a_place_and_no_group_too_many(sizes, room):
 def test_rows_are_filled_better_than_in_the_order_that_items_come(sizes):
     room = Room(4, 160, 8, 80)
     least = sum(size.tokens for size in sizes) / (room.rows * room.row_tokens)
-    assert len(list(fill(sizes, room))) <= 1.06 * least + 1
+    assert len(list(fill(sizes, [room]))) <= 1.06 * least + 1
 
 
 @pytest.mark.parametrize("room", [Room(4, 160, 8, 80), Room(3, 200, 2, 9)], ids=["roomy", "few slots and items"])
 def test_the_packer_puts_them_into_the_same_rows(sizes, room):
-    for rows in fill(sizes, room):
+    for _, rows in fill(sizes, [room]):
         packer = Packer(
             groups=1,
             rows=room.rows,
@@ -51,3 +51,22 @@ def test_the_packer_puts_them_into_the_same_rows(sizes, room):
         pool = packer.finish(room.items).pool[0, : len(order)]
         expected = [number for number, row in enumerate(rows) for _ in row]
         assert (pool // room.row_tokens).tolist() == expected
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_groups_have_the_shortest_rows_that_hold_what_is_left(sizes, together):
+    rooms = [Room(3, 160, 6, 60), Room(8, 70, 8, 70), Room(5, 100, 5, 62)]
+    found = list(fill(sizes, rooms, together))
+    assert sorted(index for _, rows in found for row in rows for index in row) == list(range(500))
+    left = {index: size.tokens for index, size in enumerate(sizes)}
+    for number, (room, rows) in enumerate(found):
+        assert max(sum(sizes[index].tokens for index in row) for row in rows) <= room.row_tokens
+        if number % together:
+            assert room == found[number - 1][0]
+        else:
+            longest = max(left.values())
+            assert room.row_tokens == min(one.row_tokens for one in rooms if one.row_tokens >= longest)
+        for row in rows:
+            for index in row:
+                del left[index]
+    assert len({room for room, _ in found}) == 3

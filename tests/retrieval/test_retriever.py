@@ -16,6 +16,7 @@ from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
 from jfe_jax.retrieval import batches
 from jfe_jax.retrieval.retriever import Retriever
+from jfe_jax.retrieval.rooms import ACCELERATOR, CPU, Rooms, Scale
 from jfe_jax.sharding import make_mesh
 from tests.retrieval.tiny import picture, tiny_retriever
 
@@ -45,7 +46,7 @@ def test_rows_are_unit_and_in_input_order(retriever, monkeypatch):
 
 
 def test_many_batches_with_a_ragged_end_compile_few_shapes(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "BATCH_TOKENS", 512)
+    monkeypatch.setattr("jfe_jax.retrieval.retriever.CPU", Scale(512, 128, 1, 256))
     small = tiny_retriever(tmp_path)
     texts = [Item(text=f"{i} words") for i in range(150)]
     done = []
@@ -62,7 +63,7 @@ def test_many_batches_with_a_ragged_end_compile_few_shapes(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4)], ids=["whole on each", "split over four"])
 def test_all_devices_give_what_one_gives(tmp_path, monkeypatch, sizes):
-    monkeypatch.setattr(batches, "BATCH_TOKENS", 128)
+    monkeypatch.setattr("jfe_jax.retrieval.retriever.CPU", Scale(128, 128, 1, 256))
     items = mixed(70)
     alone = tiny_retriever(tmp_path)
     one = Retriever(alone.config, alone._graphdef, alone._params, path=tmp_path, mesh=make_mesh(MeshConfig(data=1)))
@@ -92,7 +93,7 @@ def test_an_image_on_disk_is_read_once(retriever, tmp_path):
 
 
 def test_a_window_hands_on_what_fills_no_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(batches, "BATCH_TOKENS", 512)
+    monkeypatch.setattr("jfe_jax.retrieval.retriever.CPU", Scale(512, 128, 1, 256))
     items, alone = mixed(90), tiny_retriever(tmp_path)
     mesh = make_mesh(MeshConfig(data=1))
     small = Retriever(alone.config, alone._graphdef, alone._params, path=tmp_path, mesh=mesh)
@@ -106,15 +107,41 @@ def test_a_window_hands_on_what_fills_no_batch(tmp_path, monkeypatch):
     assert min((packed.segments > 0).mean() for packed in made[:-1]) > 0.8
 
 
+def lengths(rooms, sizes):
+    return [room.row_tokens for room in rooms.several(sizes)]
+
+
 def test_rows_are_as_long_as_items_fill_best():
-    maker = object.__new__(batches.BatchMaker)
-    maker._model, maker._groups, maker._row_lengths = ModelConfig(), 1, []
-    maker._shortest_with_image = 258
+    rooms = Rooms(ModelConfig(), ACCELERATOR)
     # Rows of 512 would be half empty, rows of 640 hold two of them.
-    assert maker._row_length([Size(310, True)] * 400) == 640
-    assert maker._row_length([Size(100, False)] * 400) == 640, "what is compiled is kept for a small gain"
-    assert maker._row_length([Size(500, True)] * 400) == 512, "and not for a large one"
-    assert maker._row_length([Size(12, False)]) == 512, "few items are not worth a compilation"
+    assert lengths(rooms, [Size(310, True)] * 400) == [640]
+    assert lengths(rooms, [Size(100, False)] * 400) == [640], "what is compiled is kept for a small gain"
+    assert lengths(rooms, [Size(500, True)] * 400) == [512], "and not for a large one"
+    assert lengths(rooms, [Size(12, False)]) == [512, 640], "few items are not worth a compilation"
+    assert lengths(rooms, [Size(700, False)]) == [512, 640, 768], "but if they fit into none"
+
+
+def test_on_a_cpu_pools_have_rows_of_several_lengths():
+    rooms = Rooms(ModelConfig(), CPU)
+    pool = [Size(270 + n % 3, True) for n in range(200)] + [Size(400 + n % 9, True) for n in range(200)]
+    assert lengths(rooms, pool) == [272, 416]
+    assert lengths(rooms, pool[:390]) == [272, 416] and lengths(rooms, pool[200:]) == [272, 416]
+
+
+def test_few_items_are_one_row():
+    rooms = Rooms(ModelConfig(), CPU)
+    assert rooms.single([Size(12, False), Size(90, False)]) == (1, 128, 1, 16)
+    assert rooms.single([Size(12, False), Size(300, True)]) == (1, 384, 1, 48)
+    assert rooms.single([Size(900, False)]).row_tokens == 1024
+    assert rooms.single([Size(300, True)] * 2) is None and rooms.single([Size(8, False)] * 70) is None
+
+
+def test_what_a_pool_leaves_for_the_end_is_one_row(retriever):
+    maker = batches.BatchMaker(retriever.config, 1, Scale(512, 16, 2, 8))
+    sizes = {number: Size(60, False) for number in range(17)}
+    made = list(maker._batched(sizes))
+    assert [room[:2] for room, _ in made] == [(8, 64), (8, 64), (1, 128)], "not seven rows of padding"
+    assert sorted(number for _, groups in made for group in groups for number in group) == list(range(17))
 
 
 def test_bad_items_are_named(retriever, tmp_path):
