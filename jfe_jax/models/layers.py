@@ -131,6 +131,25 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, depth: int) ->
     return nnx.vmap(make)(rngs.split(depth))
 
 
+def apart(params: Any) -> Any:
+    """The parameter tree with a tuple of its layers' arrays in place of each stack that runs unrolled.
+
+    For programs that only read them: a CPU's copies every layer out of its stack at every call.
+    """
+
+    def one(path: tuple[Any, ...], leaf: jax.Array) -> Any:
+        return tuple(leaf) if _stacked(path) and len(leaf) <= UNROLLED_DEPTH else leaf
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def together(params: Any) -> Any:
+    """What `apart` took apart, in a program that takes it apart again: nothing is copied."""
+    return jax.tree.map(
+        lambda leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf, params, is_leaf=lambda x: type(x) is tuple
+    )
+
+
 def run_stack(
     blocks: nnx.Module,
     x: jax.Array,

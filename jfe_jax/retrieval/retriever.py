@@ -20,6 +20,7 @@ from jfe_jax.config import Config, MeshConfig
 from jfe_jax.data.ahead import ahead
 from jfe_jax.data.items import Item
 from jfe_jax.data.packing import PackedBatch
+from jfe_jax.models.layers import apart, together
 from jfe_jax.retrieval.batches import BatchMaker
 from jfe_jax.retrieval.rooms import ACCELERATOR, CPU
 from jfe_jax.sharding import batch_sharding, group_count, make_mesh, replicated
@@ -59,8 +60,10 @@ class Retriever:
             # The same weights as the first device has them: what fits into one group runs there.
             self._alone = jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, params)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu" and config.model.attention != "splash"
+        if on_cpu and self._alone is not None:
+            self._alone = apart(self._alone)
         self._batches = BatchMaker(config, group_count(self.mesh), CPU if on_cpu else ACCELERATOR)
-        self._forward = jax.jit(lambda params, packed: nnx.merge(graphdef, params)(packed))
+        self._forward = jax.jit(lambda params, packed: nnx.merge(graphdef, together(params))(packed))
 
     @classmethod
     def load(cls, path: str | Path, mesh: Mesh | None = None) -> "Retriever":

@@ -79,6 +79,19 @@ def test_all_devices_give_what_one_gives(tmp_path, monkeypatch, sizes):
     assert many.fingerprint == one.fingerprint
 
 
+def test_layers_apart_are_the_same_program_without_their_stack(retriever):
+    packed, _ = next(retriever._batches.batches(mixed(2), None))
+    whole, apart = (len(jax.tree.leaves(params)) for params in (retriever._params, retriever._alone))
+    assert apart > whole
+    stack = f"f32[{','.join(map(str, retriever._params['tower']['blocks']['gate_df'].shape))}]"
+    texts = [
+        retriever._forward.lower(each, packed).compile().as_text() for each in (retriever._params, retriever._alone)
+    ]
+    assert stack in texts[0] and stack not in texts[1]
+    one, other = (retriever._forward(params, packed) for params in (retriever._params, retriever._alone))
+    np.testing.assert_allclose(one, other, atol=1e-6)
+
+
 def test_nothing_to_embed(retriever):
     assert retriever.encode([]).shape == (0, 16)
 
