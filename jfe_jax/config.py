@@ -22,7 +22,7 @@ _TUPLES = dict.fromkeys(
     (tuple[str, ...], tuple[float, ...]), lambda value: tuple(value) if isinstance(value, list | tuple) else value
 )
 # A mixture, or a list of widths, is one value: adding to the base's would not be what was written.
-_WHOLE = ("mixture", "upsample", "matryoshka")
+_WHOLE = ("mixture", "upsample", "matryoshka", "bins")
 Activation = Literal["gelu_tanh", "gelu", "quick_gelu"]
 
 
@@ -187,6 +187,9 @@ class DataConfig:
       negative_modality: "any" of these negatives, or only those of the "positive"'s modality.
       layout: "packed" puts several items into a row of `row_tokens`; "padded" one.
       rows, row_tokens, image_slots: shape of the global packed batch.
+      bins: {tokens: how many}: attention works on so many bins of these lengths instead of on rows; an item lies
+        whole in one, across the ends of rows. They need room for a tenth more tokens than the rows, which then have no
+        gaps; where items are shorter than rows, attention multiplies less as well. {} for rows.
       image_shift: training images are moved by up to so many pixels, their edges repeated; a new draw each time.
       shuffle: False keeps the order on disk (for debugging).
       workers: reader processes; 0 reads in threads of the main process.
@@ -208,6 +211,7 @@ class DataConfig:
     rows: int = 256
     row_tokens: int = 512
     image_slots: int = 256
+    bins: dict[int, int] = field(default_factory=dict)
     image_shift: int = 0
     shuffle: bool = True
     workers: int = 0
@@ -483,11 +487,12 @@ def _as(hint: Any, value: Any, name: str) -> Any:
         return _to_float(value, name)
     if hint == tuple[float, ...] and isinstance(value, list | tuple):
         return [_to_float(one, name) for one in value]
-    if hint == dict[int, float] and isinstance(value, dict):
+    if hint in (dict[int, float], dict[int, int]) and isinstance(value, dict):
         # JSON, in which checkpoints keep their config, knows text as keys only.
         if not all(str(key).isdecimal() for key in value):
             raise UserError(f"{name} is {value!r}; its keys have to be whole numbers")
-        return {int(key): _to_float(weight, f"{name}.{key}") for key, weight in value.items()}
+        own = typing.get_args(hint)[1]
+        return {int(key): _to_float(one, f"{name}.{key}") if own is float else one for key, one in value.items()}
     return value
 
 

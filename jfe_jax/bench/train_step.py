@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jfe_jax.bench import rates, step_compare, step_side
 from jfe_jax.bench.result import Progress, Result, table
-from jfe_jax.bench.step_workload import EQUAL_TEXT, KINDS, Settings, batches, config
+from jfe_jax.bench.step_workload import CHOICE, EQUAL_TEXT, KINDS, Settings, batches, config
 from jfe_jax.errors import UserError
 from jfe_jax.plan import flops
 
@@ -26,8 +26,8 @@ SIDES = ("jfe", "torch")
 ROUNDED = 0.03
 # What an argument is if it is not given.
 DEFAULTS = {
-    "cpu": {"geometry": "30m", "rows": 10, "row_tokens": 640, "dtype": "float32"},
-    "gpu": {"geometry": "3b", "rows": 8, "row_tokens": 640, "dtype": "bfloat16"},
+    "cpu": {"geometry": "30m", "rows": 20, "row_tokens": 640, "attend": "bins", "dtype": "float32"},
+    "gpu": {"geometry": "3b", "rows": 8, "row_tokens": 640, "attend": "rows", "dtype": "bfloat16"},
 }
 COLUMNS = {
     "items": "",
@@ -65,8 +65,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes, and how each side computes."""
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--geometry", help="tiny, 30m, 150m or 3b; default 30m on a CPU, 3b on a GPU")
-    parser.add_argument("--rows", type=int, help="packed rows of a step; default 10, on a GPU 8")
+    parser.add_argument("--rows", type=int, help="packed rows of a step; default 20, on a GPU 8")
     parser.add_argument("--row-tokens", type=int, help="default 640")
+    parser.add_argument("--attend", choices=["rows", "bins"], help="over what; default bins on a CPU, rows on a GPU")
     parser.add_argument("--batches", type=int, default=3, help="different batches, by turns")
     parser.add_argument("--rounds", type=int, default=5, help="times that each batch is taken; on a GPU in each turn")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; default bfloat16 on a GPU")
@@ -110,9 +111,10 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         "recomputed",
         checked=found.checked,
         notes=[
-            f"mix: M-BEIR's modalities and lengths, {settings.rows} rows of {settings.row_tokens:,} tokens, PyTorch's "
-            "padded to the longest of the batch; equal: every item has an image and "
-            f"{EQUAL_TEXT} tokens of text, one a row on both sides.",
+            f"mix: M-BEIR's modalities and lengths, {settings.rows} rows of {settings.row_tokens:,} tokens, attention "
+            f"over {settings.attend}, PyTorch's padded to the longest of the batch; of {CHOICE} batches those whose "
+            "padding is nearest to the mean.",
+            f"equal: every item has an image and {EQUAL_TEXT} tokens of text, one a row on both sides.",
             *found.notes,
         ],
         device=found.device,

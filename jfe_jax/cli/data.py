@@ -1,4 +1,4 @@
-"""`jfe data emoji|check|prepare`."""
+"""`jfe data emoji|check|prepare|bins`."""
 
 import argparse
 import json
@@ -63,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     prepare.set_defaults(run=_prepare)
 
+    purpose = "suggest data.bins for a run, from the items of its first steps"
+    bins = verbs.add_parser("bins", help=purpose, description=purpose)
+    bins.add_argument("--config", required=True, metavar="FILE", help="of the run; --key.sub=value overrides a value")
+    bins.add_argument("--groups", type=int, default=1, metavar="G", help="devices of the mesh's batch axes (1)")
+    bins.add_argument("--steps", type=int, default=16, metavar="N", help="how many steps are read (16)")
+    bins.set_defaults(run=_bins, overrides=[])
+
 
 def _check(args: argparse.Namespace) -> None:
     from jfe_jax.data import check
@@ -108,3 +115,15 @@ def _prepare(args: argparse.Namespace) -> None:
         if part.missing:
             line += f"; {part.missing} images are missing or unreadable, listed in missing.txt"
         print(line, flush=True)
+
+
+def _bins(args: argparse.Namespace) -> None:
+    from jfe_jax import config as configs
+    from jfe_jax.data import binning
+
+    if min(args.groups, args.steps) < 1:
+        raise UserError("--groups and --steps have to be 1 or more")
+    found = binning.of_run(configs.load(args.config, args.overrides), args.groups, args.steps)
+    listed = ", ".join(f"{size}: {count}" for size, count in found.bins.items())
+    print(f"data:\n  bins: {{{listed}}}")
+    print(f"# Rows are {found.full:.1%} full; attention over these bins multiplies {found.attention:.0%} as much.")

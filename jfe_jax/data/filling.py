@@ -38,7 +38,7 @@ class EncodedPair(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BatchShape:
-    """Static sizes of a process's batches: G, N, K, P, and R, S, M and H = W of the packed batch."""
+    """Static sizes of a process's batches: G, N, K, P, R, S, M, H = W and each group's bins."""
 
     groups: int
     pairs: int
@@ -49,6 +49,7 @@ class BatchShape:
     image_slots: int
     image_size: int
     layout: Layout
+    bins: tuple[tuple[int, int], ...] = ()
 
 
 class Filling:
@@ -70,6 +71,7 @@ class Filling:
             image_slots=shape.image_slots,
             image_size=shape.image_size,
             layout=shape.layout,
+            bins=shape.bins,
         )
         G, N, K, P = shape.groups, shape.pairs, shape.negatives, shape.positives
         self._candidates = np.full((G, N * (1 + K)), -1, np.int32)

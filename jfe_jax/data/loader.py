@@ -65,10 +65,13 @@ def training_batches(
             f"tokens.tokenizer: ids up to {encoder.vocab_size - 1}, but model.text.vocab_size is "
             f"{cfg.model.text.vocab_size}"
         )
-    if encoder.longest > shape.row_tokens:
+    key, room = "row_tokens", shape.row_tokens
+    if shape.bins:
+        key, room = "bins", max(shape.bins)[0]
+    if encoder.longest > room:
         raise UserError(
-            f"data.row_tokens: {shape.row_tokens} is less than the longest item, {encoder.longest} tokens; raise it or "
-            "lower tokens.max_text_tokens"
+            f"data.{key}: {room} is less than the longest item, {encoder.longest} tokens; raise it or lower "
+            "tokens.max_text_tokens"
         )
     prepared = Prepared(Path(cfg.data.path) if cfg.data.path else "")
     sizes = {name: len(prepared.queries(name, split)) for name in prepared.units(split)}
@@ -140,6 +143,7 @@ def batch_shape(cfg: Config, groups: int, process_count: int) -> BatchShape:
         if getattr(data, name) % groups:
             raise UserError(f"data.{name}: {getattr(data, name)} is not divisible by the batch's {groups} groups")
     pairs, rows = data.pairs // groups, data.rows // groups
+    bins = _bins(cfg, groups)
     if data.layout == "padded" and rows < pairs * (2 + data.hard_negatives):
         raise UserError(
             f"data.rows: {data.rows} is too few for the padded layout, which needs a row for each of the "
@@ -155,4 +159,24 @@ def batch_shape(cfg: Config, groups: int, process_count: int) -> BatchShape:
         image_slots=data.image_slots // groups,
         image_size=cfg.model.vision.image_size,
         layout=data.layout,
+        bins=bins,
     )
+
+
+def _bins(cfg: Config, groups: int) -> tuple[tuple[int, int], ...]:
+    # Of each group.
+    data = cfg.data
+    if not data.bins:
+        return ()
+    if data.layout == "padded" or cfg.model.kind == "dual":
+        raise UserError("data.bins: only for packed items of a fusion or two_tower model")
+    for length, count in data.bins.items():
+        if length < 1 or count < 1 or count % groups:
+            raise UserError(f"data.bins: {count} bins of {length} tokens do not divide among {groups} groups")
+    group = data.rows // groups * data.row_tokens
+    if max(data.bins) > group:
+        raise UserError(f"data.bins: {max(data.bins)} is more than the {group} tokens of a group's rows")
+    room, tokens = sum(length * count for length, count in data.bins.items()), data.rows * data.row_tokens
+    if room < tokens:
+        raise UserError(f"data.bins: they have room for {room} tokens, fewer than data.rows · row_tokens, {tokens}")
+    return tuple((length, count // groups) for length, count in sorted(data.bins.items()))

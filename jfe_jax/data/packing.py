@@ -1,6 +1,6 @@
 """Many items of different lengths → one batch of fixed shape.
 
-Axes: G groups, R rows, S tokens of a row, M image slots, B items, H W pixels.
+Axes: G groups, R rows, S tokens of a row, M image slots, B items, H W pixels, W bins of L tokens.
 """
 
 from bisect import bisect_left, insort
@@ -17,6 +17,21 @@ Layout = Literal["packed", "padded"]
 _LAID_ANEW = 512
 
 
+class Bins(NamedTuple):
+    """Stretches of the flattened R·S that attention works on in place of rows: an item lies whole in one of them.
+
+    Then rows are only how the tokens are stored. Bins hold more tokens than there are, so that items fit without a
+    gap between them; what they have too many costs attention alone.
+
+    Attributes:
+      index: int32 [G, W, L] for each length L; where each place's token is in the flattened R·S; R·S if it has none.
+      home: int32 [G, R, S]; each token's place, counted through all of `index`; their number for padding.
+    """
+
+    index: tuple[np.ndarray, ...]
+    home: np.ndarray
+
+
 class PackedBatch(NamedTuple):
     """Items laid side by side in rows, as segments that do not see each other.
 
@@ -25,13 +40,14 @@ class PackedBatch(NamedTuple):
 
     Attributes:
       tokens: int32 [G, R, S]; ids, image placeholders included.
-      segments: int32 [G, R, S]; 0 is padding, else the item's number in its row, from 1.
+      segments: int32 [G, R, S]; 0 is padding, else the item's number in its row (with bins, in its group), from 1.
       positions: int32 [G, R, S]; from 0 in each segment.
       pixels: uint8 [G, M, H, W, 3]; image slots, normalised on the device.
       image_start: int32 [G, M]; where the slot's first patch goes in the group's flattened R·S; R·S for an empty slot.
       pool: int32 [G, B]; where the item's last token (<eos>) is in the flattened R·S; 0 for a filler.
       pool_span: int32 [G, B, 2]; the item's first token and one past its last, in the flattened R·S; 0, 0 for a filler.
       valid: bool [G, B]; a real item, or a filler.
+      bins: what attention works on; None for rows.
     """
 
     tokens: np.ndarray
@@ -42,6 +58,7 @@ class PackedBatch(NamedTuple):
     pool: np.ndarray
     pool_span: np.ndarray
     valid: np.ndarray
+    bins: Bins | None = None
 
 
 class ContrastiveBatch(NamedTuple):
@@ -64,35 +81,49 @@ class ContrastiveBatch(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """An item, its index in the group's B, and where it starts in the group's flattened R·S."""
+    """An item, its index in the group's B, and where it starts: so many tokens into a row, or into a bin."""
 
     index: int
     item: EncodedItem
-    start: int
+    row: int
+    offset: int
 
 
 class Packer:
     """Finds room for items, then lays them out.
 
-    Each item goes into the fullest row of its group that has room (best fit), or, in the padded layout, into a row of
-    its own. Finding room needs lengths only, so it costs microseconds; tokens and pixels are copied once, at the end.
+    Each item goes into the fullest row or bin of its group that has room (best fit), or, in the padded layout, into
+    a row of its own. Finding room needs lengths only, so it costs microseconds; tokens and pixels are copied once, at
+    the end.
 
     Args:
       groups, rows, row_tokens, image_slots: G, and R, S and M of each group.
       image_size: H and W of the image slots.
+      bins: lengths and numbers of each group's bins; none for rows.
 
     Attributes:
       free: tokens that each group has left.
     """
 
-    def __init__(self, *, groups: int, rows: int, row_tokens: int, image_slots: int, image_size: int, layout: Layout):
+    def __init__(
+        self,
+        *,
+        groups: int,
+        rows: int,
+        row_tokens: int,
+        image_slots: int,
+        image_size: int,
+        layout: Layout,
+        bins: Sequence[tuple[int, int]] = (),
+    ):
+        self.bins = sorted(bins)
+        self._lengths = [length for length, count in self.bins for _ in range(count)] or [row_tokens] * rows
         self.groups, self.rows, self.row_tokens = groups, rows, row_tokens
         self.image_slots, self.image_size, self.layout = image_slots, image_size, layout
         self.free = [rows * row_tokens] * groups
-        # (tokens left, row), in that order.
+        # (tokens left, row or bin), in that order.
         self._left = [self._empty() for _ in range(groups)]
         self._images = [0] * groups
-        # (index, item, start) by group.
         self._placed: list[list[_Placed]] = [[] for _ in range(groups)]
 
     def add(self, group: int, items: Sequence[tuple[int, EncodedItem]]) -> bool:
@@ -108,7 +139,7 @@ class Packer:
         taken = self._lay(left, items)
         if taken is None and self.layout == "packed" and len(placed) <= _LAID_ANEW:
             left, placed = self._empty(), []
-            taken = self._lay(left, [*((index, item) for index, item, _ in self._placed[group]), *items])
+            taken = self._lay(left, [*(one[:2] for one in self._placed[group]), *items])
         if taken is None:
             return False
         self._left[group], self._images[group], self._placed[group] = left, images, placed + taken
@@ -116,10 +147,10 @@ class Packer:
         return True
 
     def _empty(self) -> list[tuple[int, int]]:
-        return [(self.row_tokens, row) for row in range(self.rows)]
+        return [(length, row) for row, length in enumerate(self._lengths)]
 
     def _lay(self, left: list[tuple[int, int]], items: Sequence[tuple[int, EncodedItem]]) -> "list[_Placed] | None":
-        # Into the rows of `left`, which changes; None if they do not fit.
+        # Into what `left` names, which changes; None if they do not fit.
         taken = []
         # The longest first: they fit into the fewest rows.
         for index, item in sorted(items, key=lambda one: -len(one[1].tokens)):
@@ -130,7 +161,7 @@ class Packer:
             room, row = left.pop(at)
             if self.layout == "packed":
                 insort(left, (room - length, row))
-            taken.append(_Placed(index, item, (row + 1) * self.row_tokens - room))
+            taken.append(_Placed(index, item, row, self._lengths[row] - room))
         return taken
 
     def finish(self, items_per_group: int) -> PackedBatch:
@@ -141,26 +172,38 @@ class Packer:
         image_start = np.full((G, M), R * S, np.int32)
         pool, pool_span = np.zeros((G, B), np.int32), np.zeros((G, B, 2), np.int32)
         valid = np.zeros((G, B), bool)
+        bounds = np.cumsum([0, *self._lengths])
+        index, home = np.full((G, bounds[-1]), R * S, np.int32), np.full(G * R * S, bounds[-1], np.int32)
         # In the order in which they lie.
-        placed = [(g, *one) for g, own in enumerate(self._placed) for one in sorted(own, key=lambda one: one.start)]
+        placed = [
+            (g, *one)
+            for g, own in enumerate(self._placed)
+            for one in sorted(own, key=lambda one: (one.row, one.offset))
+        ]
+        starts = ()
         if placed:
-            group, index, items, start = zip(*placed, strict=True)
+            group, item_index, items, row, offset = zip(*placed, strict=True)
             lengths = np.array([len(item.tokens) for item in items])
             ends = np.cumsum(lengths)
             inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-            group, index, start = np.array(group), np.array(index), np.array(start, np.int32)
-            where = np.repeat(group * (R * S) + start, lengths) + inside
+            group, item_index, place = np.array(group), np.array(item_index), bounds[list(row)] + np.array(offset)
+            # Tokens of bins follow each other without the gaps that rows have.
+            unit = group if self.bins else group * R + np.array(row)
+            begins = ends - lengths
+            starts = begins - begins[np.searchsorted(group, group)] if self.bins else place
+            where = np.repeat(group * (R * S) + starts, lengths) + inside
             tokens[where] = np.concatenate([item.tokens for item in items])
-            row = group * R + start // S
-            number = np.arange(len(row)) - np.searchsorted(row, row) + 1
+            number = np.arange(len(unit)) - np.searchsorted(unit, unit) + 1
             segments[where] = np.repeat(number.astype(np.int32), lengths)
             positions[where] = inside
-            pool[group, index] = start + lengths - 1
-            pool_span[group, index, 0] = start
-            pool_span[group, index, 1] = start + lengths
-            valid[group, index] = True
+            home[where] = np.repeat(place, lengths) + inside
+            index[np.repeat(group, lengths), home[where]] = np.repeat(starts, lengths) + inside
+            pool[group, item_index] = starts + lengths - 1
+            pool_span[group, item_index, 0] = starts
+            pool_span[group, item_index, 1] = starts + lengths
+            valid[group, item_index] = True
         used = [0] * G
-        for g, _, item, start in placed:
+        for (g, _, item, *_), start in zip(placed, starts, strict=True):
             if item.pixels is not None:
                 pixels[g, used[g]] = item.pixels
                 image_start[g, used[g]] = start
@@ -175,7 +218,14 @@ class Packer:
             pool,
             pool_span,
             valid,
+            Bins(self._by_length(index), home.reshape(shape)) if self.bins else None,
         )
+
+    def _by_length(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
+        # [G, places of all bins] → [G, W, L] of each length.
+        ends = np.cumsum([length * count for length, count in self.bins])
+        parts = np.split(index, ends[:-1], axis=1)
+        return tuple(part.reshape(len(index), -1, length) for part, (length, _) in zip(parts, self.bins, strict=True))
 
 
 def pack(
@@ -187,12 +237,14 @@ def pack(
     image_slots: int,
     layout: Layout = "packed",
     image_size: int | None = None,
+    bins: Sequence[tuple[int, int]] = (),
 ) -> PackedBatch:
     """Packs a list: the first len(items) / groups into group 0, and so on; None leaves a filler.
 
     Args:
       rows, row_tokens, image_slots: R, S, M of each group.
       image_size: H and W of the image slots; only needed if no item has an image.
+      bins: see `Packer`.
 
     Raises:
       UserError: the items do not fit.
@@ -210,6 +262,7 @@ def pack(
         image_slots=image_slots,
         image_size=image_size or max(sizes, default=0),
         layout=layout,
+        bins=bins,
     )
     per_group = len(items) // groups
     for number, item in enumerate(items):

@@ -43,7 +43,7 @@ class FusionEncoder(nnx.Module):
         x = self.embedder(packed.tokens)
         if packed.pixels.shape[1]:
             x = place(self.projector(self.vision(packed.pixels)), x, packed.image_start)
-        return self.tower(x, packed.segments, packed.positions, where)
+        return self.tower(x, packed.segments, packed.positions, where, packed.bins)
 
 
 def place(features: jax.Array, x: jax.Array, start: jax.Array) -> jax.Array:

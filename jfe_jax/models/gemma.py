@@ -4,7 +4,9 @@ Axes: G groups, R rows, S tokens of a row (T as keys), D width, N heads, K kv he
 V vocabulary.
 """
 
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jfe_jax import gather
 from jfe_jax.config import TextConfig
-from jfe_jax.models import layers
+from jfe_jax.data.packing import Bins
+from jfe_jax.models import bins, layers
 from jfe_jax.models.attention import Segments, attend
 from jfe_jax.models.layers import SAVED_UP, UNROLLED_DEPTH, Adaptable, run_stack, stack, weight, zeros
 from jfe_jax.sharding import constrain
@@ -45,6 +48,28 @@ def rows_of(x: jax.Array, where: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index, axis=1, mode="clip")
 
 
+def before(x: jax.Array, where: jax.Array, length: int) -> jax.Array:
+    """The last `length` tokens of the flattened R·S of [G, R, S, …] up to each place `where` [G, B], or the first, or
+    all there are: [G, B, length, …]."""
+    flat = x.reshape(x.shape[0], -1, *x.shape[3:])
+    length = min(length, flat.shape[1])
+    start = jnp.maximum(where + 1 - length, 0)
+    one = partial(jax.lax.dynamic_slice_in_dim, slice_size=length)
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(flat, start)
+
+
+class Masks(NamedTuple):
+    """Who attends to whom.
+
+    Attributes:
+      each: a mask as of `attention.attend` of the rows, or of each length of bins.
+      bins: None if attention works on rows.
+    """
+
+    each: tuple[Any, ...]
+    bins: Bins | None
+
+
 class RMSNorm(nnx.Module):
     """x / rms(x) · (1 + scale) in float32; the result has the input's dtype.
 
@@ -74,21 +99,33 @@ class GemmaAttention(Adaptable):
         self.softcap = cfg.attn_logit_softcap
         self.how = attention
 
-    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], bias: jax.Array) -> jax.Array:
-        """[G, R, S, D] → [G, R, S, D]; see `GemmaTower` for `angles` and `bias`."""
+    def __call__(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], masks: Masks) -> jax.Array:
+        """[G, R, S, D] → [G, R, S, D]; `angles` are those of the tokens' positions."""
         query = constrain(rotate(self.project(x, "query_dnh"), *angles), HEADS)
         key = constrain(rotate(self.project(x, "key_dkh"), *angles), KV_HEADS)
         value = constrain(self.project(x, "value_dkh"), KV_HEADS)
-        out = constrain(attend(self.how, query, key, value, bias, self.scale, self.softcap), HEADS)
+        parts = [(x,) if masks.bins is None else bins.split(x, masks.bins) for x in (query, key, value)]
+        outs = [
+            constrain(attend(self.how, *own, mask, self.scale, self.softcap), HEADS)
+            for *own, mask in zip(*parts, masks.each, strict=True)
+        ]
+        out = outs[0] if masks.bins is None else constrain(bins.join(outs, masks.bins), HEADS)
         return self.project(out, "out_nhd", inner=2)
 
-    def at(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], where: jax.Array, bias: jax.Array) -> jax.Array:
-        """What the tokens `where` [G, B] of the flattened R·S get: [G, B, 1, D]; `bias` is of their rows' tokens."""
+    def at(
+        self,
+        x: jax.Array,
+        angles: tuple[jax.Array, jax.Array],
+        where: jax.Array,
+        around: Callable[[jax.Array], jax.Array],
+        bias: jax.Array,
+    ) -> jax.Array:
+        """What the tokens `where` [G, B] of the flattened R·S get from those `around` them: [G, B, 1, D]."""
         query = self.project(take(x, where), "query_dnh")
         query = constrain(rotate(query, *(take(angle, where) for angle in angles)), HEADS)
         key = constrain(rotate(self.project(x, "key_dkh"), *angles), KV_HEADS)
         value = constrain(self.project(x, "value_dkh"), KV_HEADS)
-        key, value = (rows_of(each, where) for each in (key, value))
+        key, value = around(key), around(value)
         out = constrain(layers.attend(query, key, value, bias, self.scale, self.softcap), HEADS)
         return self.project(out, "out_nhd", inner=2)
 
@@ -111,18 +148,18 @@ class GemmaBlock(Adaptable):
         self,
         x: jax.Array,
         angles: tuple[jax.Array, jax.Array],
-        bias: jax.Array,
-        near_bias: jax.Array | None = None,
+        masks: Masks,
+        near_masks: Masks | None = None,
         near: jax.Array | None = None,
     ) -> jax.Array:
-        """[G, R, S, D] → [G, R, S, D]; where the bool `near` is true, `near_bias` takes the place of `bias`."""
+        """[G, R, S, D] → [G, R, S, D]; where the bool `near` is true, `near_masks` take the place of `masks`."""
         if near is not None:
-            bias = bias._replace(near=near) if isinstance(bias, Segments) else jnp.where(near, near_bias, bias)
-        return self._added(x, self.attention(self.attention_norm(x), angles, bias))
+            masks = masks._replace(each=tuple(map(partial(_chosen, near), near_masks.each, masks.each)))
+        return self._added(x, self.attention(self.attention_norm(x), angles, masks))
 
-    def at(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], where: jax.Array, bias: jax.Array) -> jax.Array:
+    def at(self, x: jax.Array, angles: tuple[jax.Array, jax.Array], where: jax.Array, *seen: Any) -> jax.Array:
         """Only of the tokens `where`, see `GemmaAttention.at`: [G, B, 1, D]."""
-        return self._added(take(x, where), self.attention.at(self.attention_norm(x), angles, where, bias))
+        return self._added(take(x, where), self.attention.at(self.attention_norm(x), angles, where, *seen))
 
     def _added(self, x: jax.Array, y: jax.Array) -> jax.Array:
         # x and attention's y, then the MLP.
@@ -133,6 +170,10 @@ class GemmaBlock(Adaptable):
         hidden = constrain(gate * up, MLP)
         y = self.project(hidden, "down_fd")
         return x + (y if self.mlp_post_norm is None else self.mlp_post_norm(y))
+
+
+def _chosen(near: jax.Array, near_mask: Any, mask: Any) -> Any:
+    return mask._replace(near=near) if isinstance(mask, Segments) else jnp.where(near, near_mask, mask)
 
 
 class GemmaTower(nnx.Module):
@@ -149,7 +190,12 @@ class GemmaTower(nnx.Module):
 
     @jax.named_scope("tower")
     def __call__(
-        self, x: jax.Array, segments: jax.Array, positions: jax.Array, where: jax.Array | None = None
+        self,
+        x: jax.Array,
+        segments: jax.Array,
+        positions: jax.Array,
+        where: jax.Array | None = None,
+        within: Bins | None = None,
     ) -> jax.Array:
         """Runs the blocks.
 
@@ -157,43 +203,54 @@ class GemmaTower(nnx.Module):
           x: [G, R, S, D] in the compute dtype.
           segments: int32 [G, R, S]; a token attends to the tokens of its own number, in both directions.
           positions: int32 [G, R, S], from 0; PaliGemma counts from 1.
-          where: int32 [G, B], places in the flattened R·S. If given, only their states [G, B, D] are returned, and the
-            last of a few layers computes no others: their queries and MLP, of all tokens only key and value.
+          where: int32 [G, B], places in the flattened R·S, with `within` of items' last tokens. If given, only their
+            states [G, B, D] are returned, and the last of a few layers computes no others: their queries and MLP, of
+            all tokens only key and value.
+          within: bins that attention works on; None for rows.
         """
+        # No item is longer.
+        length = x.shape[2] if within is None else bins.longest(within)
         # Looked up: on the CPU, XLA would compute sines and cosines again for every head of every layer.
-        table = rotary_angles(jnp.arange(1, x.shape[2] + 1), self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
+        table = rotary_angles(jnp.arange(1, length + 1), self.cfg.head_dim, self.cfg.rope_theta, x.dtype)
         angles = tuple(jnp.take(each, positions, axis=0, mode="clip") for each in table)
         window = self.cfg.sliding_window
         # A window that no row is longer than hides nothing.
-        windowed = 0 < window < x.shape[2] - 1
-        bias, near_bias = self._masks(segments, positions, windowed)
+        windowed = 0 < window < length - 1
+        masks, near_masks = self._masks(segments, positions, windowed, within)
         near = (jnp.arange(self.depth) % 2 == 0,) if windowed else ()
-        masks = (bias, near_bias) if windowed else (bias,)
         last = None
         if where is not None and ends_early(self.depth):
-            seen = rows_of(segments, where) == take(segments, where)
+            around = partial(rows_of, where=where) if within is None else partial(before, where=where, length=length)
+            seen = around(segments) == take(segments, where)
             if windowed and self.depth % 2:
-                seen &= jnp.abs(rows_of(positions, where) - take(positions, where)) <= window
+                seen &= jnp.abs(around(positions) - take(positions, where)) <= window
             nearby = jnp.where(seen, 0.0, MASKED)[:, :, None]
 
             def last(block: nnx.Module, x: jax.Array) -> jax.Array:
-                return block.at(x, angles, where, nearby)
+                return block.at(x, angles, where, around, nearby)
 
+        masks = (masks, near_masks) if windowed else (masks,)
         x = run_stack(self.blocks, x, angles, *masks, depth=self.depth, remat=self.remat, per_layer=near, last=last)
         if where is None:
             return self.norm(x)
         return self.norm(x if last else take(x, where))[:, :, 0]
 
-    def _masks(self, segments: jax.Array, positions: jax.Array, windowed: bool) -> tuple[Any, Any]:
+    def _masks(
+        self, segments: jax.Array, positions: jax.Array, windowed: bool, within: Bins | None
+    ) -> tuple[Masks, Masks | None]:
         # Padding attends to padding: no row is empty, and no item sees it.
         window = self.cfg.sliding_window
+        ids = (segments,) if within is None else bins.split_ids(segments, within)
         if self.how == "splash":
-            return Segments(segments, window if windowed else 0, None), None
-        bias = jnp.where(segments[..., :, None] == segments[..., None, :], 0.0, MASKED)
+            masks = Masks(tuple(Segments(own, window if windowed else 0, None) for own in ids), within)
+            return masks, masks
+        biases = tuple(jnp.where(own[..., :, None] == own[..., None, :], 0.0, MASKED) for own in ids)
         if not windowed:
-            return bias, None
-        distance = jnp.abs(positions[..., :, None] - positions[..., None, :])
-        return bias, jnp.where(distance <= window, bias, MASKED)
+            return Masks(biases, within), None
+        places = (positions,) if within is None else bins.split_ids(positions, within)
+        distances = (jnp.abs(own[..., :, None] - own[..., None, :]) for own in places)
+        near = (jnp.where(far <= window, bias, MASKED) for far, bias in zip(distances, biases, strict=True))
+        return Masks(biases, within), Masks(tuple(near), within)
 
 
 class Embedder(nnx.Module):

@@ -73,13 +73,13 @@ class TwoTowerEncoder(nnx.Module):
         """Embeddings before the norm, float32 [G, B, E]."""
         placeholder = packed.tokens == self.cfg.image_token
         words = jnp.where(placeholder, 0, packed.segments)
-        text = self.tower(self.embedder(packed.tokens), words, packed.positions)
+        text = self.tower(self.embedder(packed.tokens), words, packed.positions, within=packed.bins)
         patches = self.vision(packed.pixels)
         if self.cfg.fusion == "score":
             return self._sum(text, patches, placeholder, packed)
         mark = jnp.where(placeholder[..., None], self.image_mark_d[...], self.text_mark_d[...]).astype(text.dtype)
         tokens = place(self.projector(patches), text, packed.image_start) + mark
-        fused = self.fusion(tokens, packed.segments, packed.positions)
+        fused = self.fusion(tokens, packed.segments, packed.positions, within=packed.bins)
         return self.projection(pool(fused, packed, self.cfg.pooling))
 
     def _sum(self, text: jax.Array, patches: jax.Array, placeholder: jax.Array, packed: PackedBatch) -> jax.Array:

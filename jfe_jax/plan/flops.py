@@ -62,10 +62,11 @@ class Load:
 
 
 def of_rows(config: Config) -> Load:
-    """The global batch of `config.data`, every place of every row and every image slot."""
+    """The global batch of `config.data`, every place of every row and bin, and every image slot."""
     data = config.data
-    items = data.pairs * (2 + data.hard_negatives)
-    return Load(data.rows * data.row_tokens, data.row_tokens, data.image_slots, items, data.row_tokens)
+    items, tokens = data.pairs * (2 + data.hard_negatives), data.rows * data.row_tokens
+    seen = sum(count * length**2 for length, count in data.bins.items()) / tokens or data.row_tokens
+    return Load(tokens, seen, data.image_slots, items, max(data.bins, default=data.row_tokens))
 
 
 def of_items(lengths: Sequence[int], images: int) -> Load:

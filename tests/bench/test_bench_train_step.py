@@ -13,7 +13,7 @@ from jfe_jax.config import DataConfig
 from jfe_jax.data import mixture
 from jfe_jax.errors import UserError
 
-SETTINGS = Settings(geometry="tiny", rows=2, row_tokens=448, batches=2)
+SETTINGS = Settings(geometry="tiny", rows=2, row_tokens=448, attend="bins", batches=2)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,7 @@ def test_both_layouts_hold_the_same_items():
         for batch in batches(SETTINGS, kind):
             packed, padded = batch.packed.packed, batch.padded
             n = packed.valid.shape[1] // 2
+            assert (packed.bins is not None) == (kind == "mix")
             where = [*np.flatnonzero(packed.valid[0, :n]), *(n + np.flatnonzero(packed.valid[0, n:]))]
             assert len(where) == 2 * batch.pairs == len(padded.tokens)
             tokens = packed.tokens.reshape(-1)

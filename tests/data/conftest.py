@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from jfe_jax.config import Config, from_dict
 from jfe_jax.data.mbeir import Mbeir
 from jfe_jax.data.prepare import prepare
-from tests.data.mbeir_maker import make_mbeir
+from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 
 
 @contextlib.contextmanager
@@ -25,3 +26,22 @@ def prepared_dir(mbeir_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
     list(prepare(Mbeir(mbeir_dir), out, progress=silent))
     return out
+
+
+@pytest.fixture
+def make_config(mbeir_dir, prepared_dir):
+    def make(tokens=None, **data) -> Config:
+        sizes = {"pairs": 16, "rows": 12, "row_tokens": 80, "image_slots": 32, "image_cache_mib": 16}
+        return from_dict(
+            {
+                "model": {
+                    "image_token": IMAGE_TOKEN,
+                    "vision": {"image_size": 32, "patch_size": 16},
+                    "text": {"vocab_size": VOCAB_SIZE},
+                },
+                "tokens": {"tokenizer": str(mbeir_dir / "tokenizer"), "max_text_tokens": 40, **(tokens or {})},
+                "data": {"path": str(prepared_dir), **sizes, **data},
+            }
+        )
+
+    return make

@@ -10,7 +10,6 @@ from PIL import Image
 
 from jfe_jax import config as configs
 from jfe_jax.bench import mbeir_like
-from jfe_jax.config import Config, from_dict
 from jfe_jax.data import mixture
 from jfe_jax.data.images import to_pixels
 from jfe_jax.data.loader import training_batches
@@ -22,26 +21,7 @@ from jfe_jax.data.reading import redistribute
 from jfe_jax.data.tokens import ItemEncoder
 from jfe_jax.errors import UserError
 from tests.data.conftest import silent
-from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, edit_row, make_mbeir
-
-
-@pytest.fixture
-def make_config(mbeir_dir, prepared_dir):
-    def make(tokens=None, **data) -> Config:
-        sizes = {"pairs": 16, "rows": 12, "row_tokens": 80, "image_slots": 32, "image_cache_mib": 16}
-        return from_dict(
-            {
-                "model": {
-                    "image_token": IMAGE_TOKEN,
-                    "vision": {"image_size": 32, "patch_size": 16},
-                    "text": {"vocab_size": VOCAB_SIZE},
-                },
-                "tokens": {"tokenizer": str(mbeir_dir / "tokenizer"), "max_text_tokens": 40, **(tokens or {})},
-                "data": {"path": str(prepared_dir), **sizes, **data},
-            }
-        )
-
-    return make
+from tests.data.mbeir_maker import edit_row, make_mbeir
 
 
 def take(iterator, count):
@@ -369,6 +349,18 @@ def test_padded_layout_has_an_item_a_row(make_config):
     np.testing.assert_array_equal(padded.candidate_ids, packed.candidate_ids)
 
 
+def test_bins_hold_the_pairs_that_rows_do(make_config):
+    cfg = make_config()
+    tokens = cfg.data.rows * cfg.data.row_tokens
+    binned = make_config(bins={cfg.data.row_tokens: 2 * cfg.data.rows})
+    for batch, other in zip(
+        *(take(training_batches(one, groups=2, split="train"), 2) for one in (cfg, binned)), strict=True
+    ):
+        assert [part.shape for part in other.packed.bins.index] == [(2, cfg.data.rows, cfg.data.row_tokens)]
+        assert other.packed.tokens.size == tokens
+        assert other.packed.valid.sum() >= batch.packed.valid.sum()
+
+
 def test_fewer_negatives_than_wanted_leave_fillers(make_config):
     (batch,) = take(
         training_batches(make_config(hard_negatives=5, rows=48, image_slots=96), groups=1, split="train"), 1
@@ -391,6 +383,10 @@ def test_fewer_negatives_than_wanted_leave_fillers(make_config):
         ({"pairs": 15}, {}, "data.pairs: 15 is not divisible"),
         ({"rows": 13}, {}, "data.rows: 13 is not divisible"),
         ({"row_tokens": 40}, {}, "data.row_tokens: 40 is less than the longest item"),
+        ({"bins": {64: 13}}, {}, "data.bins: 13 bins of 64 tokens do not divide among 2 groups"),
+        ({"bins": {64: 2}}, {}, "data.bins: they have room for 128 tokens, fewer than"),
+        ({"bins": {40: 64}}, {}, "data.bins: 40 is less than the longest item"),
+        ({"bins": {64: 64}, "layout": "padded"}, {}, "data.bins: only for packed items"),
         ({"layout": "padded"}, {}, "needs a row for each of the 32 items"),
         ({}, {"tokenizer": "/nowhere"}, "does not exist"),
     ],

@@ -108,3 +108,42 @@ def test_a_split_that_is_not_even_and_an_unknown_image_size_are_programming_erro
         pack([item(0, 3, False)], groups=2, rows=2, row_tokens=10, image_slots=0)
     with pytest.raises(ValueError, match="image_size"):
         pack([item(0, 3, False)], groups=1, rows=2, row_tokens=10, image_slots=1)
+
+
+@given(ITEMS.filter(bool), st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_with_bins_tokens_have_no_gaps_and_every_item_lies_whole_in_one(drawn, groups):
+    items = [item(number, *one) for number, one in enumerate(drawn)]
+    items += [None] * (-len(items) % groups)
+    per_group = len(items) // groups
+    # Rows of 8 tokens, which items cross.
+    batch = pack(
+        items,
+        groups=groups,
+        rows=3 * per_group,
+        row_tokens=8,
+        image_slots=per_group,
+        image_size=SIZE,
+        bins=((23, per_group), (40, 1)),
+    )
+    home = batch.bins.home.reshape(groups, -1)
+    sizes = [part.shape[1:] for part in batch.bins.index]
+    assert sizes == [(per_group, 23), (1, 40)]
+    index = np.concatenate([part.reshape(groups, -1) for part in batch.bins.index], axis=1)
+    ends = np.cumsum([length for count, length in sizes for _ in range(count)])
+    for group in range(groups):
+        real = np.flatnonzero(batch.segments[group].ravel())
+        np.testing.assert_array_equal(real, np.arange(len(real)), "tokens have gaps between them")
+        np.testing.assert_array_equal(index[group, home[group, real]], real)
+        assert (np.delete(home[group], real) == index.shape[1]).all()
+        assert (index[group] == home.shape[1]).sum() == index.shape[1] - len(real)
+        own = [number for number in range(group * per_group, (group + 1) * per_group) if items[number] is not None]
+        for number in own:
+            start, end = batch.pool_span[group, number % per_group]
+            places = home[group, start:end]
+            np.testing.assert_array_equal(places, places[0] + np.arange(len(items[number].tokens)))
+            assert np.searchsorted(ends, places[0], "right") == np.searchsorted(ends, places[-1], "right")
+            np.testing.assert_array_equal(batch.tokens[group].ravel()[start:end], items[number].tokens)
+            assert len(np.unique(batch.segments[group].ravel()[start:end])) == 1
+            assert (batch.image_start[group] == start).any() == (items[number].pixels is not None)
+        assert batch.segments[group].max() == len(own)

@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jfe_jax import sharding
 from jfe_jax.config import MeshConfig, TextConfig
+from jfe_jax.data.items import EncodedItem
+from jfe_jax.data.packing import pack
 from jfe_jax.errors import UserError
 from jfe_jax.models import attention, build_model, layers
 from jfe_jax.models.attention import Segments, dot_product
@@ -115,6 +117,23 @@ def test_a_tower_with_alternating_windows_gives_the_same_either_way():
     splash = hidden("splash")
     np.testing.assert_allclose(splash, hidden("xla"), atol=2e-5)
     assert np.abs(splash - hidden("xla", replace(cfg, sliding_window=0))).max() > 1e-3
+
+
+@pytest.mark.parametrize("how, depth", [("xla", 2), ("xla", 3), ("splash", 2)])
+def test_a_tower_with_alternating_windows_gives_the_same_in_bins(how, depth):
+    cfg = TextConfig(width=8, depth=depth, mlp_dim=8, num_heads=2, num_kv_heads=1, head_dim=H, sliding_window=4)
+    random = np.random.default_rng(1)
+    items = [EncodedItem(random.integers(0, 9, length).astype(np.int32), None) for length in (90, 30, 60, 64)]
+    graphdef, params = nnx.split(GemmaTower(cfg, "none", nnx.Rngs(0), attention=how))
+    table = random.normal(size=(9, 8)).astype(np.float32)
+
+    def pooled(**shape):
+        packed = pack(items, groups=1, image_slots=0, image_size=1, **shape)
+        arguments = (packed.segments, packed.positions, packed.pool, packed.bins)
+        return jax.jit(lambda params: nnx.merge(graphdef, params)(table[packed.tokens], *arguments))(params)
+
+    rows = pooled(rows=2, row_tokens=128)
+    np.testing.assert_allclose(pooled(rows=4, row_tokens=64, bins=((128, 3),)), rows, atol=2e-5)
 
 
 @pytest.mark.parametrize("k, masked", [(1, True), (2, True), (2, False)])

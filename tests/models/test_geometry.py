@@ -44,7 +44,7 @@ def test_a_batch_goes_through_the_true_geometry(name):
     graphdef, params = abstract(cfg)
     g, r, s, m, b = 2, 2, 640, 3, 4
     side = cfg.vision.image_size
-    shapes = PackedBatch(
+    shapes = (
         *[((g, r, s), np.int32)] * 3,
         ((g, m, side, side, 3), np.uint8),
         ((g, m), np.int32),

@@ -11,6 +11,7 @@ from flax import nnx
 
 from jfe_jax.config import ModelConfig
 from jfe_jax.data.items import EncodedItem
+from jfe_jax.data.packing import pack
 from jfe_jax.errors import UserError
 from jfe_jax.models import build_model, embedding_width, logical_axes
 from tests.models import tiny
@@ -35,6 +36,14 @@ def test_packed_equals_padded(kind, pooling):
     assert one.shape == (1, len(ITEMS), embedding_width(tiny.config(kind)))
     np.testing.assert_allclose(one, other, atol=2e-6)
     np.testing.assert_allclose(np.linalg.norm(one, axis=-1), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bins_equal_padded(kind):
+    embed = tiny.model(kind)
+    # Rows that items cross; one bin has room to spare.
+    binned = pack(ITEMS, groups=1, rows=6, row_tokens=8, image_slots=6, image_size=tiny.SIDE, bins=((8, 2), (20, 2)))
+    np.testing.assert_allclose(embed(binned), embed(tiny.packed(ITEMS, "padded")), atol=2e-6)
 
 
 @pytest.mark.parametrize("kind", ["fusion", "score"])

@@ -31,6 +31,13 @@ def test_loss_and_gradients_equal_those_of_one_device(config, alone, sizes):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), alone, spread)
 
 
+def test_with_bins_too(config, alone):
+    # Half of the room is left over by rows of 48 for items of at most 9 tokens.
+    data = replace(config.data, row_tokens=24, bins={12: 32, 24: 8})
+    spread = gradients(training(replace(config, data=data), (2, 2, 2)))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5), alone, spread)
+
+
 def test_the_step_compiles_once_learns_and_reuses_its_state(config):
     there = training(config, (2, 2, 2))
     step, state = make_train_step(there), states.initialise(there)

@@ -45,6 +45,7 @@ def batch(config: Config, groups: int, seed: int = 0) -> ContrastiveBatch:
         image_slots=data.image_slots // groups,
         image_size=config.model.vision.image_size,
         layout=data.layout,
+        bins=tuple((length, count // groups) for length, count in data.bins.items()),
     )
     ids, modality = (np.full((data.pairs, 1 + k), -1, np.int32) for _ in range(2))
     positives = np.full((data.pairs, 3), -1, np.int32)
