@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from jfe_jax import base, trees
+from jfe_jax import base, direct, trees
 from jfe_jax import config as configs
 from jfe_jax.blueprint import Blueprint, blueprint
 from jfe_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
@@ -81,6 +81,8 @@ def save_model(
         try:
             with streaming_context(orbax_context()) if streamed else orbax_context():
                 ocp.save_checkpointables(target, {"params": pure, "config": dataclasses.asdict(config)})
+            if streamed:
+                direct.sync(target)
         except UserError:
             raise
         except Exception as error:
@@ -104,8 +106,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         part.rename(path)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+    except BaseException:
+        # Threads may still write after an interrupt: under the other name they find nothing to write to.
+        gone = part.with_suffix(".gone")
+        part.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+        raise
 
 
 def write_run_files(run: Path, config: Config, tokenizer_dir: Path) -> None:
@@ -302,11 +308,13 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-class _RaisedAnyway(logging.Filter):
-    """Drops the tracebacks that Orbax's threads log of errors which then reach the caller as exceptions."""
+class _OfNoUse(logging.Filter):
+    """Drops the tracebacks that Orbax's threads log of errors which then reach the caller as exceptions, and that there
+    is no OCDBT to merge where none is wanted."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not ("orbax" in record.pathname and record.levelno >= logging.ERROR)
+        told = record.levelno >= logging.ERROR or "Skipping merge of OCDBT" in str(record.msg)
+        return not ("orbax" in record.pathname and told)
 
 
-logging.getLogger("absl").addFilter(_RaisedAnyway())
+logging.getLogger("absl").addFilter(_OfNoUse())

@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import os
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from jfe_jax import checkpoint, streaming
 from jfe_jax.config import Config
@@ -72,6 +74,32 @@ def test_what_is_written_in_pieces_is_read_whole(written):
     assert all(one.stop - one.start == 1 for one, *_ in asked["blocks.stacked"])
     # And no more parts than it takes: each is a write of its own.
     assert len(asked["second.vector"]) == 1 and len(asked["first.table"]) == 2
+    # What knows nothing of us reads it too.
+    plain = ocp.load_checkpointables(place)["params"]
+    for name, array in arrays.items():
+        part, rest = split(name)
+        np.testing.assert_array_equal(plain[part][rest], array, name)
+
+
+def test_small_layers_are_read_and_written_together(written):
+    norms = np.random.default_rng(0).normal(size=(6, 50)).astype(np.float32)
+    _, asked = written({"blocks.norms": norms})
+    assert asked["blocks.norms"] == [(slice(0, 6), slice(0, 50))]
+
+
+@pytest.mark.parametrize("damage", [lambda file: os.truncate(file, 100), os.remove], ids=["cut short", "gone"])
+def test_a_damaged_chunk_is_never_read_as_zeros(written, damage):
+    place, _ = written({"blocks.norms": np.ones((6, 50), np.float32)})
+    (chunk,) = (place / "params" / "blocks.norms").glob("[0-9]*")
+    damage(chunk)
+    stored = streaming.stored_arrays(place / "params")["blocks.norms"]
+    with pytest.raises(UserError, match=r"params: cannot read blocks\.norms"):
+        stored.read((slice(2, 3), slice(0, 50)))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(Exception, match="params"):
+        checkpoint.read_part(
+            place, "params", {"blocks": {"norms": jax.ShapeDtypeStruct((6, 50), np.float32, sharding=device)}}
+        )
 
 
 def test_a_source_that_fails_leaves_nothing(written, tmp_path):

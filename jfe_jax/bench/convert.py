@@ -30,7 +30,11 @@ SHARD_BYTES = 1 << 30
 
 
 # Process → what it does with a source and a target.
-_OURS = "from jfe_jax.hf.convert import from_hf; from_hf(*sys.argv[1:])"
+_OURS = """
+from jfe_jax.cli.main import main
+sys.argv[1:1] = ["convert", "from-hf"]
+main()
+"""
 _TORCH = """
 import torch
 from pathlib import Path

@@ -1,13 +1,16 @@
 """`jfe embed` beside sentence-transformers on the exported checkpoint: from files on disk to vectors on disk.
 
-Items with a text, an image or both lie mixed in one file. Ours is `retrieval.embed` as the verb calls it, in float32.
-Theirs opens what `jfe convert to-hf --layout sentence-transformers` wrote. One of its calls takes one kind of item, so
-there are three, each sorted by length as it does, and the rows are put in the file's order. Every round reads a pool of
-its own path: neither side knows an image from before.
+Items with a text, an image or both lie mixed in one file. Both sides open the directory that
+`jfe convert to-hf --layout sentence-transformers` writes, each in a process of its own as its user runs it
+(`embed_side`). Every round reads a pool of its own path: neither side knows an image from before.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import importlib.util
 import json
+import os
 import shutil
 import statistics
 import tempfile
@@ -18,15 +21,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jfe_jax.bench import pool, rates
+from jfe_jax.bench import pool
+from jfe_jax.bench.embed_side import Apart
+from jfe_jax.bench.geometry import geometry
 from jfe_jax.bench.result import Cell, Progress, Result, ratios, table
+from jfe_jax.config import Config, ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.plan import flops
 
-# Of the difference between a vector of ours and of theirs, both of length 1.
-TOLERANCE = 1e-4
+# Of the difference between a vector of ours and of theirs, both of length 1; rounding to bfloat16 adds up over layers.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 # What `SentenceTransformer.encode` takes if nobody chooses.
 DEFAULT_BATCH = 32
+# Of the 3 B geometry, whose own tokenizer is not there; a look-up, whatever its size.
+VOCABULARY = 32768
 
 
 class Pool(NamedTuple):
@@ -40,7 +48,9 @@ class Pool(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Sizes."""
-    parser.add_argument("--geometry", default="30m", help="tiny, 30m (default), 150m or 3b")
+    parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
+    parser.add_argument("--geometry", help="tiny, 30m, 150m or 3b; default 30m, on a GPU 3b")
+    parser.add_argument("--dtype", choices=sorted(TOLERANCE), help="default float32, on a GPU bfloat16")
     parser.add_argument("--items", type=int, default=2000, help="of the pool")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batches", default="2,4,8,16,64", help="their batch sizes that are tried besides 32")
@@ -54,28 +64,44 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     Raises:
       UserError: sentence-transformers is not installed, or the vectors differ.
     """
-    try:
-        import sentence_transformers  # noqa: F401
-        import torch
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install sentence-transformers") from error
-    torch.set_num_threads(rates.threads())
-    with tempfile.TemporaryDirectory(dir=args.dir) as folder:
-        return _measure(args, Path(folder), progress)
+    for package in ("sentence_transformers", "torch"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is not installed: pip install sentence-transformers")
+    if args.device == "gpu":
+        # This process has its JAX too; the card is the sides'.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    with tempfile.TemporaryDirectory(dir=args.dir) as folder, contextlib.ExitStack() as ending:
+        return _measure(args, Path(folder), progress, ending)
 
 
-def _measure(args: argparse.Namespace, folder: Path, progress: Progress) -> Result:
+def _geometry(args: argparse.Namespace) -> str:
+    return args.geometry or ("3b" if args.device == "gpu" else "30m")
+
+
+def _model(args: argparse.Namespace) -> ModelConfig:
+    model = geometry(_geometry(args))
+    if model.text.vocab_size > 2 * VOCABULARY:
+        text = dataclasses.replace(model.text, vocab_size=VOCABULARY)
+        model = dataclasses.replace(model, text=text, image_token=VOCABULARY - 1)
+    return dataclasses.replace(model, dtype=args.dtype or ("bfloat16" if args.device == "gpu" else "float32"))
+
+
+def _measure(args: argparse.Namespace, folder: Path, progress: Progress, ending: contextlib.ExitStack) -> Result:
     items = pool.write_pool(folder / "pool", args.items)
     texts = [record["text"] for record in map(json.loads, items.read_text(encoding="utf-8").splitlines())]
-    config = pool.write_model(folder / "run", args.geometry, [text for text in texts if text])
-    ours, theirs = Ours(folder / "run"), Theirs(folder)
-    rate = _rate()
+    config = pool.write_export(folder / "exported", _model(args), [text for text in texts if text])
+    ours, theirs = (Apart(side, folder / "exported", args.device) for side in ("jfe", "sentence-transformers"))
+    for side in (ours, theirs):
+        ending.callback(side.close)
+    dtype = config.model.dtype
+    rate, device = ours.rate(dtype, folder / "rate")
+    rate = max(rate, theirs.rate(dtype, folder / "rate")[0])
     # The first calls compile, and are compared.
     started = time.perf_counter()
     first = ours(items, folder / "first")
     compiled = time.perf_counter() - started
     apart = float(np.linalg.norm(first - theirs(items, folder / "first.npy", DEFAULT_BATCH), axis=1).max())
-    if not apart <= TOLERANCE:
+    if not apart <= TOLERANCE[dtype]:
         raise UserError(f"the vectors differ by up to {apart:.1e}: the two sides do not compute the same")
     tried = _tried(args, folder, items, theirs)
     best = min(tried, key=tried.__getitem__)
@@ -98,12 +124,12 @@ def _measure(args: argparse.Namespace, folder: Path, progress: Progress) -> Resu
                 shutil.rmtree(file.parent)
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 done(1)
-    rate = max(rate, _rate())
-    told = _told(ours, items, config)
+    rate = max(rate, *(side.rate(dtype, folder / "rate")[0] for side in (ours, theirs)))
+    told = _told(items, config)
     return Result(
         tables=[_table(seconds, told, rate)],
         packages=["jax", "sentence-transformers", "transformers", "torch"],
-        method=f"{args.geometry}, float32; {told.items:,} items, {told.images / told.items:.0%} with an image, "
+        method=f"{_named(args, config)}; {told.items:,} items, {told.images / told.items:.0%} with an image, "
         f"{told.tokens:.0f} tokens on average; medians of {args.rounds} rounds by turns; matrix rate "
         f"{rate / 1e9:.0f} GFLOP/s; FLOPs that the vectors need, without padding",
         checked=f"vectors, the same to {apart:.0e}",
@@ -114,55 +140,11 @@ def _measure(args: argparse.Namespace, folder: Path, progress: Progress) -> Resu
             + ", ".join(f"{size}: {took:.1f}" for size, took in sorted(tried.items()))
             + ".",
         ],
+        device=device if args.device == "gpu" else "",
     )
 
 
-class Ours:
-    """`jfe embed` on a run directory, the model opened once."""
-
-    def __init__(self, run: Path):
-        from jfe_jax.retrieval.retriever import Retriever
-
-        self.retriever = Retriever.load(run)
-
-    def __call__(self, items: Path, out: Path) -> np.ndarray:
-        """Writes the index `out` → float32 [B, E]."""
-        from jfe_jax.retrieval.embed import embed
-        from jfe_jax.retrieval.items_file import ItemsFile
-
-        return np.array(embed(self.retriever, ItemsFile(items), out).index.embeddings)
-
-
-class Theirs:
-    """sentence-transformers on the export of `folder / "run"`, the model opened once."""
-
-    def __init__(self, folder: Path):
-        from sentence_transformers import SentenceTransformer
-
-        from jfe_jax.hf.convert import to_hf
-
-        to_hf(folder / "run", folder / "exported", layout="sentence-transformers")
-        self.model = SentenceTransformer(str(folder / "exported"), trust_remote_code=True, device="cpu")
-
-    def __call__(self, items: Path, out: Path, batch: int) -> np.ndarray:
-        """Writes the vectors as `out` → float32 [B, E]."""
-        kinds: dict[tuple[bool, bool], list[tuple[int, Any]]] = {}
-        lines = items.read_text(encoding="utf-8").splitlines()
-        for place, record in enumerate(map(json.loads, lines)):
-            # An instruction goes before the text, as a prompt would.
-            text = " ".join(part for part in (record["instruction"], record["text"]) if part)
-            image = record["image"] and str(items.parent / record["image"])
-            given = {"text": text, "image": image} if text and image else text or image
-            kinds.setdefault((bool(text), bool(image)), []).append((place, given))
-        vectors = np.zeros((len(lines), self.model.get_embedding_dimension()), np.float32)
-        for own in kinds.values():
-            places, given = zip(*own, strict=True)
-            vectors[list(places)] = self.model.encode(list(given), batch_size=batch, show_progress_bar=False)
-        np.save(out, vectors)
-        return vectors
-
-
-def _tried(args: argparse.Namespace, folder: Path, items: Path, theirs: Theirs) -> dict[int, float]:
+def _tried(args: argparse.Namespace, folder: Path, items: Path, theirs: Apart) -> dict[int, float]:
     """Seconds by batch size, of the pool's first items."""
     some = items.with_name("some.jsonl")
     some.write_text("".join(items.read_text(encoding="utf-8").splitlines(True)[: args.tried]), encoding="utf-8")
@@ -174,12 +156,16 @@ def _tried(args: argparse.Namespace, folder: Path, items: Path, theirs: Theirs) 
     return took
 
 
-def _told(ours: Ours, items: Path, config: Any) -> Pool:
+def _named(args: argparse.Namespace, config: Config) -> str:
+    cut = config.model.text.vocab_size < geometry(_geometry(args)).text.vocab_size
+    return f"{_geometry(args)}{f' with a vocabulary of {VOCABULARY:,}' * cut}, {config.model.dtype}"
+
+
+def _told(items: Path, config: Config) -> Pool:
     from jfe_jax.data.tokens import ItemEncoder
     from jfe_jax.retrieval.items_file import read_items
 
-    own = ours.retriever.config
-    encoder = ItemEncoder(own.tokens, own.model.vision, own.model.image_token)
+    encoder = ItemEncoder(config.tokens, config.model.vision, config.model.image_token)
     found = [one for _, one in read_items(items)]
     lengths = [len(encoder.tokens(one.text, one.instruction, one.image is not None)) for one in found]
     images = sum(one.image is not None for one in found)
@@ -194,7 +180,3 @@ def _table(seconds: dict[str, list[float]], told: Pool, rate: float) -> Any:
         used = [told.work / second / rate for second in own]
         rows.append([name, speeds, used, None if name == "jfe" else ratios(own, seconds["jfe"])])
     return table({"side": "", "items/s": ".2f", "of the matrix rate": ".0%", "jfe / this": ".2f"}, rows)
-
-
-def _rate() -> float:
-    return max(rates.by_jax("float32"), rates.by_torch("float32"))

@@ -5,7 +5,6 @@ user runs it.
 whose memory does not hold two of them at once. With 0 rounds it takes steps as it is told to (`Apart`).
 """
 
-import contextlib
 import json
 import os
 import subprocess
@@ -17,9 +16,12 @@ from typing import Any, NamedTuple
 
 from jfe_jax import allocator
 from jfe_jax.bench import rates
+from jfe_jax.bench.served import Served, serve
 from jfe_jax.bench.step_compare import STEPS
 from jfe_jax.bench.step_workload import KINDS, Batch, Settings, batches, config
 from jfe_jax.errors import UserError
+
+MODULE = "jfe_jax.bench.step_side"
 
 
 class Timed(NamedTuple):
@@ -100,7 +102,7 @@ def put(side: str, step: Any, made: list[Batch]) -> list[Any]:
     return [step.put(one.packed if side == "jfe" else one.padded) for one in made]
 
 
-class Apart:
+class Apart(Served):
     """A side in a process of its own, as a user runs it; `time_rounds` takes it for a `Step`.
 
     Ours keeps freed memory as `jfe train` does (`allocator`), PyTorch's has glibc's malloc as it is.
@@ -110,49 +112,31 @@ class Apart:
     """
 
     def __init__(self, side: str, settings: Settings, cache: str):
-        self._name = side
-        env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = subprocess.Popen(_command(side, 0, settings), env=env, text=True, bufsize=1, **pipes)
+        super().__init__(side, MODULE, _task(side, 0, settings), JAX_COMPILATION_CACHE_DIR=cache)
 
     def put(self, kind: str, count: int) -> list[str]:
         """The process has its own batches: what each of `count` of a kind is called."""
         return [f"{kind} {number}" for number in range(count)]
 
     def step(self, batch: str) -> None:
-        """Takes a step, and waits for it.
-
-        Raises:
-          UserError: the process ended; it has said why.
-        """
-        try:
-            self._process.stdin.write(f"{batch}\n")
-            while (line := self._process.stdout.readline()) != f"{batch}\n":
-                if not line:
-                    raise UserError(f"{self._name}'s process ended with status {self._process.wait()}")
-        except BrokenPipeError as error:
-            raise UserError(f"{self._name}'s process ended with status {self._process.wait()}") from error
+        """Takes a step, and waits for it, see `Served.ask`."""
+        self.ask(batch)
 
     def wait(self) -> None:
         """Nothing: `step` has waited."""
 
-    def close(self) -> None:
-        """Ends the process."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
-
-def serve(side: str, settings: Settings) -> None:
+def take_steps(side: str, settings: Settings) -> None:
     """Takes the step that each line of the input names, and repeats the line when it is done."""
     step = make(side, settings)
     there = {kind: put(side, step, batches(settings, kind)) for kind in KINDS}
-    for line in sys.stdin:
+
+    def one(line: str) -> None:
         kind, number = line.split()
         step.step(there[kind][int(number)])
         step.wait()
-        print(line, end="", flush=True)
+
+    serve(one)
 
 
 def run(side: str, rounds: int, settings: Settings) -> Timed:
@@ -181,15 +165,15 @@ def apart(side: str, rounds: int, settings: Settings, cache: str) -> Timed:
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": cache, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.96"}
     if side == "torch":
         env |= {"JAX_PLATFORMS": "cpu", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-    done = subprocess.run(_command(side, rounds, settings), capture_output=True, text=True, env=env)
+    command = [sys.executable, "-m", MODULE, json.dumps(_task(side, rounds, settings))]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
         raise UserError(f"{side}'s process failed:\n{done.stderr[-3000:]}")
     return Timed(**json.loads(done.stdout.splitlines()[-1]))._replace(took=time.perf_counter() - start)
 
 
-def _command(side: str, rounds: int, settings: Settings) -> list[str]:
-    task = json.dumps({"side": side, "rounds": rounds, "settings": asdict(settings)})
-    return [sys.executable, "-m", "jfe_jax.bench.step_side", task]
+def _task(side: str, rounds: int, settings: Settings) -> dict[str, Any]:
+    return {"side": side, "rounds": rounds, "settings": asdict(settings)}
 
 
 def _main(side: str, rounds: int, settings: Settings) -> None:
@@ -202,7 +186,7 @@ def _main(side: str, rounds: int, settings: Settings) -> None:
     if rounds:
         print(json.dumps(run(side, rounds, settings)._asdict()))
     else:
-        serve(side, settings)
+        take_steps(side, settings)
 
 
 if __name__ == "__main__":

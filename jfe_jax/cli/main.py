@@ -1,6 +1,7 @@
 """`jfe`: parses the verb, runs it, turns bad input into one line. Verbs import what is heavy when they run."""
 
 import argparse
+import atexit
 import gc
 import importlib
 import os
@@ -36,6 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     # Importing and tracing make a million objects that stay. To look for garbage among them after every 700 takes a
     # tenth of the time to the first step.
     gc.set_threshold(50_000)
+    if argv is None:
+        # Nor at the end of the process, where Python looks through all of them once more.
+        atexit.register(gc.freeze)
     parser = argparse.ArgumentParser(prog="jfe", description="Joint Fusion Encoder: multimodal retrieval in JAX.")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, purpose in VERBS.items():
@@ -47,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             leaf.add_argument("--debug", action="store_true", help="show the traceback of an error")
             leaf.set_defaults(run=leaf.get_default("run") or module.run)
     args, extra = parser.parse_known_args(argv)
-    if args.verb in RUNNING and argv is None:
+    if args.verb in (*RUNNING, "convert") and argv is None:
         # A process of its own; what calls this from Python decides for itself.
         from jfe_jax.allocator import keep_freed_memory
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from jfe_jax.blueprint import blueprint
+from jfe_jax.blueprint import blueprint, named_leaves, shapes_of
 from jfe_jax.config import Config, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
@@ -123,7 +123,7 @@ def load_hf(directory: str | Path, mesh: Mesh | None = None) -> tuple[Config, nn
 
         def read(index: Index) -> np.ndarray:
             whole = tuple(slice(*one.indices(size)[:2]) for one, size in zip(index, array.shape, strict=True))
-            return array.read(whole).astype(abstract.dtype)
+            return array.read(whole).astype(abstract.dtype, copy=False)
 
         return jax.make_array_from_callback(abstract.shape, abstract.sharding, read)
 
@@ -158,9 +158,7 @@ def weight_files(directory: Path) -> list[Path]:
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of each of a model's parameters by dotted path; no array is made."""
-    abstract = blueprint(model, make_mesh(MeshConfig(data=1))).abstract
-    leaves = jax.tree_util.tree_flatten_with_path(abstract)[0]
-    return {path_name(path): leaf.shape for path, leaf in leaves}
+    return {path: leaf.shape for path, leaf in named_leaves(shapes_of(model)[1])}
 
 
 def _problem(name: str, tensor: Any, piece: mapping.Piece | None, twice: bool) -> str | None:
@@ -178,12 +176,19 @@ def _problem(name: str, tensor: Any, piece: mapping.Piece | None, twice: bool) -
 def _array(shape: tuple[int, ...], layers: list[tuple[mapping.Piece, _Stored]]) -> StreamedArray:
     """One parameter, read from the tensors of its layers."""
 
-    def read(index: Index) -> np.ndarray:
-        if layers[0][0].layer is None:
-            piece, stored = layers[0]
-            return piece.entry.part(piece.shape, index, stored.read)
-        own, rest = layers[index[0]], index[1:]
-        parts = [piece.entry.part(piece.shape, rest, stored.read) for piece, stored in own]
-        return parts[0][None] if len(parts) == 1 else np.stack(parts)
+    dtype = layers[0][1].dtype
 
-    return StreamedArray(shape, layers[0][1].dtype, read)
+    def fill(index: Index, out: np.ndarray) -> None:
+        if layers[0][0].layer is None:
+            own, outs = layers, [out]
+        else:
+            own, index, outs = layers[index[0]], index[1:], list(out)
+        for (piece, stored), one in zip(own, outs, strict=True):
+            piece.entry.part(piece.shape, index, stored.read, one)
+
+    def read(index: Index) -> np.ndarray:
+        out = np.empty([one.stop - one.start for one in index], dtype)
+        fill(index, out)
+        return out
+
+    return StreamedArray(shape, dtype, read, fill)

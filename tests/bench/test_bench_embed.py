@@ -37,20 +37,40 @@ def test_a_pool_has_all_kinds_of_items_and_is_read_under_two_paths(tmp_path):
     assert images and all(image.is_file() for image in images)
 
 
+@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_both_sides_give_the_same_vectors_in_the_order_of_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "_rate", lambda: 1e9)
+    monkeypatch.setattr(embed.Apart, "rate", lambda *args: (1e9, "a card"))
     result = embed.run(arguments(tmp_path), quiet)
     ours, *theirs = result.tables[0].rows
     assert ours[0] == "jfe" and len(ours[1]) == 2 and ours[3] is None
     assert theirs[0][3] == pytest.approx([a / b for a, b in zip(ours[1], theirs[0][1], strict=True)])
+    assert result.method.startswith("tiny, float32; 12 items") and result.device == ""
     assert not list(tmp_path.iterdir()), "nothing is left"
 
 
 def test_sides_that_differ_are_not_timed(tmp_path, monkeypatch):
-    monkeypatch.setattr(embed, "_rate", lambda: 1e9)
-    monkeypatch.setattr(embed.pool, "write_model", lambda *args: None)
-    for name, value in (("Ours", 0.5), ("Theirs", 0.5002)):
-        vectors = np.full((12, 4), value, np.float32)
-        monkeypatch.setattr(embed, name, lambda folder, vectors=vectors: lambda *args: vectors)
+    vectors = {"jfe": 0.5, "sentence-transformers": 0.5002}
+
+    class Fake:
+        def __init__(self, side, model, device):
+            self.rate = lambda *args: (1e9, "")
+            self.side, self.close = side, lambda: None
+
+        def __call__(self, *args):
+            return np.full((12, 4), vectors[self.side], np.float32)
+
+    config = argparse.Namespace(model=argparse.Namespace(dtype="float32"))
+    monkeypatch.setattr(embed.pool, "write_export", lambda *args: config)
+    monkeypatch.setattr(embed, "Apart", Fake)
     with pytest.raises(UserError, match="do not compute the same"):
         embed.run(arguments(tmp_path), quiet)
+
+
+def test_on_a_gpu_it_is_three_billion_parameters_in_bfloat16():
+    args = arguments("", device="gpu", geometry=None)
+    model = embed._model(args)
+    assert model.dtype == "bfloat16" and (model.text.width, model.text.depth, model.vision.depth) == (2048, 18, 27)
+    assert model.image_token == model.text.vocab_size - 1 == 32767
+    name = embed._named(args, argparse.Namespace(model=model))
+    assert name == "3b with a vocabulary of 32,768, bfloat16"

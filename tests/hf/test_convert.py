@@ -1,5 +1,6 @@
 """Hugging Face directories in and out: every spelling, every defect, and the same bits back."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -294,19 +295,34 @@ def test_a_failed_export_leaves_nothing(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """Files that cannot grow: what a full disk is to a writer, without needing one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 @pytest.mark.parametrize("size", [10_000, 100_000], ids=["at the tokenizer", "at the weights"])
 def test_a_full_disk_is_one_line_and_leaves_nothing(source, tmp_path, capsys, size):
     run = tmp_path / "run"
     assert main(["convert", "from-hf", str(source), str(run)]) == 0
-    # Files that cannot grow: what a full disk is to a writer, without needing one.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
+    with full_disk(size):
         assert main(["convert", "to-hf", str(run), str(tmp_path / "out")]) == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert f"{tmp_path / 'out'}: cannot write it (File too large); nothing is left of it" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("size", [10_000, 40_000], ids=["at the tokenizer", "at the weights"])
+def test_a_full_disk_leaves_nothing_of_an_import(source, tmp_path, capsys, size):
+    with full_disk(size):
+        assert main(["convert", "from-hf", str(source), str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert "File too large" in told and len(told.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_baseline_has_no_layout(source, tmp_path):
