@@ -8,7 +8,6 @@ from typing import NamedTuple
 import numpy as np
 
 from jfe_jax.config import Config
-from jfe_jax.data.loader import training_batches
 from jfe_jax.data.tokens import ItemEncoder
 
 # A bin is as long as the longest item, or as items are up to which these shares of the tokens lie; in steps of so many.
@@ -40,6 +39,9 @@ def of_run(cfg: Config, groups: int, steps: int) -> Suggestion:
     Raises:
       UserError: as `loader.training_batches`.
     """
+    # Reading a run needs what counting lengths does not: grain, TFDS.
+    from jfe_jax.data.loader import training_batches
+
     data = cfg.data
     batches = training_batches(replace(cfg, data=replace(data, bins={})), groups=groups, split=data.split)
     lengths, real = [], []
