@@ -1,4 +1,4 @@
-"""Files that go from one reused buffer straight to the disk, past the kernel's page cache.
+"""Files that go from a few reused buffers straight to the disk, past the kernel's page cache.
 
 Through the cache, a model takes as many new pages as it has: each is found, filled, and written back later. On a
 virtual machine finding one can cost ten times what filling it does, and a model as large as the memory pushes out
@@ -7,8 +7,10 @@ everything else (docs/performance.md).
 
 import ctypes
 import errno
+import fcntl
 import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ import numpy as np
 # Place in memory, place in the file and length of such a write are multiples of the disk's block: 4 KiB at most.
 _BLOCK = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
+# Of a stream at a time: large enough for the disk's full rate.
+_PART = 16 << 20
 
 
 class Buffer:
@@ -28,33 +32,68 @@ class Buffer:
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """What `write` will write, to be filled; it is the same memory at every call."""
         self._size = math.prod(shape) * dtype.itemsize
-        room = -(-self._size // _BLOCK) * _BLOCK
-        if len(self._bytes) < room:
-            # NumPy asks for huge pages, of which a disk takes one as one piece.
-            spare = np.zeros(room + _BLOCK, np.uint8)
-            self._bytes = spare[-spare.ctypes.data % _BLOCK :][:room]
+        if len(self._bytes) < self._size:
+            self._bytes = _blocks(self._size)
         return self._bytes[: self._size].view(dtype).reshape(shape)
 
     def write(self, path: Path) -> None:
         """Makes the file, of the numbers in C order. A power cut may take it before `sync`. Raises OSError."""
+        file = _open(path)
         try:
-            self._write(path, _DIRECT)
-        except OSError as error:
-            # A file system without such writes says so when the file is opened, or at the first of them.
-            if error.errno != errno.EINVAL or not _DIRECT:
-                raise
-            self._write(path, 0)
-
-    def _write(self, path: Path, flags: int) -> None:
-        blocks = memoryview(self._bytes[: -(-self._size // _BLOCK) * _BLOCK])
-        file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | flags, 0o666)
-        try:
-            done = 0
-            while done < len(blocks):
-                done += os.pwrite(file, blocks[done:], done)
+            _put(file, self._bytes[: _whole(self._size)], 0)
             os.ftruncate(file, self._size)
         finally:
             os.close(file)
+
+
+class Stream:
+    """A file that is written from its start to its end, the part before while the next one is made.
+
+    As a context: at its end the file is whole, but for what a power cut may take before `sync`; OSErrors of the disk
+    come from any of its methods.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open(path)
+        self._filling, self._other = _blocks(_PART), _blocks(_PART)
+        self._size = 0
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def write(self, data: np.ndarray) -> None:
+        """Appends a contiguous array's bytes, which are taken at once."""
+        # NumPy's own types only have the buffer that bytes are.
+        rest = data.reshape(-1).view(np.uint8)
+        while len(rest):
+            used = self._size % _PART
+            part, rest = rest[: _PART - used], rest[_PART - used :]
+            self._filling[used : used + len(part)] = part
+            self._size += len(part)
+            if used + len(part) == _PART:
+                self._flush(self._size - _PART, _PART)
+
+    def __enter__(self) -> "Stream":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                last = self._size % _PART
+                self._flush(self._size - last, _whole(last))
+                self._wait()
+                os.ftruncate(self._file, self._size)
+        finally:
+            self._thread.shutdown()
+            os.close(self._file)
+
+    def _flush(self, place: int, size: int) -> None:
+        self._wait()
+        self._writing = self._thread.submit(_put, self._file, self._filling[:size], place)
+        self._filling, self._other = self._other, self._filling
+
+    def _wait(self) -> None:
+        if self._writing:
+            self._writing.result()
 
 
 def sync(directory: Path) -> None:
@@ -69,3 +108,38 @@ def sync(directory: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(directory))
     finally:
         os.close(place)
+
+
+def _whole(size: int) -> int:
+    """Bytes of the blocks that hold so many."""
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _blocks(size: int) -> np.ndarray:
+    """Memory for at least so many bytes that begins where a block can."""
+    # NumPy asks for huge pages, of which a disk takes one as one piece.
+    spare = np.zeros(_whole(size) + _BLOCK, np.uint8)
+    return spare[-spare.ctypes.data % _BLOCK :][: _whole(size)]
+
+
+def _open(path: Path) -> int:
+    # A file system without direct writes says so when the file is opened, or at the first of them.
+    flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+    try:
+        return os.open(path, flags | _DIRECT, 0o666)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(path, flags, 0o666)
+
+
+def _put(file: int, blocks: np.ndarray, place: int) -> None:
+    done = 0
+    while done < len(blocks):
+        try:
+            done += os.pwrite(file, blocks[done:], place + done)
+        except OSError as error:
+            flags = fcntl.fcntl(file, fcntl.F_GETFL)
+            if error.errno != errno.EINVAL or not flags & _DIRECT:
+                raise
+            fcntl.fcntl(file, fcntl.F_SETFL, flags & ~_DIRECT)

@@ -1,6 +1,7 @@
 """What a buffer held is what its file holds, whatever the file system can do."""
 
 import errno
+import fcntl
 import os
 import resource
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from jfe_jax import direct
-from jfe_jax.direct import Buffer
+from jfe_jax.direct import Buffer, Stream
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
@@ -25,18 +26,15 @@ def test_files_are_as_long_as_what_they_hold(tmp_path, dtype):
 
 @pytest.mark.parametrize("refused", ["open", "pwrite"])
 def test_a_file_system_without_direct_writes_is_written_to_all_the_same(tmp_path, monkeypatch, refused):
-    flags = {}
     really_open, really_write = os.open, os.pwrite
 
     def fake_open(path, flag, mode):
         if refused == "open" and flag & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
-        file = really_open(path, flag, mode)
-        flags[file] = flag
-        return file
+        return really_open(path, flag, mode)
 
     def fake_write(file, data, place):
-        if flags[file] & os.O_DIRECT:
+        if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return really_write(file, data, place)
 
@@ -49,6 +47,20 @@ def test_a_file_system_without_direct_writes_is_written_to_all_the_same(tmp_path
     np.testing.assert_array_equal(np.fromfile(tmp_path / "file", np.int32), np.arange(5000))
 
 
+def test_a_stream_is_what_was_given_to_it_in_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(direct, "_PART", 8192)
+    rng = np.random.default_rng(0)
+    arrays = [rng.normal(size=size).astype(np.float32) for size in (3, 5000, 2045, 0, 4096, 1, 777)]
+    for count in range(len(arrays) + 1):
+        with Stream(tmp_path / "file") as stream:
+            for array in arrays[:count]:
+                scratch = array.copy()
+                stream.write(scratch)
+                # It is the caller's again.
+                scratch[:] = np.nan
+        assert (tmp_path / "file").read_bytes() == b"".join(array.tobytes() for array in arrays[:count]), count
+
+
 def test_a_full_disk_is_told(tmp_path):
     buffer = Buffer()
     buffer.array((100_000,), np.dtype(np.uint8))[...] = 1
@@ -58,6 +70,8 @@ def test_a_full_disk_is_told(tmp_path):
     try:
         with pytest.raises(OSError, match="File too large"):
             buffer.write(tmp_path / "file")
+        with pytest.raises(OSError, match="File too large"), Stream(tmp_path / "stream") as stream:
+            stream.write(np.ones(100_000, np.uint8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from jfe_jax.direct import Stream
 from jfe_jax.hf.trees import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -83,8 +84,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         place += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+    with Stream(path) as file:
+        file.write(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
         for _, tensor in ordered:
-            # As bytes: NumPy's own types only have the buffer that files take.
-            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
+            file.write(np.ascontiguousarray(tensor.read()))
