@@ -234,7 +234,8 @@ class LossConfig:
       mask_false_negatives: an equal candidate elsewhere in the batch, or another that is right, is no negative.
       matryoshka: {width: weight}: the embedding's first so many dimensions are trained to stand alone, with these
         weights beside the whole embedding's 1.
-      tile_mib: memory for a tile of logits on each device: they are made tile by tile, again for the backward pass.
+      tile_mib: memory for a tile of logits on each device, which is held a few times: logits are made tile by tile,
+        again for the backward pass.
       keep_mib: memory on each device for logits that are kept instead of made again, as far as it goes; kept ones cost
         three matrix products, made again four.
       keep_logits: keep them all, which grows with the square of the batch.
@@ -252,8 +253,8 @@ class LossConfig:
     negatives: Literal["all", "same_modality"] = "all"
     mask_false_negatives: bool = True
     matryoshka: dict[int, float] = field(default_factory=dict)
-    tile_mib: float = 16.0
-    keep_mib: float = 96.0
+    tile_mib: float = 8.0
+    keep_mib: float = 256.0
     keep_logits: bool = False
     grad_cache_chunks: int = 1
 

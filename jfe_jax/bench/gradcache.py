@@ -1,6 +1,7 @@
 """A step in GradCache chunks beside the plain step of as many pairs, and the memory of both against the batch.
 
-The memory is what XLA plans for a compiled program (`memory_analysis`), on eight simulated devices; nothing runs there.
+The memory is what XLA plans for a compiled program (`memory_analysis`), on eight simulated devices or on the GPU, which
+need not run it.
 """
 
 import argparse
@@ -18,10 +19,17 @@ from jfe_jax.bench.result import Progress, Result, ratios, table
 from jfe_jax.bench.timing import by_turns
 from jfe_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, TextConfig, VisionConfig
 from jfe_jax.data.packing import ContrastiveBatch, PackedBatch
+from jfe_jax.errors import UserError
 
 # Rows of a pair: a query and a candidate of one image and its text each.
 ROW_TOKENS, ROWS, IMAGES = 64, 1, 2
 DEVICES = 8
+# What an argument is if it is not given, and up to how many pairs the plain step is compiled.
+DEFAULTS = {
+    "cpu": {"pairs": 64, "chunks": 4, "batches": "512,1024,2048,4096,8192,16384", "chunk": 256},
+    "gpu": {"pairs": 4096, "chunks": 8, "batches": "4096,16384,65536", "chunk": 512},
+}
+PLAIN_UP_TO = {"cpu": 2048, "gpu": 16384}
 
 
 class Memory(NamedTuple):
@@ -36,36 +44,59 @@ class Memory(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Of both tables."""
-    parser.add_argument("--pairs", type=int, default=64, help="of the timed steps")
-    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--device", choices=list(DEFAULTS), default="cpu")
+    words = {name: f"default {DEFAULTS['cpu'][name]}, on a GPU {DEFAULTS['gpu'][name]}" for name in DEFAULTS["cpu"]}
+    parser.add_argument("--pairs", type=int, help=f"of the timed steps; {words['pairs']}")
+    parser.add_argument("--chunks", type=int, help=words["chunks"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", default="512,1024,2048,4096,8192,16384", help="pairs of the memory table")
-    parser.add_argument("--chunk", type=int, default=256, help="pairs of a chunk in the memory table")
+    parser.add_argument("--batches", help=f"pairs of the memory table; {words['batches']}")
+    parser.add_argument("--chunk", type=int, help=f"pairs of a chunk in the memory table; {words['chunk']}")
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Times both steps, and reads the memory that XLA plans for them."""
+    """Times both steps, and reads the memory that XLA plans for them.
+
+    Raises:
+      UserError: there is no GPU to run on.
+    """
+    given = {name: getattr(args, name) or value for name, value in DEFAULTS[args.device].items()}
+    pairs, chunks, chunk = (given[name] for name in ("pairs", "chunks", "chunk"))
+    card = _card() if args.device == "gpu" else ""
     with progress("steps", 2 * args.rounds) as done:
-        seconds = times(args.pairs, args.chunks, args.rounds, done)
+        seconds = times(pairs, chunks, args.rounds, done)
     plain = seconds["plain"]
-    steps = [["plain", plain, None], [f"{args.chunks} chunks", seconds["chunked"], ratios(seconds["chunked"], plain)]]
+    steps = [["plain", plain, None], [f"{chunks} chunks", seconds["chunked"], ratios(seconds["chunked"], plain)]]
+    wanted = [int(number) for number in given["batches"].split(",")], chunk, PLAIN_UP_TO[args.device]
     rows = [
         [f"{row.pairs:,}", *(size / 2**20 if size else None for size in row[1:])]
-        for row in memory([int(number) for number in args.batches.split(",")], args.chunk, plain_up_to=2048)
+        for row in (_compile_all(*wanted, devices=1) if card else memory(*wanted))
     ]
+    where = "" if card else f" of each of {DEVICES} simulated devices"
     return Result(
         tables=[
-            table({"step": "", "s": ".3f", "x plain": ".2f"}, steps, f"A step of {args.pairs} pairs"),
+            table({"step": "", "s": ".3f", "x plain": ".2f"}, steps, f"A step of {pairs:,} pairs"),
             table(
-                {"B": "", "chunked": ".1f", "plain": ".1f", "loss alone": ".1f"},
+                {"B": "", "chunked": ",.1f", "plain": ",.1f", "loss alone": ",.1f"},
                 rows,
-                f"Temporary memory of each of {DEVICES} simulated devices, MiB, in chunks of {args.chunk} pairs",
+                f"Temporary memory{where}, MiB, in chunks of {chunk} pairs",
             ),
         ],
         packages=["jax"],
-        method=f"{args.rounds} rounds by turns: median (least to most)",
+        method=f"{args.rounds} rounds by turns: median (least to most)"
+        + ("; float32, products too (jax_default_matmul_precision highest)" if card else ""),
         checked="the losses of both steps, round by round, equal to 1e-3",
+        device=card,
     )
+
+
+def _card() -> str:
+    import jax
+
+    card = jax.devices()[0]
+    if card.platform != "gpu":
+        raise UserError(f"JAX sees no GPU, but a {card.device_kind}: pip install 'jfe-jax[cuda]', or --device cpu")
+    jax.config.update("jax_default_matmul_precision", "highest")
+    return card.device_kind
 
 
 def config(pairs: int, chunks: int, devices: int = 1) -> Config:
@@ -156,26 +187,26 @@ def batch(settings: Config, groups: int) -> ContrastiveBatch:
     return ContrastiveBatch(packed, numbers, np.zeros_like(numbers), numbers[..., None])
 
 
-def _compile_all(batches: Sequence[int], chunk: int, plain_up_to: int) -> list[Memory]:
+def _compile_all(batches: Sequence[int], chunk: int, plain_up_to: int, devices: int = DEVICES) -> list[Memory]:
     return [
         Memory(
             pairs,
-            _temporary(pairs, pairs // chunk),
-            _temporary(pairs, 1) if pairs <= plain_up_to else 0,
-            _temporary(pairs, 1, loss_only=True),
+            _temporary(pairs, pairs // chunk, devices),
+            _temporary(pairs, 1, devices) if pairs <= plain_up_to else 0,
+            _temporary(pairs, 1, devices, loss_only=True),
         )
         for pairs in batches
     ]
 
 
-def _temporary(pairs: int, chunks: int, loss_only: bool = False) -> int:
+def _temporary(pairs: int, chunks: int, devices: int, loss_only: bool = False) -> int:
     import jax
 
     from jfe_jax import sharding
     from jfe_jax.train import state as states
     from jfe_jax.train.step import contrast, make_train_step
 
-    settings = config(pairs, chunks, DEVICES)
+    settings = config(pairs, chunks, devices)
     training = states.prepare(settings, sharding.make_mesh(settings.mesh))
     there = _abstract(settings, chunks, sharding.batch_sharding(training.mesh, chunks))
     if not loss_only:
@@ -196,12 +227,13 @@ def _abstract(settings: Config, chunks: int, sharding: Any) -> ContrastiveBatch:
     # The batch's shapes, from one of a single pair to a group.
     import jax
 
-    groups = DEVICES * chunks
+    devices = settings.mesh.fsdp
+    groups = devices * chunks
     each = settings.data.pairs // groups
     small = batch(replace(settings, data=replace(settings.data, pairs=1)), 1)
 
     def one(x: np.ndarray) -> Any:
-        shape = (chunks, DEVICES, each * x.shape[1], *x.shape[2:])
+        shape = (chunks, devices, each * x.shape[1], *x.shape[2:])
         return jax.ShapeDtypeStruct(shape[1:] if chunks == 1 else shape, x.dtype, sharding=sharding)
 
     return jax.tree.map(one, small)

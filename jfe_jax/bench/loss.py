@@ -1,15 +1,14 @@
 """The contrastive loss with its gradients beside the same written plainly, in PyTorch and in jit.
 
 What a user would write is: all logits at once, the softmax's cross-entropy over their rows and columns. "third" is ours
-with so many logits kept (`loss.keep_mib`) as a third of the memory of that has room for.
+with so many logits kept (`loss.keep_mib`) as a third of `jit`'s memory has room for. `loss_gpu` measures on a GPU.
 """
 
 import argparse
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +22,27 @@ from jfe_jax.errors import UserError
 
 LABELS = {
     "jfe": "ours, as configured",
-    "third": "ours, in a third of the plain formula's memory",
+    "third": "ours, in a third of `jit`'s memory",
     "jit": "`jit` of the plain formula",
     "torch": "PyTorch",
 }
-SIDES = tuple(LABELS)
+# What the third is of, comes first.
+SIDES = ("jit", "jfe", "third", "torch")
+COLUMNS = {"B": "", "": "", "s": ".2f", "/ ours": ".2f", "memory, MiB": ",.0f"}
+BATCHES = {"cpu": "8192,32768", "gpu": "8192,32768,65536"}
+# Of "third": what is small leaves more to keep, but a GPU takes longer to start a small tile's work than to do it.
+TILE_MIB = {"cpu": 4.0, "gpu": 64.0}
 TEMPERATURE = 0.05
 # Of loss and gradients, against their largest number.
 TOLERANCE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes."""
-    parser.add_argument("--batches", default="8192,32768", help="pairs, separated by commas")
+    """Sizes, and what computes."""
+    parser.add_argument("--device", choices=list(BATCHES), default="cpu")
+    parser.add_argument(
+        "--batches", help=f"pairs, separated by commas; default {BATCHES['cpu']}, GPU: {BATCHES['gpu']}"
+    )
     parser.add_argument("--width", type=int, default=1024, help="of the embeddings")
     parser.add_argument("--rounds", type=int, default=5)
 
@@ -43,72 +50,103 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, progress: Progress) -> Result:
     """Times the sides by turns, after checking that loss and gradients are the same.
 
-    Memory is measured first, each side in a process of its own. A side that would need more than is free is left out:
-    its need is told from the smaller batch's, by the square of the batch.
+    On a CPU memory is measured first, each side in a process of its own. A side that would need more than is free is
+    left out: its need is told from the smaller batch's, by the square of the batch.
 
     Raises:
-      UserError: torch is not installed.
+      UserError: torch is not installed; on a GPU, as `loss_gpu.run`.
     """
     try:
         import torch
     except ImportError as error:
         raise UserError("torch is not installed: pip install torch") from error
+    batches = sorted(int(number) for number in (args.batches or BATCHES[args.device]).split(","))
+    if args.device == "gpu":
+        from jfe_jax.bench import loss_gpu
+
+        return loss_gpu.run(batches, args.width, args.rounds, progress)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    batches = sorted(int(number) for number in args.batches.split(","))
     peaks: dict[str, tuple[int, int]] = {}
-    rows, forecasts = [], []
+    rows, forecasts, settings = [], [], []
     for pairs in batches:
-        sides = []
+        config, works = None, {}
         for side in SIDES:
             before, peak = peaks.get(side, (pairs, 0))
-            forecast = peak * (pairs // before) ** 2 if side != "jfe" else 0
-            if forecast < 0.8 * _free():
-                peaks[side] = pairs, _peak(side, pairs, args.width)
-                sides.append(side)
-        with progress(f"B = {pairs}", len(sides) * args.rounds) as done:
-            seconds = _interleaved(
-                {side: make(side, *_embeddings(pairs, args.width)) for side in sides}, args.rounds, done
-            )
-        for side in SIDES:
+            forecast = peak * (pairs // before) ** 2
+            if side in ("jfe", "third") or forecast < 0.8 * _free():
+                peaks[side] = pairs, _peak(side, pairs, args.width, config)
+                works[side] = make(side, *embeddings(pairs, args.width), config=config)
+            if side == "jit":
+                before, peak = peaks[side]
+                config = third(pairs, args.width, peak * (pairs // before) ** 2)
+        settings.append(f"`{words(config)}` at B = {pairs:,}")
+        with progress(f"B = {pairs}", len(works) * args.rounds) as done:
+            seconds = _interleaved(works, args.rounds, done)
+        for side, label in LABELS.items():
             before, peak = peaks[side]
             own = seconds.get(side)
             ratio = ratios(own, seconds["jfe"]) if own else None
-            rows.append([f"{pairs:,}", LABELS[side], own, ratio, peak * (pairs // before) ** 2 / 2**20])
-            forecasts += [] if own else [f"{LABELS[side]} at {pairs:,}"]
+            rows.append([f"{pairs:,}", label, own, ratio, peak * (pairs // before) ** 2 / 2**20])
+            forecasts += [] if own else [f"{label} at {pairs:,}"]
     notes = [f"Too little memory for {', '.join(forecasts)}: the memory is a forecast."] if forecasts else []
     return Result(
-        tables=[table({"B": "", "": "", "s": ".2f", "/ ours": ".2f", "memory, MiB": ",.0f"}, rows)],
+        tables=[table(COLUMNS, rows)],
         packages=["jax", "torch"],
-        method="in a third: "
-        + ", ".join(
-            f"`--loss.keep_mib={config.keep_mib:.0f} --loss.tile_mib={config.tile_mib:.0f}` at B = {pairs:,}"
-            for pairs, config in ((pairs, third(pairs, args.width)) for pairs in batches)
-        )
-        + f"; E = {args.width:,}; {args.rounds} rounds by turns: median (least to most); memory: what is added to "
-        "the embeddings",
+        method=f"in a third: {', '.join(settings)}; E = {args.width:,}; {args.rounds} rounds by turns: median (least "
+        "to most); memory: what is added to the embeddings",
         checked=f"the loss and both gradients, equal to {TOLERANCE:.0e} of the largest",
         notes=notes,
     )
 
 
-def make(side: str, queries: np.ndarray, candidates: np.ndarray) -> Callable[[], tuple[Any, Any, Any]]:
-    """A function without arguments that gives loss and gradients to queries and candidates [B, E]."""
-    ours = {"jfe": LossConfig(temperature=TEMPERATURE), "third": third(*queries.shape)}
-    sides = {name: partial(_jfe, config) for name, config in ours.items()} | {"jit": _jit, "torch": _torch}
-    return sides[side](queries, candidates)
+def make(
+    side: str, queries: np.ndarray, candidates: np.ndarray, config: LossConfig | None = None, device: str = "cpu"
+) -> Callable[[], tuple[Any, Any, Any]]:
+    """A function without arguments that gives loss and gradients to queries and candidates [B, E].
 
-
-def third(pairs: int, width: int) -> LossConfig:
-    """Settings with which the loss takes a third of what the plain formula does.
-
-    That holds the logits, their exponentials and their gradients, and gives the gradients G of the embeddings: a third
-    of 3 · L + G. Ours holds G twice, and the tiles in the place of one of them: L - 5/3 · G would be left to keep; a
-    third of G less is kept, for what the process needs besides.
+    Args:
+      config: of "third".
+      device: PyTorch's.
     """
-    logits, gradients = 4 * pairs**2 / 2**20, 8 * pairs * width / 2**20
-    # Tiles of 512 queries: with fewer, adding up the candidates' gradients takes as long as making them.
-    tile = max(LossConfig.tile_mib, 4 * 512 * pairs / 2**20)
-    return LossConfig(temperature=TEMPERATURE, tile_mib=tile, keep_mib=max(0.0, logits - 2 * gradients))
+    if side == "torch":
+        return _torch(queries, candidates, device)
+    if side == "jit":
+        return _jit(queries, candidates)
+    return _jfe(config if side == "third" else LossConfig(temperature=TEMPERATURE), queries, candidates)
+
+
+def third(pairs: int, width: int, plain: int, tile_mib: float = TILE_MIB["cpu"]) -> LossConfig:
+    """Settings with which the loss takes a third of `plain` bytes.
+
+    Beside the gradients, which it gives, and the logits that it keeps, it holds seven arrays of a block's size, and the
+    process some MiB.
+    """
+    gradients = 8 * pairs * width / 2**20
+    keep = plain / 2**20 / 3 - gradients - 7 * tile_mib - 16
+    return LossConfig(temperature=TEMPERATURE, tile_mib=tile_mib, keep_mib=float(max(0, int(keep))))
+
+
+def words(config: LossConfig) -> str:
+    """Settings of `third`, as on a command line."""
+    return f"--loss.keep_mib={config.keep_mib:.0f} --loss.tile_mib={config.tile_mib:.0f}"
+
+
+def check(side: str, ours: Sequence[Any], theirs: Sequence[Any]) -> None:
+    """Loss and gradients of a side are ours.
+
+    Raises:
+      UserError: they are not.
+    """
+    for one, other in zip(map(np.asarray, ours), theirs, strict=True):
+        if np.abs(one - np.asarray(other)).max() > TOLERANCE * np.abs(one).max():
+            raise UserError(f"loss or gradients of {side} are not ours: nothing to compare")
+
+
+def embeddings(pairs: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random queries and candidates, unit rows, float32 [B, E]."""
+    random = np.random.default_rng(0)
+    queries, candidates = (random.standard_normal((pairs, width), np.float32) for _ in range(2))
+    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, candidates))
 
 
 def _jfe(config: LossConfig, queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
@@ -125,7 +163,7 @@ def _jfe(config: LossConfig, queries: np.ndarray, candidates: np.ndarray) -> Cal
         pairs = losses.Pairs(queries[None], candidates[None], *rest)
         return losses.contrastive_loss(pairs, losses.initial_parameters(config), config)[0]
 
-    return _compiled(loss, jnp.asarray(queries), jnp.asarray(candidates), rest)
+    return _Compiled(loss, jnp.asarray(queries), jnp.asarray(candidates), rest)
 
 
 def _jit(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
@@ -133,38 +171,48 @@ def _jit(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
     import jax.numpy as jnp
 
     def loss(queries: jax.Array, candidates: jax.Array) -> jax.Array:
-        logits = queries @ candidates.T / TEMPERATURE
+        logits = jnp.matmul(queries, candidates.T, precision=jax.lax.Precision.HIGHEST) / TEMPERATURE
         own = jnp.diagonal(logits)
         rows, columns = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
         return jnp.mean(rows + columns - 2 * own) / 2
 
-    return _compiled(loss, jnp.asarray(queries), jnp.asarray(candidates))
+    return _Compiled(loss, jnp.asarray(queries), jnp.asarray(candidates))
 
 
-def _compiled(loss: Callable[..., Any], *args: Any) -> Callable[[], Any]:
-    import jax
+class _Compiled:
+    # Value and gradients to queries and candidates, the first two of the arguments.
+    def __init__(self, loss: Callable[..., Any], *args: Any):
+        import jax
 
-    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*args).compile()
+        self._args = args
+        self._program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*args).compile()
 
-    def work() -> Any:
-        value, gradients = jax.block_until_ready(program(*args))
+    def __call__(self) -> tuple[Any, Any, Any]:
+        import jax
+
+        value, gradients = jax.block_until_ready(self._program(*self._args))
         return value, *gradients
 
-    return work
+    def memory(self) -> int:
+        """Bytes that XLA plans, besides the arguments'."""
+        plan = self._program.memory_analysis()
+        return plan.temp_size_in_bytes + plan.output_size_in_bytes
 
 
-def _torch(queries: np.ndarray, candidates: np.ndarray) -> Callable[[], Any]:
+def _torch(queries: np.ndarray, candidates: np.ndarray, device: str) -> Callable[[], Any]:
     import torch
     from torch.nn.functional import cross_entropy
 
-    one, other = (torch.tensor(x, requires_grad=True) for x in (queries, candidates))
-    own = torch.arange(len(queries))
+    one, other = (torch.tensor(x, requires_grad=True, device=device) for x in (queries, candidates))
+    own = torch.arange(len(queries), device=device)
 
     def work() -> Any:
         one.grad = other.grad = None
         logits = one @ other.T / TEMPERATURE
         loss = (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
         loss.backward()
+        if device == "cuda":
+            torch.cuda.synchronize()
         return loss.detach(), one.grad, other.grad
 
     return work
@@ -174,23 +222,15 @@ def _interleaved(
     sides: dict[str, Callable[[], Any]], rounds: int, progress: Callable[[int], None]
 ) -> dict[str, list[float]]:
     # Once unmeasured, to see that all compute the same.
-    expected = sides["jfe"]()
+    ours = sides["jfe"]()
     for side, work in sides.items():
-        for ours, theirs in zip(expected, work(), strict=True):
-            scale = np.abs(np.asarray(ours)).max()
-            if np.abs(np.asarray(ours) - np.asarray(theirs)).max() > TOLERANCE * scale:
-                raise UserError(f"loss or gradients of {side} are not ours: nothing to compare")
+        check(side, ours, work())
     return by_turns(sides, rounds, progress)
 
 
-def _embeddings(pairs: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    random = np.random.default_rng(0)
-    queries, candidates = (random.standard_normal((pairs, width), np.float32) for _ in range(2))
-    return tuple(x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, candidates))
-
-
-def _peak(side: str, pairs: int, width: int) -> int:
-    command = [sys.executable, "-m", "jfe_jax.bench.loss", side, str(pairs), str(width)]
+def _peak(side: str, pairs: int, width: int, config: LossConfig | None) -> int:
+    sizes = (config.tile_mib, config.keep_mib) if side == "third" else ()
+    command = [sys.executable, "-m", "jfe_jax.bench.loss", side, *map(str, (pairs, width, *sizes))]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
@@ -199,12 +239,13 @@ def _free() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
 
 
-def _main(side: str, pairs: int, width: int) -> None:
-    work = make(side, *_embeddings(pairs, width))
+def _main(side: str, pairs: int, width: int, *sizes: float) -> None:
+    config = LossConfig(temperature=TEMPERATURE, tile_mib=sizes[0], keep_mib=sizes[1]) if sizes else None
+    work = make(side, *embeddings(pairs, width), config=config)
     before = memory.status("VmRSS")
     work()
     print(1024 * (memory.peak() - before))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    _main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *map(float, sys.argv[4:]))

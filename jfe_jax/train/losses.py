@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jfe_jax.config import LossConfig
 from jfe_jax.models.pooling import unit
 from jfe_jax.sharding import BATCH_AXES
-from jfe_jax.train import tiles
+from jfe_jax.train import blocks, tiles
 
 Metrics = dict[str, jax.Array]
 
@@ -127,10 +127,11 @@ def _local_sums(
     groups, places = jnp.divmod(jnp.arange(g * n), n)
     own = groups * c + places
     ids, modality = (x[:, :n].reshape(-1) for x in (pairs.candidate_ids, pairs.candidate_modality))
-    rows = tiles.Rows(first + own, ids, pairs.positive_ids.reshape(g * n, -1), modality, pairs.query_valid.reshape(-1))
+    rows = blocks.Rows(first + own, ids, pairs.positive_ids.reshape(g * n, -1), modality, pairs.query_valid.reshape(-1))
     known = (pairs.candidate_ids, pairs.candidate_modality, pairs.candidate_valid)
-    columns = tiles.Columns(*(gather(x).reshape(-1) for x in known))
-    settings = tiles.Settings(
+    known = [gather(x).reshape(-1) for x in known]
+    columns = blocks.Columns(jnp.arange(len(known[0])), *known)
+    settings = blocks.Settings(
         columns=config.kind == "infonce" and config.directions == "both",
         mask=config.mask_false_negatives,
         same_modality=config.negatives == "same_modality",
@@ -145,8 +146,10 @@ def _local_sums(
         mine = pairs.candidates[:, :n]
         if width:
             queries, candidates, mine = (unit(x[..., :width]) for x in (queries, candidates, mine))
-        flat = (x.reshape(-1, x.shape[-1]) for x in (queries, candidates, mine))
-        loss, correct = _terms(*flat, parameters, rows, columns, settings, slice_of=(first, own), config=config)
+        queries, candidates, mine = (x.reshape(-1, x.shape[-1]) for x in (queries, candidates, mine))
+        scores = blocks.Scores(queries, candidates, jnp.exp(parameters["log_inverse_temperature"]), rows, columns)
+        # The positive is this device's own: no need to look for it among the gathered.
+        loss, correct = _terms(settings, scores, mine, parameters, config)
         both = Sums(*(jnp.sum(jnp.where(rows.valid, x, 0.0)) for x in (loss, correct)))
         return jax.lax.psum(both, axes) if axes else both
 
@@ -154,32 +157,23 @@ def _local_sums(
 
 
 def _terms(
-    queries: jax.Array,
-    candidates: jax.Array,
+    settings: blocks.Settings,
+    scores: blocks.Scores,
     positives: jax.Array,
     parameters: dict[str, jax.Array],
-    rows: tiles.Rows,
-    columns: tiles.Columns,
-    settings: tiles.Settings,
-    *,
-    slice_of: tuple[jax.Array, jax.Array],
     config: LossConfig,
 ) -> tuple[jax.Array, jax.Array]:
     # Loss and hit of each row, [I].
-    scale = jnp.exp(parameters["log_inverse_temperature"])
-    # The positive is this device's own: no need to look for it among the gathered.
-    own = scale * jnp.sum(queries * positives, axis=1)
     if config.kind == "sigmoid":
         bias = parameters["bias"]
-        total, highest = tiles.softplus_sums(settings, queries, candidates, scale, bias, rows, columns)
+        own, total, highest = tiles.softplus_sums(settings, scores, positives, bias)
         return jax.nn.softplus(-own - bias) + total, (own > highest).astype(jnp.float32)
-    log_sum, column_sums, highest = tiles.log_sums(settings, queries, candidates, scale, rows, columns)
+    own, log_sum, column_sums, highest = tiles.log_sums(settings, scores, positives)
     # -own + log(exp(own) + exp(log_sum))
     loss = jax.nn.softplus(log_sum - own)
     if settings.columns:
-        first, mine = slice_of
         column_sums = _log_sum_over_devices(column_sums, settings.axes)
-        loss = (loss + jax.nn.softplus(column_sums[first + mine] - own)) / 2
+        loss = (loss + jax.nn.softplus(column_sums[scores.rows.own_column] - own)) / 2
     return loss, (own > highest).astype(jnp.float32)
 
 

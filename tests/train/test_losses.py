@@ -136,6 +136,24 @@ def test_tiles_and_devices_change_nothing(kind):
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), kept, tiled)
 
 
+@pytest.mark.parametrize("kind", ["infonce", "sigmoid"])
+def test_what_blocks_do_not_divide_is_filled_up(kind):
+    # 31 queries and as many candidates, in blocks of up to 8.
+    given = jax.tree.map(lambda x: x[:, :31], pairs(k=0, groups=1))
+    parameters = losses.initial_parameters(KINDS[kind])
+
+    def gradients(config):
+        def loss(queries, candidates, parameters):
+            return contrastive_loss(given._replace(queries=queries, candidates=candidates), parameters, config)
+
+        grad = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+        return grad(given.queries, given.candidates, parameters)
+
+    small, whole = (gradients(replace(KINDS[kind], **sizes)) for sizes in ({"tile_mib": SMALL, "keep_mib": 1e-3}, {}))
+    np.testing.assert_allclose(small[0][0], plain(given, KINDS[kind])[0], rtol=1e-6)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), small, whole)
+
+
 def test_memory_does_not_grow_with_the_square_of_the_batch():
     config = LossConfig(tile_mib=1, keep_mib=0)
 

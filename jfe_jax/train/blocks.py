@@ -1,0 +1,273 @@
+"""Logits of all pairs of queries and candidates, a block of both at a time, so that no [J, I] array is ever whole.
+
+Axes: I queries of this device, J candidates of everybody, A blocks of T queries, B blocks of U candidates, P right
+answers, E embedding. A block's logits are [U, T].
+
+`forward` sums over them and `backward` gives the gradients. That makes a block's logits again and needs nothing of the
+forward pass but its results, and the logits of as many blocks as may be kept. It adds the gradients up where they are
+returned, those of the positives too: memory besides is that of a few blocks, whatever I and J.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Rows(NamedTuple):
+    """What is known of the queries.
+
+    Attributes:
+      own_column: int32 [I], the column of the query's positive.
+      own_id: int32 [I], number of that positive.
+      right: int32 [I, P], numbers of all candidates that are right, padded with -1.
+      modality: int32 [I], of the positive: what the query wants.
+      valid: bool [I].
+    """
+
+    own_column: jax.Array
+    own_id: jax.Array
+    right: jax.Array
+    modality: jax.Array
+    valid: jax.Array
+
+
+class Columns(NamedTuple):
+    """What is known of the candidates.
+
+    Attributes:
+      place: int32 [J], their columns, 0 to J - 1.
+      ids: int32 [J], their numbers, -1 for a filler.
+      modality: int32 [J].
+      valid: bool [J].
+    """
+
+    place: jax.Array
+    ids: jax.Array
+    modality: jax.Array
+    valid: jax.Array
+
+
+class Settings(NamedTuple):
+    """What is fixed when the loss is compiled.
+
+    Attributes:
+      columns: log Σ exp over the rows of each column, too.
+      mask: leave out candidates that are right for the query.
+      same_modality: leave out candidates of another modality than the query's positive.
+      tile_bytes: of a block's logits.
+      keep_bytes: of logits that are kept for the backward pass, which need not make them again.
+      axes: mesh axes of a surrounding shard_map.
+    """
+
+    columns: bool
+    mask: bool
+    same_modality: bool
+    tile_bytes: int
+    keep_bytes: int
+    axes: tuple[str, ...]
+
+
+class Scores(NamedTuple):
+    """What s_ij = scale · <q_i, c_j> are made of, and which of the pairs are negatives.
+
+    Attributes:
+      queries, candidates: float32 [I, E], [J, E].
+      scale: float32 scalar, above 0.
+      rows, columns: see Rows, Columns.
+    """
+
+    queries: jax.Array
+    candidates: jax.Array
+    scale: jax.Array
+    rows: Rows
+    columns: Columns
+
+
+def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empty: tuple[float, ...]) -> Any:
+    """What sums over the logits take from them.
+
+    Args:
+      settings, scores: see Settings, Scores.
+      block: (logits [U, T], by_row, by_column) → by_row, by_column adds a block's logits, -inf for those that are no
+        negatives, to what there is of its rows and columns: tuples of [T] and of [U].
+      empty: what there is at first, a number for each of by_row and of by_column.
+
+    Returns:
+      Tuples of [I] and of [J], and the logits [A, B', U, T] of the first blocks of candidates.
+    """
+    rows, columns = _blocks(settings, scores)
+    start, by_column = (
+        tuple(_varying(settings, jnp.full(shape, value)) for value in values)
+        for shape, values in zip((rows.known.valid.shape[1:], columns.known.valid.shape), empty, strict=True)
+    )
+    loops = _loops(settings, rows, columns)
+    keep, part = loops[0]
+    shape = len(rows.vectors), len(part) * keep, columns.vectors.shape[1], rows.vectors.shape[1]
+    kept = _varying(settings, jnp.zeros(shape))
+
+    def some_rows(carry, own):
+        kept, by_column = carry
+        number, own = own
+        turned, by_row, parts = _turned(own.vectors), start, []
+
+        def one(keep, carry, other):
+            kept, by_row = carry
+            place, by_column = other
+            logits = _logits(settings, scores.scale, turned, own.known, _at(columns, place))
+            by_row, by_column = block(logits, by_row, by_column)
+            if keep:
+                kept = jax.lax.dynamic_update_slice(kept, logits[None, None], (number, place, 0, 0))
+            return (kept, by_row), by_column
+
+        for keep, part in loops:
+            (kept, by_row), added = _scan(partial(one, keep), (kept, by_row), part, by_column)
+            parts.append(added)
+        return (kept, jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)), by_row
+
+    (kept, by_column), by_row = jax.lax.scan(some_rows, (kept, by_column), (jnp.arange(len(rows.vectors)), rows))
+    return _whole(by_row, len(scores.queries)), _whole(by_column, len(scores.candidates)), kept
+
+
+def backward(
+    settings: Settings, weights: Callable[..., Any], scores: Scores, kept: Any, to_own: jax.Array, by_row, by_column
+) -> tuple[Scores, jax.Array]:
+    """The scores' cotangents.
+
+    Args:
+      settings, scores: see Settings, Scores.
+      weights: (logits [U, T], by_row, by_column) → the cotangents [U, T] of a block's <q_i, c_j>, from its logits as
+        `forward` has them.
+      kept: what `forward` returned last.
+      to_own: [I], cotangents of s_ij of the positives, which are no negatives.
+      by_row, by_column: tuples of [I] and of [J], of which `weights` has a block's.
+
+    Returns:
+      The cotangents, and the sum of all weights.
+    """
+    rows, columns = _blocks(settings, scores)
+    to_own, by_row = _cut((scores.scale * to_own, by_row), len(rows.vectors))
+    by_column = _cut(by_column, len(columns.vectors))
+
+    def some_rows(carry, own):
+        number, own, to_own, by_row = own
+        turned = _turned(own.vectors)
+
+        def one(keep, carry, other):
+            to_vectors, to_candidates, total = carry
+            place, by_column = other
+            column = _at(columns, place)
+            logits = kept[number, place] if keep else _logits(settings, scores.scale, turned, own.known, column)
+            given = weights(logits, by_row, by_column)
+            total += jnp.sum(given)
+            # XLA makes a sum once for all that it is needed for, other simple operations each time.
+            given += jnp.where(_own_places(own.known, column.known), to_own, 0.0)
+            to_vectors += _matmul(_turned(given), column.vectors)
+            added = to_candidates[place] + _matmul(given, own.vectors)
+            return (to_vectors, jax.lax.dynamic_update_index_in_dim(to_candidates, added, place, 0), total), None
+
+        carry = (_varying(settings, jnp.zeros(own.vectors.shape)), *carry)
+        # Those to be made again first: what that takes is not in memory beside what is kept of the others.
+        for keep, part in reversed(_loops(settings, rows, columns)):
+            carry, _ = _scan(partial(one, keep), carry, part, by_column)
+        to_vectors, *carry = carry
+        return tuple(carry), to_vectors
+
+    carry = tuple(_varying(settings, jnp.zeros(shape)) for shape in (columns.vectors.shape, ()))
+    others = jnp.arange(len(rows.vectors)), rows, to_own, by_row
+    (to_candidates, total), to_queries = jax.lax.scan(some_rows, carry, others)
+    # Σ_j given_ij s_ij = <q_i, to_q_i>.
+    to_scale = jnp.sum(to_queries * rows.vectors) / scores.scale
+    to_queries, to_candidates = _whole(to_queries, len(scores.queries)), _whole(to_candidates, len(scores.candidates))
+    return Scores(to_queries, to_candidates, to_scale, None, None), total
+
+
+class _Blocks(NamedTuple):
+    # Of queries or candidates: vectors [A, T, E] or [B, U, E], and Rows or Columns as long.
+    vectors: jax.Array
+    known: Any
+
+
+def _blocks(settings: Settings, scores: Scores) -> tuple[_Blocks, _Blocks]:
+    # Near to a square, where the least is added up, and rather more queries, whose gradients take less to add. The
+    # last are filled up with what is not valid and counts for nothing.
+    numbers, (queries, candidates) = settings.tile_bytes // 4, map(len, scores[:2])
+    a = _parts(queries, max(8, math.isqrt(2 * numbers)))
+    b = _parts(candidates, max(8, numbers // -(-queries // a)))
+    return _Blocks(*_cut((scores.queries, scores.rows), a)), _Blocks(*_cut((scores.candidates, scores.columns), b))
+
+
+def _parts(count: int, most: int) -> int:
+    # The fewest of up to `most`, or a few more if they divide the count.
+    least = -(-count // most)
+    return next((parts for parts in range(least, 2 * least) if count % parts == 0), least)
+
+
+def _cut(by_one: Any, parts: int) -> Any:
+    def cut(x):
+        size = -(-len(x) // parts)
+        return jnp.pad(x, [(0, parts * size - len(x)), *[(0, 0)] * (x.ndim - 1)]).reshape(parts, size, *x.shape[1:])
+
+    return jax.tree.map(cut, by_one)
+
+
+def _whole(by_block: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], by_block)
+
+
+def _loops(settings: Settings, rows: _Blocks, columns: _Blocks) -> list[tuple[bool, range]]:
+    # Whether logits are kept, and the blocks of candidates for which they are or are not.
+    count = len(columns.vectors)
+    kept = min(count, settings.keep_bytes // (4 * rows.known.valid.size * columns.known.valid.shape[1]))
+    return [(keep, part) for keep, part in ((True, range(kept)), (False, range(kept, count))) if part]
+
+
+def _scan(one: Callable[..., Any], carry: Any, part: range, by_column: Any) -> Any:
+    others = jax.tree.map(lambda x: x[part.start : part.stop], by_column)
+    return jax.lax.scan(one, carry, (jnp.arange(part.start, part.stop), others))
+
+
+def _at(blocks: _Blocks, place: jax.Array) -> _Blocks:
+    return jax.tree.map(lambda x: x[place], blocks)
+
+
+def _logits(settings: Settings, scale: jax.Array, turned: jax.Array, rows: Rows, column: _Blocks) -> jax.Array:
+    # [U, T] of the queries [E, T], -inf where the pair may not be pushed apart.
+    return jnp.where(_negatives(settings, rows, column.known), scale * _matmul(column.vectors, turned), -jnp.inf)
+
+
+def _negatives(settings: Settings, rows: Rows, columns: Columns) -> jax.Array:
+    # bool [U, T]: the pair may be pushed apart.
+    ids = columns.ids[:, None]
+    negative = rows.valid & columns.valid[:, None] & ~_own_places(rows, columns)
+    if settings.mask:
+        # Padding of `right` is -1, and so is a filler's number: fillers are not valid. Written out over P because a
+        # reduction would hold [U, T, P] in memory.
+        sets = (rows.right[:, p] == ids for p in range(rows.right.shape[1]))
+        negative &= ~functools.reduce(jnp.logical_or, sets, rows.own_id == ids)
+    if settings.same_modality:
+        negative &= rows.modality == columns.modality[:, None]
+    return negative
+
+
+def _own_places(rows: Rows, columns: Columns) -> jax.Array:
+    # bool [U, T]: the candidate is the query's positive.
+    return columns.place[:, None] == rows.own_column
+
+
+def _matmul(left: jax.Array, right: jax.Array) -> jax.Array:
+    return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _turned(x: jax.Array) -> jax.Array:
+    # On the CPU turning a matrix and then multiplying takes less time than a product that has to turn it.
+    return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=jnp.transpose)
+
+
+def _varying(settings: Settings, x: jax.Array) -> jax.Array:
+    # A loop's carry has to be of one kind from the start: different on each device.
+    return jax.lax.pcast(x, settings.axes, to="varying") if settings.axes else x
