@@ -27,9 +27,9 @@ DEVICES = 8
 # What an argument is if it is not given, and up to how many pairs the plain step is compiled.
 DEFAULTS = {
     "cpu": {"pairs": 64, "chunks": 4, "batches": "512,1024,2048,4096,8192,16384", "chunk": 256},
-    "gpu": {"pairs": 4096, "chunks": 8, "batches": "4096,16384,65536", "chunk": 512},
+    "gpu": {"pairs": 2048, "chunks": 8, "batches": "4096,16384,65536", "chunk": 512},
 }
-PLAIN_UP_TO = {"cpu": 2048, "gpu": 16384}
+PLAIN_UP_TO = {"cpu": 2048, "gpu": 4096}
 
 
 class Memory(NamedTuple):

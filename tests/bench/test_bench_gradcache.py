@@ -1,10 +1,14 @@
 """The batch that `jfe bench gradcache` times, and the shapes that it compiles for."""
 
+import argparse
+
 import jax
 import numpy as np
+import pytest
 
 from jfe_jax import sharding
 from jfe_jax.bench import gradcache
+from jfe_jax.errors import UserError
 
 
 def test_items_are_as_the_packer_lays_them_out():
@@ -32,3 +36,10 @@ def test_what_is_compiled_is_what_would_run():
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding), there, abstract)
     assert all(jax.tree.leaves(same))
     assert np.asarray(there.packed.valid).all()
+
+
+def test_a_gpu_that_is_not_there_is_told_at_once():
+    parser = argparse.ArgumentParser()
+    gradcache.add_arguments(parser)
+    with pytest.raises(UserError, match="no GPU, but a cpu"):
+        gradcache.run(parser.parse_args(["--device", "gpu"]), progress=None)
