@@ -12,6 +12,7 @@ from flax import nnx
 from jfe_jax.config import TextConfig, VisionConfig
 from jfe_jax.models.attention import attend
 from jfe_jax.models.layers import Adaptable, project, run_stack, stack, weight, zeros
+from jfe_jax.models.products import settled
 from jfe_jax.sharding import constrain
 
 # Layouts of what a block computes inside.
@@ -102,7 +103,8 @@ class VisionTower(nnx.Module):
     @jax.named_scope("vision")
     def __call__(self, pixels: jax.Array) -> jax.Array:
         x = embed_patches(pixels, self.patch_yxcd[...], self.cfg, self.dtype)
-        x = x + self.patch_bias_d[...].astype(self.dtype) + self.position_pd[...].astype(self.dtype)
+        # Its gradient is summed over patches, over images, and multiplied.
+        x = settled(x + self.patch_bias_d[...].astype(self.dtype) + self.position_pd[...].astype(self.dtype))
         x = run_stack(self.blocks, x, depth=self.cfg.depth, remat=self.remat)
         return self.norm(x)
 
