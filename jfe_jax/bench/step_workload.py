@@ -99,7 +99,7 @@ def batches(settings: Settings, kind: str) -> list[Batch]:
     pairs = mix.mixed(run, 8 + (choice + 1) * max(16, size // 200))
     run = mix.shaped(run, pairs)
     if settings.attend == "bins":
-        bins = suggest([len(item.tokens) for pair in pairs for item in pair.items], size)
+        bins = suggest([len(item.tokens) for pair in pairs for item in pair.items], size, settings.attention)
         run = replace(run, data=replace(run.data, bins=bins))
     # For the loader's first batch nothing waits that was too small for the one before: it has larger items than others.
     made = [_batch(pairs, *one) for one in mix.packed(run, pairs, choice + 1)[1:]]

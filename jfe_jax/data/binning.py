@@ -10,8 +10,10 @@ import numpy as np
 from jfe_jax.config import Config
 from jfe_jax.data.tokens import ItemEncoder
 
-# A bin is as long as the longest item, or as items are up to which these shares of the tokens lie; in steps of so many.
-_SHARES, _STEP = (0.75, 0.95, 1.0), 32
+# A bin is as long as the longest item, or as items are up to which these shares of the tokens lie.
+_SHARES = (0.75, 0.95, 1.0)
+# In steps of so many tokens, as each way to attend works on them.
+_STEPS = {"xla": 32, "cudnn": 64, "splash": 128}
 # Batches that are drawn; so many of them need no more bins of a length than are suggested.
 _DRAWS, _ENOUGH = 64, 0.75
 
@@ -54,17 +56,18 @@ def of_run(cfg: Config, groups: int, steps: int) -> Suggestion:
         batches.close()
     tokens = data.rows // groups * data.row_tokens
     longest = ItemEncoder(cfg.tokens, cfg.model.vision, cfg.model.image_token).longest
-    bins = {size: groups * count for size, count in suggest(lengths, tokens, longest).items()}
+    bins = {size: groups * count for size, count in suggest(lengths, tokens, cfg.model.attention, longest).items()}
     attention = sum(count * size**2 for size, count in bins.items()) / (data.rows * data.row_tokens**2)
     return Suggestion(bins, float(np.mean(real)), attention)
 
 
-def suggest(lengths: Sequence[int], tokens: int, longest: int = 0) -> dict[int, int]:
+def suggest(lengths: Sequence[int], tokens: int, attention: str, longest: int = 0) -> dict[int, int]:
     """Lengths and numbers of bins for batches of `tokens` tokens, of items as long as `lengths`.
 
     Some batches of such items are packed, the longest first, into bins that are opened as they are needed.
 
     Args:
+      attention: of `ModelConfig`; splash for instance takes multiples of 128.
       longest: what an item may have, if that is more than the longest of `lengths`.
 
     Raises:
@@ -75,7 +78,8 @@ def suggest(lengths: Sequence[int], tokens: int, longest: int = 0) -> dict[int, 
     ordered = np.sort(np.asarray(lengths))
     share = np.cumsum(ordered) / ordered.sum()
     of_share = (ordered[min(np.searchsorted(share, one), len(ordered) - 1)] for one in _SHARES)
-    sizes = sorted({min(tokens, -(-int(length) // _STEP) * _STEP) for length in (*of_share, longest) if length})
+    step = _STEPS[attention]
+    sizes = sorted({min(tokens, -(-int(length) // step) * step) for length in (*of_share, longest) if length})
     random = np.random.default_rng(0)
     counts = []
     for _ in range(_DRAWS):

@@ -91,7 +91,9 @@ def _splash(
 ) -> jax.Array:
     length = query.shape[2]
     if length % LANES:
-        raise UserError(f"model.attention: splash needs data.row_tokens to be a multiple of {LANES}, not {length}")
+        raise UserError(
+            f"model.attention: splash needs data.row_tokens, or data.bins, to be multiples of {LANES}, not {length}"
+        )
     query = query * scale
     if mask.near is None:
         return _on_device(0, softcap, query, key, value, mask.ids)

@@ -19,7 +19,7 @@ def test_suggested_bins_hold_the_items_in_less_room_than_rows_of_the_longest():
         [random.integers(8, 60, 400), random.integers(270, 290, 500), random.integers(350, 630, 40)]
     )
     tokens = 6400
-    bins = suggest(lengths.tolist(), tokens)
+    bins = suggest(lengths.tolist(), tokens, "xla")
     assert max(bins) >= lengths.max() and sum(size * count for size, count in bins.items()) >= tokens
     # Attention over them multiplies less than over ten rows of 640.
     assert sum(size * size * count for size, count in bins.items()) < 0.8 * tokens * 640
@@ -32,8 +32,9 @@ def test_suggested_bins_hold_the_items_in_less_room_than_rows_of_the_longest():
             packer.add(0, [(number, EncodedItem(np.zeros(length, np.int32), None))])
         filled.append(1 - packer.free[0] / tokens)
     assert np.mean(filled) > 0.97
+    assert not any(size % 128 for size in suggest(lengths.tolist(), tokens, "splash"))
     with pytest.raises(ValueError, match="longest of 700 tokens"):
-        suggest([700], 640)
+        suggest([700], 640, "xla")
 
 
 def test_the_verb_suggests_bins_that_the_run_takes(make_config, tmp_path, capsys):
