@@ -189,7 +189,7 @@ def test_what_cannot_be_done_is_refused_by_name(how, text, dtype, says):
 def test_rows_and_heads_that_splash_cannot_split_are_refused():
     query, key, value, segments, _ = given(2)
     mask = Segments(jnp.asarray(segments), 0, None)
-    with pytest.raises(UserError, match=r"splash needs data\.row_tokens, or data\.bins, to be multiples of 128, not 96"):
+    with pytest.raises(UserError, match=r"data\.row_tokens, or data\.bins, to be multiples of 128, not 96"):
         attention.attend("splash", query[:, :, :96], key, value, mask, 1.0, 0.0)
     with (
         jax.set_mesh(sharding.make_mesh(MeshConfig(data=1, fsdp=2, tensor=4))),
