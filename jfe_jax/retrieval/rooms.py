@@ -34,6 +34,8 @@ ACCELERATOR = Scale(4096, 128, 2, 256)
 LONGEST_ROW, LONGEST_SINGLE = 2048, 512
 # Rows of another length than those compiled for have to save so much, and a further length beside others so much.
 WORTH, FURTHER = 0.1, 0.01
+# A further length means programs to compile: not for items whose text tower takes fewer FLOPs, seconds on a core.
+LEAST_WORK = 2e11
 # Of the items as many are laid out to see what rows of some lengths cost.
 _TRIED = 512
 # Of rows that are not chosen for many items.
@@ -90,7 +92,8 @@ class Rooms:
         alone = sum(size.tokens * self._token_cost(size.tokens) for size in some)
         kept = self._cost(some, self._chosen) / alone if longest <= max(self._chosen, default=0) else float("inf")
         if kept * (1 - WORTH) > self._excess:
-            best = self._best(some)
+            work = alone * len(sizes) / len(some) * self._model.text.depth
+            best = self._best(some, self._scale.lengths if work > LEAST_WORK else 1)
             excess = self._cost(some, best) / alone
             if kept * (1 - WORTH) > excess:
                 self._chosen, kept = best, excess
@@ -98,7 +101,7 @@ class Rooms:
             self._used.update(self._chosen)
         return self._chosen
 
-    def _best(self, sizes: Sequence[Size]) -> list[int]:
+    def _best(self, sizes: Sequence[Size], most: int) -> list[int]:
         """A length for all, then one more for a part of them, and so on while it is worth it."""
         longest, step = max(size.tokens for size in sizes), self._scale.step
         whole = range(_rounded(longest, _COARSE), min(LONGEST_ROW, self._scale.tokens) + 1, _COARSE)
@@ -108,7 +111,7 @@ class Rooms:
             min(whole, key=lambda one: self._cost(sizes, [one]), default=_rounded(longest, step)),
         }:
             cost, lengths = self._cost(sizes, [start]), [start]
-            while len(lengths) < self._scale.lengths:
+            while len(lengths) < most:
                 more = [[*lengths, one] for one in range(step, max(lengths), step) if one not in lengths]
                 costs = [self._cost(sizes, each) for each in more]
                 if min(costs, default=cost) > cost * (1 - FURTHER):

@@ -1,5 +1,6 @@
 """Items in, unit rows out: order, shapes, packing and errors."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from jfe_jax.blueprint import blueprint, shardings_of
-from jfe_jax.config import MeshConfig, ModelConfig
+from jfe_jax.config import MeshConfig, ModelConfig, TextConfig
 from jfe_jax.data.fitting import Size
 from jfe_jax.data.items import Item
 from jfe_jax.errors import UserError
@@ -139,6 +140,10 @@ def test_on_a_cpu_pools_have_rows_of_several_lengths():
     pool = [Size(270 + n % 3, True) for n in range(200)] + [Size(400 + n % 9, True) for n in range(200)]
     assert lengths(rooms, pool) == [272, 416]
     assert lengths(rooms, pool[:390]) == [272, 416] and lengths(rooms, pool[200:]) == [272, 416]
+    small = dataclasses.replace(
+        ModelConfig(), text=TextConfig(width=64, depth=2, mlp_dim=256, num_heads=2, head_dim=32)
+    )
+    assert len(lengths(Rooms(small, CPU), pool)) == 1, "sooner computed than compiled for"
 
 
 def test_few_items_are_one_row():
