@@ -109,9 +109,17 @@ def transposed(matrix: np.ndarray) -> np.ndarray:
 
 
 def transpose(matrix: np.ndarray, out: np.ndarray) -> None:
-    """Fills `out`, a few rows at a time, whose cache lines are then still there: five times as fast."""
-    for row in range(0, len(matrix), 16):
-        out[:, row : row + 16] = matrix[row : row + 16].T
+    """Fills `out`, block by block; all at once takes four times as long."""
+    # What a core's cache holds. Rows of a power of two of bytes have the same place in it: an odd cache line between
+    # them keeps them from pushing each other out.
+    height, width, odd = 256 // matrix.itemsize, 2048, 64 // matrix.itemsize
+    block = np.empty((height, width + odd), matrix.dtype)
+    for row in range(0, matrix.shape[0], height):
+        for column in range(0, matrix.shape[1], width):
+            part = matrix[row : row + height, column : column + width]
+            held = block[: part.shape[0], : part.shape[1]]
+            held[...] = part
+            out[column : column + width, row : row + height] = held.T
 
 
 class _Span(NamedTuple):

@@ -1,11 +1,12 @@
 """Any part of a parameter, read from the torch tensor that holds it."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jfe_jax.hf.entry import Entry
+from jfe_jax.hf.entry import Entry, transposed
 from jfe_jax.hf.mapping import prefixes
 
 ENTRIES = {
@@ -60,6 +61,13 @@ def test_no_more_is_read_than_a_device_holds(name, index, block):
 
     entry.part(shape, index, fetch, np.empty([one.stop - one.start for one in index]))
     assert asked == [block]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_matrices_of_many_blocks_are_turned(dtype):
+    matrix = np.random.default_rng(0).normal(size=(300, 4500)).astype(dtype)
+    for one in (matrix, matrix[7:, 3:4001], matrix.T):
+        np.testing.assert_array_equal(transposed(one), one.T)
 
 
 def test_prefixes_are_as_the_files_spell_them():
