@@ -56,15 +56,15 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     Raises:
       UserError: torch is not installed; on a GPU, as `loss_gpu.run`.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise UserError("torch is not installed: pip install torch") from error
     batches = sorted(int(number) for number in (args.batches or BATCHES[args.device]).split(","))
     if args.device == "gpu":
         from jfe_jax.bench import loss_gpu
 
         return loss_gpu.run(batches, args.width, args.rounds, progress)
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("torch is not installed: pip install torch") from error
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     peaks: dict[str, tuple[int, int]] = {}
     rows, forecasts, settings = [], [], []

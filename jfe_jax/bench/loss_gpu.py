@@ -84,7 +84,7 @@ def _process(task: dict[str, Any]) -> dict[str, Any]:
     command = [sys.executable, "-m", "jfe_jax.bench.loss_gpu", json.dumps(task)]
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     if done.returncode:
-        raise UserError(f"{task['side']}'s process failed:\n{done.stderr[-3000:]}")
+        raise UserError(f"{task['side']}'s process: {done.stderr[-3000:].strip()}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -108,8 +108,10 @@ def _by_jax(task: dict[str, Any]) -> tuple[list[Measured], str]:
 
 
 def _by_torch(task: dict[str, Any]) -> tuple[list[Measured], str]:
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError("torch is not installed: pip install torch") from error
     card, found = task["device"] == "gpu", []
     if card and not torch.cuda.is_available():
         raise UserError("PyTorch sees no GPU")
