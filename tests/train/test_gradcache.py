@@ -19,9 +19,9 @@ CHUNKS = 2
 DATA = DataConfig(pairs=16, hard_negatives=1, rows=16, row_tokens=64, image_slots=48)
 
 
-def training(chunks, sizes=(1, 1, 1)):
+def training(chunks, sizes=(1, 1, 1), data=DATA):
     config = tiny.config(
-        data=DATA, loss=LossConfig(grad_cache_chunks=chunks), optimizer=OptimizerConfig(freeze=("vision",))
+        data=data, loss=LossConfig(grad_cache_chunks=chunks), optimizer=OptimizerConfig(freeze=("vision",))
     )
     return states.prepare(config, sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])))
 
@@ -47,9 +47,9 @@ def plain():
     return computed(training(1), 8)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 1), (1, 2, 4)])
-def test_chunks_give_the_gradients_of_the_whole_batch(plain, sizes):
-    there = training(CHUNKS, sizes)
+@pytest.mark.parametrize("sizes, bins", [((1, 1, 1), {}), ((2, 2, 1), {}), ((1, 2, 4), {}), ((2, 2, 1), {16: 64})])
+def test_chunks_give_the_gradients_of_the_whole_batch(plain, sizes, bins):
+    there = training(CHUNKS, sizes, replace(DATA, bins=bins))
     grads, metrics = computed(there, 8)
     expected, plain_metrics = plain
     assert grads["model"]["vision"]["norm"]["scale_d"] is None
