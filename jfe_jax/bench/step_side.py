@@ -105,10 +105,11 @@ def put(side: str, step: Any, made: list[Batch]) -> list[Any]:
 class Apart(Served):
     """A side in a process of its own, as a user runs it; `time_rounds` takes it for a `Step`.
 
-    Ours keeps freed memory as `jfe train` does (`allocator`), PyTorch's has glibc's malloc as it is.
+      Ours keeps freed memory as `jfe train` does (`allocator`), PyTorch's has glibc's malloc as it is, unless
+    `Settings.kept` says otherwise.
 
-    Args:
-      cache: directory of XLA's compiled programs.
+      Args:
+        cache: directory of XLA's compiled programs.
     """
 
     def __init__(self, side: str, settings: Settings, cache: str):
@@ -177,9 +178,9 @@ def _task(side: str, rounds: int, settings: Settings) -> dict[str, Any]:
 
 
 def _main(side: str, rounds: int, settings: Settings) -> None:
-    if side == "jfe":
+    if side == "jfe" or settings.kept:
         allocator.keep_freed_memory()
-    elif settings.device == "cpu":
+    if side == "torch" and settings.device == "cpu":
         import torch
 
         torch.set_num_threads(rates.threads())

@@ -34,6 +34,7 @@ class Settings:
       dtype: of the products.
       attention, remat: of our model, see ModelConfig.
       checkpointing, compiled: of PyTorch's side.
+      kept: PyTorch's process keeps freed memory, see `allocator`.
       device: "cpu" or "gpu".
     """
 
@@ -47,6 +48,7 @@ class Settings:
     remat: str = "none"
     checkpointing: bool = False
     compiled: bool = False
+    kept: bool = False
     device: str = "cpu"
 
 

@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--remat", choices=["none", "full", "up", "dots"], default="none", help="of our model")
     parser.add_argument("--checkpointing", action="store_true", help="PyTorch's layers are computed again")
     parser.add_argument("--compiled", action="store_true", help="PyTorch's side through torch.compile")
+    parser.add_argument("--kept", action="store_true", help="CPU: PyTorch's process keeps freed memory, as ours does")
     parser.add_argument("--alone", action="store_true", help="CPU: our side only, for its share of the matrix rate")
     parser.add_argument("--turns", type=int, default=2, help="GPU: processes of each side, by turns")
     parser.add_argument("--budget-seconds", type=float, default=400, help="GPU: no turn that would end later")
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
       UserError: torch or transformers is not installed, the sides do not compute the same, or one does not fit.
     """
     given = {name: getattr(args, name) or default for name, default in DEFAULTS[args.device].items()}
-    same = ("device", "batches", "attention", "remat", "checkpointing", "compiled")
+    same = ("device", "batches", "attention", "remat", "checkpointing", "compiled", "kept")
     settings = Settings(**given, **{name: getattr(args, name) for name in same})
     try:
         import torch
@@ -103,6 +104,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     how = [settings.geometry, settings.dtype]
     how += [f"{name} {getattr(args, name)}" for name in ("attention", "remat") if args.device == "gpu"]
     how += [f"PyTorch {name}" for name in ("checkpointing", "compiled") if getattr(args, name)]
+    how += ["PyTorch's freed memory kept"] * args.kept
     return Result(
         tables=[table(COLUMNS, [_row(kind, found, settings) for kind in KINDS])],
         packages=["jax", "torch", "transformers"],
