@@ -188,7 +188,7 @@ class DataConfig:
       layout: "packed" puts several items into a row of `row_tokens`; "padded" one.
       rows, row_tokens, image_slots: shape of the global packed batch.
       bins: {tokens: how many}: attention works on so many bins of these lengths instead of on rows; an item lies
-        whole in one, across the ends of rows. They need room for a tenth more tokens than the rows, which then have no
+        whole in one, across the ends of rows. A fifth more room than the rows' tokens is usual; rows then have no
         gaps; where items are shorter than rows, attention multiplies less as well. {} for rows.
       image_shift: training images are moved by up to so many pixels, their edges repeated; a new draw each time.
       shuffle: False keeps the order on disk (for debugging).

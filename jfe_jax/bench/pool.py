@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 
 from jfe_jax.bench import mbeir_like, weights
-from jfe_jax.bench.geometry import geometry
 from jfe_jax.bench.mbeir_units import PROMPTS
 from jfe_jax.config import Config, MeshConfig, ModelConfig, TokensConfig
 from jfe_jax.data.tokens import train_tokenizer
@@ -41,19 +40,11 @@ def linked(folder: Path, target: Path) -> Path:
     return target / ITEMS
 
 
-def write_model(folder: Path, name: str, texts: list[str]) -> Config:
-    """A run directory with a random model of a geometry, and a tokenizer trained on `texts`."""
-    from jfe_jax import checkpoint, sharding
-    from jfe_jax.blueprint import blueprint
-
-    config = _config(folder, geometry(name), texts)
-    abstract = blueprint(config.model, sharding.make_mesh(MeshConfig(data=1))).abstract
-    checkpoint.save_model(folder, config, weights.for_jax(abstract), Path(config.tokens.tokenizer))
-    return config
-
-
 def write_export(folder: Path, model: ModelConfig, texts: list[str]) -> Config:
-    """The same as sentence-transformers opens it, its weights stored in `model.dtype`: no run directory is made."""
+    """A random model as sentence-transformers opens it, and a tokenizer trained on `texts`.
+
+    Its weights are stored in `model.dtype`; no run directory is made.
+    """
     import jax
 
     from jfe_jax import sharding
@@ -62,19 +53,14 @@ def write_export(folder: Path, model: ModelConfig, texts: list[str]) -> Config:
     from jfe_jax.streaming import StreamedArray
     from jfe_jax.trees import flatten
 
-    config = _config(folder, model, texts)
+    tokenizer = folder.parent / "tokenizer"
+    train_tokenizer(texts, model.text.vocab_size, tokenizer)
+    config = Config(model=model, tokens=TokensConfig(tokenizer=str(tokenizer)))
     # In the host's memory, whatever else computes.
     host = sharding.make_mesh(MeshConfig(data=1), jax.devices("cpu")[:1])
     arrays = {}
     for name, leaf in flatten(weights.for_jax(blueprint(model, host).abstract)).items():
         array = StreamedArray(leaf.shape, np.dtype(leaf.dtype), np.asarray(leaf).__getitem__)
         arrays[name] = array.astype(jax.numpy.dtype(model.dtype))
-    save_hf(Outgoing(config, arrays, Path(config.tokens.tokenizer), 0), folder, layout="sentence-transformers")
+    save_hf(Outgoing(config, arrays, tokenizer, 0), folder, layout="sentence-transformers")
     return config
-
-
-def _config(folder: Path, model: ModelConfig, texts: list[str]) -> Config:
-    # With a tokenizer trained on the texts.
-    tokenizer = folder.parent / "tokenizer"
-    train_tokenizer(texts, model.text.vocab_size, tokenizer)
-    return Config(model=model, tokens=TokensConfig(tokenizer=str(tokenizer)))

@@ -105,11 +105,11 @@ def put(side: str, step: Any, made: list[Batch]) -> list[Any]:
 class Apart(Served):
     """A side in a process of its own, as a user runs it; `time_rounds` takes it for a `Step`.
 
-      Ours keeps freed memory as `jfe train` does (`allocator`), PyTorch's has glibc's malloc as it is, unless
+    Ours keeps freed memory as `jfe train` does (`allocator`), PyTorch's has glibc's malloc as it is, unless
     `Settings.kept` says otherwise.
 
-      Args:
-        cache: directory of XLA's compiled programs.
+    Args:
+      cache: directory of XLA's compiled programs.
     """
 
     def __init__(self, side: str, settings: Settings, cache: str):
