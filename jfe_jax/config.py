@@ -236,8 +236,8 @@ class LossConfig:
         weights beside the whole embedding's 1.
       tile_mib: memory for a tile of logits on each device, which is held a few times: logits are made tile by tile,
         again for the backward pass.
-      keep_mib: memory on each device for logits that are kept instead of made again, as far as it goes; kept ones cost
-        three matrix products, made again four.
+      keep_mib: memory on each device for logits that are kept instead of made again, as far as it goes, three bytes
+        each; kept ones cost three matrix products, made again four.
       keep_logits: keep them all, which grows with the square of the batch.
       grad_cache_chunks: the batch is encoded in so many chunks, each a second time for its gradients (GradCache):
         memory for activations is a chunk's, the loss that of the whole batch. 1 encodes it at once.

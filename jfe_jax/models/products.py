@@ -67,25 +67,7 @@ def _scores_backward(kept: tuple[jax.Array, jax.Array], g: jax.Array) -> tuple[j
 scores.defvjp(_scores_forward, _scores_backward)
 
 
-@jax.custom_vjp
-def weighted_mean(logits: jax.Array, value: jax.Array) -> jax.Array:
-    """softmax(logits) · value: float32 [..., Q, T] and [..., T, H] → [..., Q, H] in the dtype of `value`.
-
-    Both products of the backward pass take operands of that dtype. (Gradient: Dao et al. 2022, FlashAttention, B.2.)
-    """
-    return _weighted_mean_forward(logits, value)[0]
-
-
-def _weighted_mean_forward(logits: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    weights = jnp.exp(logits - _largest(logits))
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights.astype(value.dtype)
-    # Divided by their sum after the product with the values: H numbers a row instead of T.
-    out = (jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total).astype(value.dtype)
-    return out, (weights, total, value, out)
-
-
-def _largest(logits: jax.Array) -> jax.Array:
+def largest(logits: jax.Array) -> jax.Array:
     """Of the last axis, kept: [..., T] → [..., 1].
 
     On the CPU a comparison that passes a NaN over is a quarter of the work; the exponentials that follow keep it.
@@ -100,6 +82,24 @@ def _largest(logits: jax.Array) -> jax.Array:
         return jnp.max(logits, axis=-1, keepdims=True)
 
     return jax.lax.platform_dependent(logits, cpu=selected, default=plain)
+
+
+@jax.custom_vjp
+def weighted_mean(logits: jax.Array, value: jax.Array) -> jax.Array:
+    """softmax(logits) · value: float32 [..., Q, T] and [..., T, H] → [..., Q, H] in the dtype of `value`.
+
+    Both products of the backward pass take operands of that dtype. (Gradient: Dao et al. 2022, FlashAttention, B.2.)
+    """
+    return _weighted_mean_forward(logits, value)[0]
+
+
+def _weighted_mean_forward(logits: jax.Array, value: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    weights = jnp.exp(logits - largest(logits))
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = weights.astype(value.dtype)
+    # Divided by their sum after the product with the values: H numbers a row instead of T.
+    out = (jnp.matmul(weights, value, preferred_element_type=jnp.float32) / total).astype(value.dtype)
+    return out, (weights, total, value, out)
 
 
 def _weighted_mean_backward(kept: tuple[jax.Array, ...], g: jax.Array) -> tuple[jax.Array, jax.Array]:

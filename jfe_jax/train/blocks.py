@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jfe_jax.train import kept
+
 
 class Rows(NamedTuple):
     """What is known of the queries.
@@ -76,7 +78,7 @@ class Scores(NamedTuple):
     """What s_ij = scale · <q_i, c_j> are made of, and which of the pairs are negatives.
 
     Attributes:
-      queries, candidates: float32 [I, E], [J, E].
+      queries, candidates: float32 [I, E], [J, E]: unit rows, but for those that are not valid.
       scale: float32 scalar, above 0.
       rows, columns: see Rows, Columns.
     """
@@ -98,7 +100,7 @@ def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empt
       empty: what there is at first, a number for each of by_row and of by_column.
 
     Returns:
-      Tuples of [I] and of [J], and the logits [A, B', U, T] of the first blocks of candidates.
+      Tuples of [I] and of [J], and the logits [A, B', U, T] of the first blocks of candidates, kept.
     """
     rows, columns = _blocks(settings, scores)
     start, by_column = (
@@ -108,33 +110,40 @@ def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empt
     loops = _loops(settings, rows, columns)
     keep, part = loops[0]
     shape = len(rows.vectors), len(part) * keep, columns.vectors.shape[1], rows.vectors.shape[1]
-    kept = _varying(settings, jnp.zeros(shape))
+    logits_kept = jax.tree.map(partial(_varying, settings), kept.room(shape))
 
     def some_rows(carry, own):
-        kept, by_column = carry
+        logits_kept, by_column = carry
         number, own = own
         turned, by_row, parts = _turned(own.vectors), start, []
 
         def one(keep, carry, other):
-            kept, by_row = carry
+            logits_kept, by_row = carry
             place, by_column = other
             logits = _logits(settings, scores.scale, turned, own.known, _at(columns, place))
             by_row, by_column = block(logits, by_row, by_column)
             if keep:
-                kept = jax.lax.dynamic_update_slice(kept, logits[None, None], (number, place, 0, 0))
-            return (kept, by_row), by_column
+                logits_kept = kept.put(logits_kept, (number, place), logits, scores.scale)
+            return (logits_kept, by_row), by_column
 
         for keep, part in loops:
-            (kept, by_row), added = _scan(partial(one, keep), (kept, by_row), part, by_column)
+            (logits_kept, by_row), added = _scan(partial(one, keep), (logits_kept, by_row), part, by_column)
             parts.append(added)
-        return (kept, jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)), by_row
+        return (logits_kept, jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)), by_row
 
-    (kept, by_column), by_row = jax.lax.scan(some_rows, (kept, by_column), (jnp.arange(len(rows.vectors)), rows))
-    return _whole(by_row, len(scores.queries)), _whole(by_column, len(scores.candidates)), kept
+    others = jnp.arange(len(rows.vectors)), rows
+    (logits_kept, by_column), by_row = jax.lax.scan(some_rows, (logits_kept, by_column), others)
+    return _whole(by_row, len(scores.queries)), _whole(by_column, len(scores.candidates)), logits_kept
 
 
 def backward(
-    settings: Settings, weights: Callable[..., Any], scores: Scores, kept: Any, to_own: jax.Array, by_row, by_column
+    settings: Settings,
+    weights: Callable[..., Any],
+    scores: Scores,
+    logits_kept: kept.Kept,
+    to_own: jax.Array,
+    by_row: Any,
+    by_column: Any,
 ) -> tuple[Scores, jax.Array]:
     """The scores' cotangents.
 
@@ -142,7 +151,7 @@ def backward(
       settings, scores: see Settings, Scores.
       weights: (logits [U, T], by_row, by_column) → the cotangents [U, T] of a block's <q_i, c_j>, from its logits as
         `forward` has them.
-      kept: what `forward` returned last.
+      logits_kept: what `forward` returned last.
       to_own: [I], cotangents of s_ij of the positives, which are no negatives.
       by_row, by_column: tuples of [I] and of [J], of which `weights` has a block's.
 
@@ -161,7 +170,10 @@ def backward(
             to_vectors, to_candidates, total = carry
             place, by_column = other
             column = _at(columns, place)
-            logits = kept[number, place] if keep else _logits(settings, scores.scale, turned, own.known, column)
+            if keep:
+                logits = kept.get(logits_kept, (number, place), scores.scale)
+            else:
+                logits = _logits(settings, scores.scale, turned, own.known, column)
             given = weights(logits, by_row, by_column)
             total += jnp.sum(given)
             # XLA makes a sum once for all that it is needed for, other simple operations each time.
@@ -222,8 +234,8 @@ def _whole(by_block: Any, count: int) -> Any:
 def _loops(settings: Settings, rows: _Blocks, columns: _Blocks) -> list[tuple[bool, range]]:
     # Whether logits are kept, and the blocks of candidates for which they are or are not.
     count = len(columns.vectors)
-    kept = min(count, settings.keep_bytes // (4 * rows.known.valid.size * columns.known.valid.shape[1]))
-    return [(keep, part) for keep, part in ((True, range(kept)), (False, range(kept, count))) if part]
+    first = min(count, settings.keep_bytes // (kept.BYTES * rows.known.valid.size * columns.known.valid.shape[1]))
+    return [(keep, part) for keep, part in ((True, range(first)), (False, range(first, count))) if part]
 
 
 def _scan(one: Callable[..., Any], carry: Any, part: range, by_column: Any) -> Any:

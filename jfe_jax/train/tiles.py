@@ -1,12 +1,11 @@
 """Sums over all pairs of queries and candidates, each differentiated by hand: see `blocks`."""
 
-import functools
-import math
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from jfe_jax.models.products import largest
 from jfe_jax.train.blocks import Scores, Settings, backward, forward
 
 
@@ -103,16 +102,10 @@ def _own(scores: Scores, positives: jax.Array) -> jax.Array:
 
 def _added(highest: jax.Array, total: jax.Array, logits: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     # The greatest x and Σ exp(x - greatest), with those of a block.
-    now = jnp.maximum(highest, _greatest(logits, axis))
+    now = jnp.maximum(highest, largest(logits)[:, 0] if axis else jnp.max(logits, axis=0))
     shift = _finite(now)
     added = jnp.sum(jnp.exp(logits - jnp.expand_dims(shift, axis)), axis=axis)
     return now, total * jnp.exp(highest - shift) + added
-
-
-def _greatest(x: jax.Array, axis: int) -> jax.Array:
-    # Along the last axis XLA's CPU code compares one number at a time, and is six times as slow.
-    parts = math.gcd(16, x.shape[axis]) if axis else 1
-    return jnp.max(functools.reduce(jnp.maximum, jnp.split(x, parts, axis=axis)), axis=axis)
 
 
 def _log_sum(highest: jax.Array, total: jax.Array) -> jax.Array:
