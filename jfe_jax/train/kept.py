@@ -30,8 +30,7 @@ def room(shape: tuple[int, int, int, int]) -> Kept:
 
 def put(kept: Kept, block: tuple[jax.Array, jax.Array], logits: jax.Array, scale: jax.Array) -> Kept:
     """With the logits [U, T] of a block, `scale` times products of unit vectors or -inf, in its place (of A, of B')."""
-    steps = jnp.round(logits * (_STEPS / scale)).astype(jnp.int32)
-    steps = jnp.clip(steps, -_STEPS, _STEPS)
+    steps = jnp.clip(jnp.round(logits * (_STEPS / scale)), -_STEPS, _STEPS).astype(jnp.int32)
     upper = jnp.where(logits == -jnp.inf, _NONE, steps >> 8).astype(jnp.int16)
     parts = Kept(upper, (steps & 255).astype(jnp.uint8))
     return jax.tree.map(
