@@ -123,7 +123,7 @@ def third(pairs: int, width: int, plain: int, tile_mib: float = TILE_MIB["cpu"])
     process some MiB.
     """
     gradients = 8 * pairs * width / 2**20
-    keep = plain / 2**20 / 3 - gradients - 7 * tile_mib - 16
+    keep = plain / 2**20 / 3 - gradients - 7 * tile_mib - 28
     return LossConfig(temperature=TEMPERATURE, tile_mib=tile_mib, keep_mib=float(max(0, int(keep))))
 
 

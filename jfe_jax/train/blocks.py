@@ -100,36 +100,33 @@ def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empt
       empty: what there is at first, a number for each of by_row and of by_column.
 
     Returns:
-      Tuples of [I] and of [J], and the logits [A, B', U, T] of the first blocks of candidates, kept.
+      Tuples of [I] and of [J], and what is kept of the logits.
     """
     rows, columns = _blocks(settings, scores)
     start, by_column = (
         tuple(_varying(settings, jnp.full(shape, value)) for value in values)
         for shape, values in zip((rows.known.valid.shape[1:], columns.known.valid.shape), empty, strict=True)
     )
-    loops = _loops(settings, rows, columns)
-    keep, part = loops[0]
-    shape = len(rows.vectors), len(part) * keep, columns.vectors.shape[1], rows.vectors.shape[1]
-    logits_kept = jax.tree.map(partial(_varying, settings), kept.room(shape))
+    parts = _parts(settings, rows, columns)
+    room = kept.room(parts, rows.vectors.shape, columns.vectors.shape[1])
+    logits_kept = jax.tree.map(partial(_varying, settings), room)
 
     def some_rows(carry, own):
         logits_kept, by_column = carry
         number, own = own
-        turned, by_row, parts = _turned(own.vectors), start, []
+        turned, by_row, sums = _turned(own.vectors), start, []
 
-        def one(keep, carry, other):
+        def one(part, carry, other):
             logits_kept, by_row = carry
             place, by_column = other
             logits = _logits(settings, scores.scale, turned, own.known, _at(columns, place))
             by_row, by_column = block(logits, by_row, by_column)
-            if keep:
-                logits_kept = kept.put(logits_kept, (number, place), logits, scores.scale)
-            return (logits_kept, by_row), by_column
+            return (kept.put(logits_kept, part, number, place, logits, scores.scale), by_row), by_column
 
-        for keep, part in loops:
-            (logits_kept, by_row), added = _scan(partial(one, keep), (logits_kept, by_row), part, by_column)
-            parts.append(added)
-        return (logits_kept, jax.tree.map(lambda *parts: jnp.concatenate(parts), *parts)), by_row
+        for part in parts:
+            (logits_kept, by_row), added = _scan(one, (logits_kept, by_row), part, by_column)
+            sums.append(added)
+        return (logits_kept, jax.tree.map(lambda *sums: jnp.concatenate(sums), *sums)), by_row
 
     others = jnp.arange(len(rows.vectors)), rows
     (logits_kept, by_column), by_row = jax.lax.scan(some_rows, (logits_kept, by_column), others)
@@ -163,15 +160,16 @@ def backward(
     by_column = _cut(by_column, len(columns.vectors))
 
     def some_rows(carry, own):
+        logits_kept, *sums = carry
         number, own, to_own, by_row = own
         turned = _turned(own.vectors)
 
-        def one(keep, carry, other):
+        def one(part, carry, other):
             to_vectors, to_candidates, total = carry
             place, by_column = other
             column = _at(columns, place)
-            if keep:
-                logits = kept.get(logits_kept, (number, place), scores.scale)
+            if part.how:
+                logits = kept.get(logits_kept, part, number, place, scores.scale)
             else:
                 logits = _logits(settings, scores.scale, turned, own.known, column)
             given = weights(logits, by_row, by_column)
@@ -182,16 +180,17 @@ def backward(
             added = to_candidates[place] + _matmul(given, own.vectors)
             return (to_vectors, jax.lax.dynamic_update_index_in_dim(to_candidates, added, place, 0), total), None
 
-        carry = (_varying(settings, jnp.zeros(own.vectors.shape)), *carry)
+        sums = (_varying(settings, jnp.zeros(own.vectors.shape)), *sums)
         # Those to be made again first: what that takes is not in memory beside what is kept of the others.
-        for keep, part in reversed(_loops(settings, rows, columns)):
-            carry, _ = _scan(partial(one, keep), carry, part, by_column)
-        to_vectors, *carry = carry
-        return tuple(carry), to_vectors
+        for part in reversed(_parts(settings, rows, columns)):
+            sums, _ = _scan(one, sums, part, by_column)
+        to_vectors, *sums = sums
+        return (kept.returned(logits_kept, number, to_vectors), *sums), None
 
-    carry = tuple(_varying(settings, jnp.zeros(shape)) for shape in (columns.vectors.shape, ()))
+    sums = (_varying(settings, jnp.zeros(shape)) for shape in (columns.vectors.shape, ()))
     others = jnp.arange(len(rows.vectors)), rows, to_own, by_row
-    (to_candidates, total), to_queries = jax.lax.scan(some_rows, carry, others)
+    (logits_kept, to_candidates, total), _ = jax.lax.scan(some_rows, (logits_kept, *sums), others)
+    to_queries = logits_kept.lent.reshape(rows.vectors.shape)
     # Σ_j given_ij s_ij = <q_i, to_q_i>.
     to_scale = jnp.sum(to_queries * rows.vectors) / scores.scale
     to_queries, to_candidates = _whole(to_queries, len(scores.queries)), _whole(to_candidates, len(scores.candidates))
@@ -208,12 +207,12 @@ def _blocks(settings: Settings, scores: Scores) -> tuple[_Blocks, _Blocks]:
     # Near to a square, where the least is added up, and rather more queries, whose gradients take less to add. The
     # last are filled up with what is not valid and counts for nothing.
     numbers, (queries, candidates) = settings.tile_bytes // 4, map(len, scores[:2])
-    a = _parts(queries, max(8, math.isqrt(2 * numbers)))
-    b = _parts(candidates, max(8, numbers // -(-queries // a)))
+    a = _number(queries, max(8, math.isqrt(2 * numbers)))
+    b = _number(candidates, max(8, numbers // -(-queries // a)))
     return _Blocks(*_cut((scores.queries, scores.rows), a)), _Blocks(*_cut((scores.candidates, scores.columns), b))
 
 
-def _parts(count: int, most: int) -> int:
+def _number(count: int, most: int) -> int:
     # The fewest of up to `most`, or a few more if they divide the count.
     least = -(-count // most)
     return next((parts for parts in range(least, 2 * least) if count % parts == 0), least)
@@ -231,16 +230,16 @@ def _whole(by_block: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], by_block)
 
 
-def _loops(settings: Settings, rows: _Blocks, columns: _Blocks) -> list[tuple[bool, range]]:
-    # Whether logits are kept, and the blocks of candidates for which they are or are not.
-    count = len(columns.vectors)
-    first = min(count, settings.keep_bytes // (kept.BYTES * rows.known.valid.size * columns.known.valid.shape[1]))
-    return [(keep, part) for keep, part in ((True, range(first)), (False, range(first, count))) if part]
+def _parts(settings: Settings, rows: _Blocks, columns: _Blocks) -> list[kept.Part]:
+    count, u = columns.known.valid.shape
+    keep = settings.keep_bytes // (kept.BYTES * rows.known.valid.size * u)
+    return kept.parts(count, keep, lend=rows.vectors.shape[2] // u)
 
 
-def _scan(one: Callable[..., Any], carry: Any, part: range, by_column: Any) -> Any:
-    others = jax.tree.map(lambda x: x[part.start : part.stop], by_column)
-    return jax.lax.scan(one, carry, (jnp.arange(part.start, part.stop), others))
+def _scan(one: Callable[..., Any], carry: Any, part: kept.Part, by_column: Any) -> Any:
+    start, stop = part.places.start, part.places.stop
+    others = jax.tree.map(lambda x: x[start:stop], by_column)
+    return jax.lax.scan(partial(one, part), carry, (jnp.arange(start, stop), others))
 
 
 def _at(blocks: _Blocks, place: jax.Array) -> _Blocks:

@@ -20,11 +20,12 @@ def test_kept_logits_come_back(scale):
 
     @jax.jit
     def there_and_back(logits, scale):
-        held = kept.room(logits.shape)
-        places = [(a, b) for a in range(2) for b in range(3)]
-        for place in places:
-            held = kept.put(held, place, logits[place], scale)
-        return held, jnp.stack([kept.get(held, place, scale) for place in places]).reshape(logits.shape)
+        of = kept.parts(3, keep=2, lend=1)
+        held = kept.room(of, (2, 16, 8), 8)
+        places = [(part, a, b) for a in range(2) for part in of for b in part.places]
+        for part, a, b in places:
+            held = kept.put(held, part, a, b, logits[a, b], scale)
+        return held, jnp.stack([kept.get(held, *place, scale) for place in places]).reshape(logits.shape)
 
     held, back = there_and_back(logits, scale)
     assert np.array_equal(np.isneginf(back), masked)
@@ -32,4 +33,18 @@ def test_kept_logits_come_back(scale):
     np.testing.assert_allclose(
         back[~masked], scale * np.clip(cosines[~masked].astype(float), -1, 1), rtol=2e-7, atol=scale * 2.0**-24 * 1.01
     )
-    assert sum(part.nbytes for part in held) == kept.BYTES * logits.size
+    np.testing.assert_array_equal(back[:, 2], logits[:, 2])
+    assert held.upper.nbytes + held.lower.nbytes == kept.BYTES * logits[:, :2].size
+
+
+@pytest.mark.parametrize(
+    ("keep", "lend", "expected"),
+    [
+        (9, 2, [(0, 5, "steps")]),
+        (3, 4, [(0, 3, "steps"), (3, 5, "lent")]),
+        (1, 2, [(0, 1, "steps"), (1, 3, "lent"), (3, 5, "")]),
+        (0, 0, [(0, 5, "")]),
+    ],
+)
+def test_what_is_not_kept_is_lent_memory_as_far_as_it_goes(keep, lend, expected):
+    assert [(part.places.start, part.places.stop, part.how) for part in kept.parts(5, keep, lend)] == expected
