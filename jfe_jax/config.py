@@ -237,7 +237,8 @@ class LossConfig:
       tile_mib: memory for a tile of logits on each device, which is held a few times: logits are made tile by tile,
         again for the backward pass.
       keep_mib: memory on each device for logits that are kept instead of made again, as far as it goes, three bytes
-        each; kept ones cost three matrix products, made again four.
+        each; kept ones cost three matrix products, made again four. The memory that the queries' gradients will take
+        holds some more.
       keep_logits: keep them all, which grows with the square of the batch.
       grad_cache_chunks: the batch is encoded in so many chunks, each a second time for its gradients (GradCache):
         memory for activations is a chunk's, the loss that of the whole batch. 1 encodes it at once.

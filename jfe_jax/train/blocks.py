@@ -62,7 +62,8 @@ class Settings(NamedTuple):
       mask: leave out candidates that are right for the query.
       same_modality: leave out candidates of another modality than the query's positive.
       tile_bytes: of a block's logits.
-      keep_bytes: of logits that are kept for the backward pass, which need not make them again.
+      keep_bytes: of logits that are kept for the backward pass, which need not make them again; besides those in the
+        memory of the queries' gradients, see `kept`.
       axes: mesh axes of a surrounding shard_map.
     """
 

@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 
 BYTES = 3
-_HIGHEST = 2**15 - 1
-_STEPS = _HIGHEST * 2**8
+_STEPS = (2**15 - 1) * 2**8
 # Of the upper part, where a pair is no negative: below what -1 makes.
 _NONE = -(2**15)
 
@@ -64,17 +63,16 @@ def put(kept: Kept, part: Part, number: jax.Array, place: jax.Array, logits: jax
     Args:
       number, place: int32, of A and of B.
     """
-    update = jax.lax.dynamic_update_slice
     if part.how == "lent":
-        where = number, (place - part.places.start) * logits.size
-        return kept._replace(lent=update(kept.lent, logits.reshape(1, -1), where))
+        return _written(kept, number, (place - part.places.start) * logits.size, logits)
     if not part.how:
         return kept
     steps = jnp.clip(jnp.round(logits * (_STEPS / scale)), -_STEPS, _STEPS).astype(jnp.int32)
     upper = jnp.where(logits == -jnp.inf, _NONE, steps >> 8).astype(jnp.int16)
     lower = (steps & 255).astype(jnp.uint8)
     upper, lower = (
-        update(held, one[None, None], (number, place, 0, 0)) for held, one in ((kept.upper, upper), (kept.lower, lower))
+        jax.lax.dynamic_update_slice(held, one[None, None], (number, place, 0, 0))
+        for held, one in ((kept.upper, upper), (kept.lower, lower))
     )
     return kept._replace(upper=upper, lower=lower)
 
@@ -92,4 +90,8 @@ def get(kept: Kept, part: Part, number: jax.Array, place: jax.Array, scale: jax.
 
 def returned(kept: Kept, number: jax.Array, gradients: jax.Array) -> Kept:
     """With the gradients [T, E] of block `number` of the queries in place of its lent logits."""
-    return kept._replace(lent=jax.lax.dynamic_update_slice(kept.lent, gradients.reshape(1, -1), (number, 0)))
+    return _written(kept, number, 0, gradients)
+
+
+def _written(kept: Kept, number: jax.Array, start: jax.Array | int, numbers: jax.Array) -> Kept:
+    return kept._replace(lent=jax.lax.dynamic_update_slice(kept.lent, numbers.reshape(1, -1), (number, start)))
