@@ -7,8 +7,8 @@ embeddings = Retriever.load("runs/jfe").encode([Item(text="a red car", image=Pat
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jfe_jax.data.items import Item
-    from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.data.item import Item
+    from jfe_jax.embedding.retriever import Retriever
 
 __all__ = ["Item", "Retriever"]
 
@@ -16,11 +16,11 @@ __all__ = ["Item", "Retriever"]
 def __getattr__(name: str) -> Any:
     # Resolved on first use: `jfe --help` must not wait for jax.
     if name == "Item":
-        from jfe_jax.data.items import Item
+        from jfe_jax.data.item import Item
 
         return Item
     if name == "Retriever":
-        from jfe_jax.retrieval.retriever import Retriever
+        from jfe_jax.embedding.retriever import Retriever
 
         return Retriever
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,3 +29,6 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 os.environ["XDG_CACHE_HOME"] = _cache
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
+
+
+pytest_plugins = ["tests.support.retrieval_fixtures"]

@@ -1,0 +1,1 @@
+"""The `jfe` command line: one thin module per verb."""

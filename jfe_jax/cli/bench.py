@@ -2,19 +2,29 @@
 
 import argparse
 import importlib
+import os
 import sys
 from pathlib import Path
 
-from jfe_jax.bench import BENCHMARKS
+import jfe_jax
+from jfe_jax.errors import UserError
 
 RESULTS, README = Path("docs/bench"), Path("README.md")
+CHECKOUT = Path(jfe_jax.__file__).parents[1]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A benchmark's own arguments are read by `_run`: its module is imported only when it is asked for."""
+    """Declares one sub-command per benchmark; each reads its own arguments in `_run`, when its module is imported."""
+    if not (CHECKOUT / "benchmarks" / "__init__.py").is_file():
+        parser.add_argument("name", nargs="?", metavar="NAME", help="only in a checkout of the repository")
+        parser.set_defaults(run=_not_a_checkout, overrides=[])
+        return
+    _add_checkout_to_path()
+    from benchmarks import BENCHMARKS
+
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    for name, purpose in BENCHMARKS.items():
-        names.add_parser(name, help=purpose, add_help=False).set_defaults(run=_run, overrides=[])
+    for name, benchmark in BENCHMARKS.items():
+        names.add_parser(name, help=benchmark.purpose, add_help=False).set_defaults(run=_run, overrides=[])
     readme = names.add_parser("readme", help="put the stored results into the README again")
     readme.set_defaults(run=_readme)
     again = names.add_parser("all", help="run every stored result's command again, then readme")
@@ -27,12 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from jfe_jax.bench import result as results
-    from jfe_jax.bench import tables
-    from jfe_jax.cli.progress import bar
+    from benchmarks import BENCHMARKS
+    from benchmarks.common import result as results
+    from benchmarks.common import tables
+    from jfe_jax.utils.progress import bar
 
-    module = importlib.import_module(f"jfe_jax.bench.{args.name.replace('-', '_')}")
-    parser = argparse.ArgumentParser(prog=f"jfe bench {args.name}", description=BENCHMARKS[args.name])
+    benchmark = BENCHMARKS[args.name]
+    module = importlib.import_module(benchmark.module)
+    parser = argparse.ArgumentParser(prog=f"jfe bench {args.name}", description=benchmark.purpose)
     module.add_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the result, as docs/bench/NAME.json")
     own = parser.parse_args(args.overrides)
@@ -46,14 +58,28 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _readme(args: argparse.Namespace) -> None:
-    from jfe_jax.bench import stored
+    from benchmarks.common import results_store
 
-    for name in stored.fill(args.readme, args.results):
+    for name in results_store.fill(args.readme, args.results):
         print(f"{args.readme}: {name}")
 
 
 def _all(args: argparse.Namespace) -> None:
-    from jfe_jax.bench import stored
+    from benchmarks.common import results_store
 
     only, skip = ([one for one in names.split(",") if one] for names in (args.only, args.skip))
-    stored.again(args.readme, args.results, only, skip, lambda line: print(line, file=sys.stderr, flush=True))
+    results_store.again(args.readme, args.results, only, skip, lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _not_a_checkout(args: argparse.Namespace) -> None:
+    raise UserError("benchmarks are not part of the installed package: clone the repository and run jfe bench there")
+
+
+def _add_checkout_to_path() -> None:
+    # Benchmarks also start processes of their own.
+    root = str(CHECKOUT)
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in paths:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, paths)])

@@ -25,8 +25,8 @@ def run(args: argparse.Namespace) -> None:
     import json
 
     from jfe_jax.errors import UserError
-    from jfe_jax.retrieval import comparison_report, plots
-    from jfe_jax.retrieval.compare import compare, load_models
+    from jfe_jax.reports import comparison_report, figures
+    from jfe_jax.reports.comparison import compare, load_models
 
     named = {}
     for word in args.models:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
     (args.out / "compare.json").write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     pool = list(told["pools"])[-1]
     entry = told["pools"][pool]["with_source"]
-    plots.comparison(args.out / "comparison.png", entry, f"{metric}, {pool} pool")
+    figures.comparison(args.out / "comparison.png", entry, f"{metric}, {pool} pool")
     comparison_report.write(args.out / "report.html", told, models)
     print(table)
     if said := comparison_report.claim(entry):

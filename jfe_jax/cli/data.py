@@ -4,8 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from jfe_jax.cli import data_emoji, progress
+from jfe_jax.cli import data_emoji
 from jfe_jax.errors import UserError
+from jfe_jax.utils import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.set_defaults(run=data_emoji.run)
 
     purpose = "validate an M-BEIR directory: counts, and every defect with file and line"
-    check = verbs.add_parser("check", help=purpose, description=purpose)
-    check.add_argument("dir", type=Path, help="M-BEIR directory")
-    check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    check.add_argument(
+    validate = verbs.add_parser("check", help=purpose, description=purpose)
+    validate.add_argument("dir", type=Path, help="M-BEIR directory")
+    validate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    validate.add_argument(
         "--images",
         nargs="?",
         choices=("sample", "all"),
@@ -28,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="decode images too: every one, or with `sample` up to 200 of each file of rows",
     )
-    check.set_defaults(run=_check)
+    validate.set_defaults(run=_check)
 
     purpose = "M-BEIR directory, or pairs in another format → TFDS ArrayRecord shards, which `jfe train` reads"
     prepare = verbs.add_parser("prepare", help=purpose, description=f"{purpose}. Finished parts are kept.")
@@ -72,9 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from jfe_jax.data import check
+    from jfe_jax.data.prepare import validate
 
-    report = check.check(args.dir, images=args.images)
+    report = validate.check(args.dir, images=args.images)
     print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2) if args.json else report.as_text())
     if report.errors:
         first = next(defect for defect in report.defects if defect.severity == "error")
@@ -82,14 +83,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from jfe_jax.data.mbeir import Mbeir
-    from jfe_jax.data.prepare import prepare
+    from jfe_jax.data.formats.mbeir import Mbeir
+    from jfe_jax.data.prepare.prepare import prepare
 
     images = None
     if args.format == "mbeir":
         mbeir = Mbeir(args.dir)
     else:
-        from jfe_jax.data.import_pairs import import_pairs
+        from jfe_jax.data.formats.import_pairs import import_pairs
 
         if not args.name:
             raise UserError(f"--format {args.format} needs --name, the data set's name")
@@ -119,11 +120,11 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _bins(args: argparse.Namespace) -> None:
     from jfe_jax import config as configs
-    from jfe_jax.data import binning
+    from jfe_jax.data.pipeline import suggest_bins
 
     if min(args.groups, args.steps) < 1:
         raise UserError("--groups and --steps have to be 1 or more")
-    found = binning.of_run(configs.load(args.config, args.overrides), args.groups, args.steps)
+    found = suggest_bins.of_run(configs.load(args.config, args.overrides), args.groups, args.steps)
     listed = ", ".join(f"{size}: {count}" for size, count in found.bins.items())
     print(f"data:\n  bins: {{{listed}}}")
     print(f"# Rows are {found.full:.1%} full; attention over these bins multiplies {found.attention:.0%} as much.")

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from jfe_jax.data import emoji
+    from jfe_jax.datasets import emoji
 
     counts = emoji.write(
         args.out, args.size, args.seed, args.fold, progress=lambda line: print(line, file=sys.stderr, flush=True)

@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from jfe_jax.cli.progress import bar
+    from jfe_jax.embedding.items_jsonl import ItemsFile
     from jfe_jax.errors import UserError
-    from jfe_jax.processes import is_first, join, together
-    from jfe_jax.retrieval.items_file import ItemsFile
+    from jfe_jax.parallel.distributed import is_first, join, together
+    from jfe_jax.utils.progress import bar
 
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
@@ -35,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
         source = ItemsFile(args.items)
     import jax
 
-    from jfe_jax.retrieval.embed import embed
-    from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.embedding.embed import embed
+    from jfe_jax.embedding.retriever import Retriever
 
     with together():
         retriever = Retriever.load(args.checkpoint)

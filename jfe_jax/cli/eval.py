@@ -54,11 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from jfe_jax.cli.progress import bar
+    from jfe_jax.embedding.shard_store import DTYPES
     from jfe_jax.errors import UserError
-    from jfe_jax.processes import is_first, join, together
-    from jfe_jax.retrieval.sources import read_questions
-    from jfe_jax.retrieval.storage import DTYPES
+    from jfe_jax.evaluation.load import read_questions
+    from jfe_jax.parallel.distributed import is_first, join, together
+    from jfe_jax.utils.progress import bar
 
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: it is {', '.join(DTYPES)}")
@@ -76,9 +76,10 @@ def run(args: argparse.Namespace) -> None:
             units=_listed(args.units),
             instruction=_instruction(args.instruction),
         )
-    from jfe_jax.retrieval import evaluation_report, results
-    from jfe_jax.retrieval.evaluate import Keep, ask
-    from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.embedding.retriever import Retriever
+    from jfe_jax.evaluation import results
+    from jfe_jax.evaluation.evaluator import Keep, ask
+    from jfe_jax.reports import evaluation_report
 
     with together():
         retriever = Retriever.load(args.checkpoint)

@@ -10,7 +10,7 @@ import traceback
 from pathlib import Path
 
 from jfe_jax.errors import SaidElsewhere, UserError, one_line
-from jfe_jax.processes import known_to_all
+from jfe_jax.parallel.distributed import known_to_all
 
 VERBS = {
     "data": "fetch, check and prepare data sets",
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     args, extra = parser.parse_known_args(argv)
     if args.verb in (*RUNNING, "convert") and argv is None:
         # A process of its own; what calls this from Python decides for itself.
-        from jfe_jax.allocator import keep_freed_memory
+        from jfe_jax.utils.malloc import keep_freed_memory
 
         keep_freed_memory()
     if args.verb in RUNNING and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):

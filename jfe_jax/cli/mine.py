@@ -53,11 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from jfe_jax.cli.progress import bar
-    from jfe_jax.data.mbeir import Mbeir
+    from jfe_jax.data.formats.mbeir import Mbeir
+    from jfe_jax.embedding.shard_store import DTYPES
     from jfe_jax.errors import UserError
-    from jfe_jax.processes import is_first, join, together
-    from jfe_jax.retrieval.storage import DTYPES
+    from jfe_jax.parallel.distributed import is_first, join, together
+    from jfe_jax.utils.progress import bar
 
     first, colon, last = args.ranks.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
@@ -69,8 +69,8 @@ def run(args: argparse.Namespace) -> None:
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     join()
-    from jfe_jax.retrieval.mine import Settings, mine
-    from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.embedding.retriever import Retriever
+    from jfe_jax.mining.miner import Settings, mine
 
     settings = Settings(
         negatives=args.negatives,

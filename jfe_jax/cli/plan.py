@@ -45,17 +45,17 @@ def run(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr, flush=True)
 
     if args.search or args.scaling:
-        from jfe_jax.plan import search
+        from jfe_jax.plan import sweep
 
-        runner = search.Runner(args.config, args.overrides, args.out, args.timeout, say)
-        rows = search.scaling(runner, config, topology) if args.scaling else search.search(
+        runner = sweep.Runner(args.config, args.overrides, args.out, args.timeout, say)
+        rows = sweep.scaling(runner, config, topology) if args.scaling else sweep.search(
             runner, config, topology, args.limit
         )  # fmt: skip
-        print(json.dumps(rows, indent=2) if args.json else search.as_text(rows))
+        print(json.dumps(rows, indent=2) if args.json else sweep.as_text(rows))
         if not any(row["fits"] for row in rows):
             raise UserError("nothing that was tried fits")
         return
-    from jfe_jax.plan import compile as compiling
+    from jfe_jax.plan import aot_compile as compiling
     from jfe_jax.plan import report
 
     logs = compiling.prepare(topology)

@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> None:
     if kind is not None and args.device_approx is not None:
         raise UserError(f"--device-approx and --index {FAISS}{kind}: one or the other")
 
-    from jfe_jax.data.items import Item
-    from jfe_jax.retrieval.index import Index
-    from jfe_jax.retrieval.retriever import Retriever
+    from jfe_jax.data.item import Item
+    from jfe_jax.embedding.index import Index
+    from jfe_jax.embedding.retriever import Retriever
 
     index = Index.open(folder)
     maker = index.manifest.checkpoint
@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _search(index, kind: str | None, target: float | None, query, k: int):
     """Scores and rows [1, k], and a line about the recall of what is not exact."""
-    from jfe_jax.cli.progress import bar
-    from jfe_jax.retrieval.approximate import RECALL_AT, FaissIndex, measure
-    from jfe_jax.retrieval.search import Searcher
+    from jfe_jax.search.exact import Searcher
+    from jfe_jax.search.faiss_index import RECALL_AT, FaissIndex, measure
+    from jfe_jax.utils.progress import bar
 
     if kind is not None:
         with bar(f"{FAISS}{kind}", len(index.ids)) as progress:

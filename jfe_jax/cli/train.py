@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> None:
     if args.print_config:
         print(configs.to_yaml(config), end="")
         return
-    from jfe_jax.processes import is_first, join
+    from jfe_jax.parallel.distributed import is_first, join
 
     join()
-    from jfe_jax.train.loop import train
+    from jfe_jax.train.trainer import train
 
     # Of many processes one speaks: all have the same to say.
     speaks = is_first()

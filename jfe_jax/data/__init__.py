@@ -1,0 +1,1 @@
+"""Items, tokens, images and batches on the host. NumPy only: nothing here imports jax."""

@@ -1,1 +1,1 @@
-"""Hugging Face directories in and out; the only place that knows Hugging Face's names."""
+"""Reads and writes Hugging Face, PEFT and sentence-transformers directories."""

@@ -9,20 +9,20 @@ from typing import Any
 
 import numpy as np
 
-from jfe_jax import base as base_lib
-from jfe_jax import checkpoint
-from jfe_jax.checkpoint import StoredModel
+from jfe_jax.checkpoint import base_model as base_lib
+from jfe_jax.checkpoint import model_io
+from jfe_jax.checkpoint.model_io import StoredModel
+from jfe_jax.checkpoint.streaming import StreamedArray
 from jfe_jax.config import Config, TokensConfig, from_dict
-from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.errors import UserError
-from jfe_jax.hf import adapters, peft
-from jfe_jax.hf.files import DTYPES
+from jfe_jax.hf import lora_merge, peft
+from jfe_jax.hf.hf_json import read_json, write_json
 from jfe_jax.hf.load import open_hf
+from jfe_jax.hf.safetensors_io import DTYPES
 from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, Outgoing, copy_tokenizer, save_hf
 from jfe_jax.hf.settings import ENCODER_FILE
-from jfe_jax.hf.trees import read_json, write_json
-from jfe_jax.streaming import StreamedArray
-from jfe_jax.trees import unflatten
+from jfe_jax.utils.pytrees import unflatten
 
 
 def from_hf(source: str | Path, target: str | Path, dtype: str | None = None, beneath: str = "") -> int:
@@ -59,7 +59,7 @@ def from_hf(source: str | Path, target: str | Path, dtype: str | None = None, be
         copy_tokenizer(Path(source), Path(tokenizer))
         write_json(Path(tokenizer) / NAMES_FILE, weights.prefixes)
         config = dataclasses.replace(weights.config, output=str(target))
-        checkpoint.save_model(target, config, tree, tokenizer)
+        model_io.save_model(target, config, tree, tokenizer)
     return sum(array.size for array in weights.arrays.values())
 
 
@@ -90,7 +90,7 @@ def to_hf(
     Raises:
       UserError: as `open_model`, `save_hf`, `peft.save_adapter`; there is nothing to merge, or it has to be.
     """
-    stored = checkpoint.open_model(source)
+    stored = model_io.open_model(source)
     if stored.config.model.lora.rank and not merge:
         if layout != "transformers":
             raise UserError(f"--layout {layout}: {source} has adapters apart; add --merge")
@@ -100,12 +100,12 @@ def to_hf(
     if beneath:
         raise UserError("--base names what adapters stand on; with --merge they stand on nothing")
     if merge:
-        whole, _ = adapters.open_whole(source)
+        whole, _ = lora_merge.open_whole(source)
         narrow = next((one for one in DTYPES.values() if one.name == dtype and one.itemsize < 4), None)
         if narrow is not None:
-            lost = adapters.lost_to(narrow, whole)
+            lost = lora_merge.lost_to(narrow, whole)
             say(f"warning: {dtype} loses {lost:.1%} of what the adapters change; without --dtype nothing is lost")
-        stored, dtype = adapters.without_adapters(whole), dtype or "float32"
+        stored, dtype = lora_merge.without_adapters(whole), dtype or "float32"
     arrays = {path: _as(array, dtype) for path, array in stored.arrays.items()}
     save_hf(Outgoing(stored.config, arrays, stored.tokenizer_dir, stored.step), target, shard_bytes, layout)
     return sum(array.size for array in arrays.values())
@@ -115,7 +115,7 @@ def _from_peft(source: Path, target: str | Path, dtype: str | None, beneath: str
     named = beneath or peft.base_named_by(source)
     if not Path(named or "/nowhere").is_dir():
         raise UserError(f"{source}: stands on {named or 'a model it does not name'}; give its directory as --base")
-    stored, base = adapters.stand_on(named)
+    stored, base = lora_merge.stand_on(named)
     adapter = peft.open_adapter(source, {path: array.shape for path, array in stored.arrays.items()})
     arrays = {path: _as(_held(array), dtype) for path, array in adapter.arrays.items()}
     config = stored.config
@@ -133,7 +133,7 @@ def _from_peft(source: Path, target: str | Path, dtype: str | None, beneath: str
     )
     with tempfile.TemporaryDirectory() as tokenizer:
         copy_tokenizer(stored.tokenizer_dir, Path(tokenizer))
-        checkpoint.save_model(target, config, unflatten(arrays), tokenizer, base)
+        model_io.save_model(target, config, unflatten(arrays), tokenizer, base)
     return sum(array.size for array in arrays.values())
 
 
@@ -142,7 +142,7 @@ def _base_name(stored: StoredModel) -> str:
     beneath = base_lib.read(stored.tokenizer_dir.parent)
     if (beneath.path / "config.json").is_file():
         return str(beneath.path)
-    place = Path(checkpoint.open_model(beneath.path).config.tokens.tokenizer).absolute()
+    place = Path(model_io.open_model(beneath.path).config.tokens.tokenizer).absolute()
     # It may have been trained since, or the directory be another's.
     if (place / "config.json").is_file():
         try:

@@ -14,14 +14,14 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 
-from jfe_jax.blueprint import blueprint, named_leaves, shapes_of
+from jfe_jax.checkpoint.streaming import Index, StreamedArray
 from jfe_jax.config import Config, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
-from jfe_jax.hf.files import DTYPES, INDEX, SINGLE, tensor_starts
+from jfe_jax.hf.safetensors_io import DTYPES, INDEX, SINGLE, tensor_starts
 from jfe_jax.hf.settings import read_config
-from jfe_jax.sharding import make_mesh, path_name
-from jfe_jax.streaming import Index, StreamedArray
+from jfe_jax.models.abstract_model import blueprint, named_leaves, shapes_of
+from jfe_jax.parallel.sharding import make_mesh, path_name
 
 
 class HfWeights(NamedTuple):

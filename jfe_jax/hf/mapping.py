@@ -8,8 +8,8 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
 from jfe_jax.errors import UserError
-from jfe_jax.hf import dual_names
-from jfe_jax.hf.entry import Entry, block, linear
+from jfe_jax.models.hf_spec import Entry, block, linear
+from jfe_jax.models.siglip_clip import hf_names
 
 VISION, TEXT, PROJECTOR = "vision_tower.", "language_model.model.", "multi_modal_projector."
 
@@ -55,7 +55,7 @@ _SPELLINGS = (
     (re.compile(r"^(base_model\.)?model\.(?=language_model|vision_tower|multi_modal_projector)"), ""),
     (re.compile(r"^vision_tower\.vision_model\."), VISION),
     (re.compile(r"^language_model\.(?!model\.|lm_head)"), TEXT),
-    dual_names.SPELLING,
+    hf_names.SPELLING,
 )
 # No weights of their own: the output matrix is the embedding table, an encoder needs neither; buffers of old files.
 _IGNORED = re.compile(r"(^|\.)lm_head\.weight$|\.position_ids$|\.rotary_emb\.inv_freq$")
@@ -74,7 +74,7 @@ def prefixes(names: Iterable[str]) -> dict[str, str]:
     found: dict[str, set[str]] = {}
     for name in names:
         known = canonical(name) or ""
-        for root in (VISION, TEXT, PROJECTOR, *dual_names.ROOTS):
+        for root in (VISION, TEXT, PROJECTOR, *hf_names.ROOTS):
             rest = known.removeprefix(root)
             if known.startswith(root):
                 found.setdefault(root, set()).add(name.removesuffix(rest))
@@ -117,7 +117,7 @@ def pieces(shapes: dict[str, tuple[int, ...]]) -> dict[str, Piece]:
 
 
 def _table(shapes: Collection[str]) -> tuple[Entry, ...]:
-    for dual in (dual_names.SIGLIP, dual_names.CLIP):
+    for dual in (hf_names.SIGLIP, hf_names.CLIP):
         # Each has a last line that the other models have not.
         if dual[-1].ours in shapes:
             return dual

@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jfe_jax.checkpoint import StoredModel, written_whole
+from jfe_jax.checkpoint.model_io import StoredModel, written_whole
 from jfe_jax.config import LoraConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
-from jfe_jax.hf.card import adapter_card, known_results
-from jfe_jax.hf.entry import Entry
-from jfe_jax.hf.files import DTYPES, Tensor, write_file
+from jfe_jax.hf.hf_json import write_json
 from jfe_jax.hf.load import parameter_shapes
 from jfe_jax.hf.mapping import Piece
+from jfe_jax.hf.model_card import adapter_card, known_results
+from jfe_jax.hf.safetensors_io import DTYPES, Tensor, write_file
 from jfe_jax.hf.save import copy_tokenizer
 from jfe_jax.hf.settings import ENCODER_FILE, encoder_json, processor_json
-from jfe_jax.hf.trees import write_json
 from jfe_jax.models import lora
+from jfe_jax.models.hf_spec import Entry
 from jfe_jax.models.lora import Kernel
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"

@@ -9,17 +9,17 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jfe_jax.checkpoint import written_whole
+from jfe_jax.checkpoint.model_io import written_whole
+from jfe_jax.checkpoint.streaming import StreamedArray
 from jfe_jax.config import Config
-from jfe_jax.data.tokens import SPECIAL_OF
+from jfe_jax.data.processor import SPECIAL_OF
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
-from jfe_jax.hf.card import known_results, model_card
-from jfe_jax.hf.files import Tensor, write_weights
-from jfe_jax.hf.sentence_transformers import add_layout
+from jfe_jax.hf.hf_json import write_json
+from jfe_jax.hf.model_card import known_results, model_card
+from jfe_jax.hf.safetensors_io import Tensor, write_weights
 from jfe_jax.hf.settings import ENCODER_FILE, config_json, encoder_json, processor_json
-from jfe_jax.hf.trees import write_json
-from jfe_jax.streaming import StreamedArray
+from jfe_jax.hf.st_layout import add_layout
 
 Layout = Literal["transformers", "sentence-transformers"]
 SHARD_BYTES = 5 * 10**9

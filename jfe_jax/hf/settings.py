@@ -5,8 +5,8 @@ from typing import Any
 
 from jfe_jax.config import Config, ModelConfig, TextConfig, TokensConfig, VisionConfig, from_dict
 from jfe_jax.errors import UserError
-from jfe_jax.hf.dual_settings import dual_config_json, dual_encoder_json, dual_processor_json, read_dual
-from jfe_jax.hf.trees import read_json, refuse, section
+from jfe_jax.hf.hf_json import read_json, refuse, section
+from jfe_jax.models.siglip_clip.hf_config import dual_config_json, dual_encoder_json, dual_processor_json, read_dual
 
 # What config.json cannot say: how an item is laid out and pooled.
 ENCODER_FILE = "jfe.json"
@@ -178,7 +178,7 @@ def encoder_json(model: ModelConfig, tokens: TokensConfig) -> dict[str, Any]:
 
 
 def processor_json(model: ModelConfig) -> dict[str, Any]:
-    """preprocessor_config.json: the image preparation that `jfe_jax.data.images` does."""
+    """preprocessor_config.json: the image preparation that `jfe_jax.data.image_transforms` does."""
     if model.kind == "dual":
         return dual_processor_json(model)
     side = model.vision.image_size

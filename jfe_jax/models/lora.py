@@ -15,7 +15,7 @@ from flax import nnx
 
 from jfe_jax.config import LoraConfig
 from jfe_jax.errors import UserError
-from jfe_jax.models.layers import Adaptable, project, zeros
+from jfe_jax.models.layers.blocks import Adaptable, project, zeros
 
 
 class Kernel(NamedTuple):

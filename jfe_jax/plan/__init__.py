@@ -1,1 +1,1 @@
-"""What a config needs on a TPU slice, from its compiled program, without the slice."""
+"""Compiles a config ahead of time for a TPU slice and reports memory, FLOPs and traffic."""

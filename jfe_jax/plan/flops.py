@@ -98,10 +98,10 @@ def parts(config: Config, load: Load | None = None) -> list[Part]:
     Raises:
       UserError: `optimizer.freeze` or `optimizer.train` names no group of parameters.
     """
-    from jfe_jax.blueprint import shapes_of
-    from jfe_jax.models import logical_axes
+    from jfe_jax.models.abstract_model import shapes_of
+    from jfe_jax.models.registry import logical_axes
     from jfe_jax.train.optimizer import trained_mask
-    from jfe_jax.trees import flatten
+    from jfe_jax.utils.pytrees import flatten
 
     _, shapes = shapes_of(config.model)
     axes = logical_axes(shapes)
@@ -172,7 +172,7 @@ def _runs(model: ModelConfig, load: Load) -> Iterator[_Run]:
 
 
 def _fusion_tower(model: ModelConfig, load: Load, before: tuple[str, ...], of_layer: float) -> Iterator[_Run]:
-    from jfe_jax.models.gemma import ends_early
+    from jfe_jax.models.paligemma.gemma import ends_early
 
     text = model.text
     if model.pooling != "last" or not ends_early(text.depth):

@@ -8,11 +8,11 @@ from typing import Any
 
 from jfe_jax.config import Config
 from jfe_jax.plan import flops
-from jfe_jax.plan.buffers import described
+from jfe_jax.plan.aot_compile import DoesNotFit, Program, embedding_step, train_step
+from jfe_jax.plan.buffer_assignment import described
 from jfe_jax.plan.collectives import collectives
-from jfe_jax.plan.compile import DoesNotFit, Program, embedding_step, train_step
-from jfe_jax.plan.costs import work
 from jfe_jax.plan.hlo import Module
+from jfe_jax.plan.hlo_costs import work
 from jfe_jax.plan.roofline import ASSUMPTIONS, roofline
 from jfe_jax.plan.topology import Links, Topology, links
 
@@ -44,11 +44,11 @@ def make_plan(
     Raises:
       UserError: config and topology do not fit together.
     """
-    from jfe_jax import sharding
-    from jfe_jax.train import state
+    from jfe_jax.parallel import sharding
+    from jfe_jax.train import train_state
 
     mesh = sharding.make_mesh(config.mesh, topology.devices())
-    abstract = state.prepare(config, mesh).abstract
+    abstract = train_state.prepare(config, mesh).abstract
     groups = sharding.group_count(mesh)
     data, chunks = config.data, config.loss.grad_cache_chunks
     plan: dict[str, Any] = {
@@ -190,7 +190,7 @@ def _bytes(tree: Any) -> int:
 
 
 def _unsplit(params: Any, mesh: Any) -> dict[str, Any]:
-    from jfe_jax.blueprint import named_leaves, nbytes, unsplit
+    from jfe_jax.models.abstract_model import named_leaves, nbytes, unsplit
 
     whole = sorted(unsplit(params, mesh), key=lambda one: -one[1])
     total = sum(nbytes(leaf) for _, leaf in named_leaves(params))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jfe_jax.plan.collectives import Collective
-from jfe_jax.plan.costs import Work
+from jfe_jax.plan.hlo_costs import Work
 from jfe_jax.plan.topology import Links, Topology
 
 ASSUMPTIONS = (

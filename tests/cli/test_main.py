@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jfe_jax.bench import BENCHMARKS
+from benchmarks import BENCHMARKS
 from jfe_jax.cli import main as cli
 from jfe_jax.errors import UserError
 

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from jfe_jax.cli.main import main
-from jfe_jax.data.items import Item
-from jfe_jax.data.mbeir import Mbeir
-from jfe_jax.data.prepared import Prepared, parse_query
-from jfe_jax.retrieval.retriever import Retriever
-from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
-from tests.retrieval.tiny import picture, random_retriever, save, tiny_config
+from jfe_jax.data.formats.mbeir import Mbeir
+from jfe_jax.data.item import Item
+from jfe_jax.data.storage.prepared_dataset import Prepared, parse_query
+from jfe_jax.embedding.retriever import Retriever
+from tests.support.mbeir_directory import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
+from tests.support.tiny_retriever import picture, random_retriever, save, tiny_config
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from jfe_jax.config import Config, from_dict
-from jfe_jax.data.mbeir import Mbeir
-from jfe_jax.data.prepare import prepare
-from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
+from jfe_jax.data.formats.mbeir import Mbeir
+from jfe_jax.data.prepare.prepare import prepare
+from tests.support.mbeir_directory import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 
 
 @contextlib.contextmanager

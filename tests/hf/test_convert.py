@@ -20,13 +20,13 @@ from jfe_jax.config import Config, MeshConfig, ModelConfig, TextConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.convert import parse_bytes
-from jfe_jax.hf.files import INDEX, SINGLE
 from jfe_jax.hf.load import load_hf, open_hf
+from jfe_jax.hf.safetensors_io import INDEX, SINGLE
 from jfe_jax.hf.save import Outgoing, save_hf
 from jfe_jax.hf.settings import read_config
-from jfe_jax.models import build_model
-from jfe_jax.sharding import make_mesh
-from tests.hf import oracle
+from jfe_jax.models.registry import build_model
+from jfe_jax.parallel.sharding import make_mesh
+from tests.support import paligemma_oracle as oracle
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor, SiglipModel, SiglipProcessor
 
 from jfe_jax.cli.main import main
-from jfe_jax.data.items import Item
-from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.data.item import Item
+from jfe_jax.data.processor import ItemEncoder
+from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.errors import UserError
-from jfe_jax.hf.files import INDEX, SINGLE
 from jfe_jax.hf.load import load_hf, open_hf
-from jfe_jax.retrieval.retriever import Retriever
-from tests.hf import oracle_dual as oracle
+from jfe_jax.hf.safetensors_io import INDEX, SINGLE
+from tests.support import siglip_clip_oracle as oracle
 
 CLASSES = {"siglip": (SiglipModel, SiglipProcessor), "clip": (CLIPModel, CLIPProcessor)}
 TEXTS = {

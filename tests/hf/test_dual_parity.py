@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.hf import oracle_dual as oracle
-from tests.hf import parity_dual as parity
+from tests.support import siglip_clip_oracle as oracle
+from tests.support import siglip_clip_parity as parity
 
 
 @pytest.fixture(scope="module", params=oracle.MODELS)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jfe_jax.hf.entry import Entry, transposed
 from jfe_jax.hf.mapping import prefixes
+from jfe_jax.models.hf_spec import Entry, transposed
 
 ENTRIES = {
     "query": (Entry("a.query_dnh", "x.weight", 1), (6, 4, 5)),

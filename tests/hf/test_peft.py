@@ -15,17 +15,19 @@ from peft import PeftModel, get_peft_model
 from safetensors.numpy import load_file, save_file
 from transformers import PaliGemmaForConditionalGeneration
 
-from jfe_jax import base, checkpoint, trees
+from jfe_jax.checkpoint import base_model, model_io
 from jfe_jax.cli.main import main
 from jfe_jax.config import Config, LoraConfig
-from jfe_jax.data.packing import pack
+from jfe_jax.data.pipeline.packer import pack
 from jfe_jax.errors import UserError
-from jfe_jax.hf import adapters
+from jfe_jax.hf import lora_merge
 from jfe_jax.hf.convert import from_hf, to_hf
 from jfe_jax.hf.load import load_hf, open_hf
 from jfe_jax.hf.peft import SETTINGS, WEIGHTS
-from jfe_jax.models import build_model, lora
-from tests.hf import oracle
+from jfe_jax.models import lora
+from jfe_jax.models.registry import build_model
+from jfe_jax.utils import pytrees
+from tests.support import paligemma_oracle as oracle
 
 # PEFT asks transformers for what transformers calls by another name now.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -100,23 +102,23 @@ def assert_same(ours, theirs: dict[str, np.ndarray], limit: float = 1e-5):
 
 def test_theirs_embeds_the_same_here(case):
     name, source, theirs, _, run = case
-    loaded = checkpoint.load_model(run)
+    loaded = model_io.load_model(run)
     assert loaded.config.model.lora == LoraConfig(rank=3, alpha=7, rslora="rsLoRA" in name, targets=TARGETS[name])
     assert_same(ours_of(loaded.graphdef, loaded.params), theirs_of(theirs.base_model.model))
     # The adapters do something, and only they and the chosen norm are in the run.
     config, params = load_hf(source)
     assert relative(ours_of(graph(config), params), ours_of(loaded.graphdef, loaded.params)) > 0.1
-    held = checkpoint.open_model(run).arrays
+    held = model_io.open_model(run).arrays
     assert {path for path in held if not lora.is_adapter(path)} == set(loaded.config.optimizer.train)
     assert loaded.config.optimizer.train == (("tower.norm.scale_d",) if "norm" in name else ())
 
 
 def test_gradients_of_every_pair_agree(case):
     _, _, theirs, _, run = case
-    loaded = checkpoint.load_model(run)
+    loaded = model_io.load_model(run)
     weights = np.random.default_rng(1).normal(size=(len(ITEMS), loaded.config.model.text.width)).astype(np.float32)
     gradient = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(loaded.graphdef, params)(BATCH)[0] * weights)))
-    ours = trees.flatten(nnx.to_pure_dict(gradient(loaded.params)))
+    ours = pytrees.flatten(nnx.to_pure_dict(gradient(loaded.params)))
     theirs.zero_grad()
     sum(
         oracle.pooled(theirs.base_model.model, item, "last") @ torch.from_numpy(row)
@@ -166,7 +168,7 @@ def test_ours_embeds_the_same_there(case, tmp_path):
     assert "PeftModel.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     # And back without naming the base.
     assert main(["convert", "from-hf", str(tmp_path / "out"), str(tmp_path / "again")]) == 0
-    again, first = checkpoint.load_model(tmp_path / "again"), checkpoint.load_model(run)
+    again, first = model_io.load_model(tmp_path / "again"), model_io.load_model(run)
     assert again.config.model == first.config.model
     jax.tree.map(np.testing.assert_array_equal, again.params, first.params)
 
@@ -176,7 +178,7 @@ def test_merged_embeds_as_unmerged(case, tmp_path):
     assert main(["convert", "to-hf", str(run), str(tmp_path / "out"), "--merge"]) == 0
     config, params = load_hf(tmp_path / "out")
     assert config.model.lora.rank == 0
-    loaded = checkpoint.load_model(run)
+    loaded = model_io.load_model(run)
     unmerged = ours_of(loaded.graphdef, loaded.params)
     assert relative(ours_of(graph(config), params), unmerged) <= 2e-6
     model, report = PaliGemmaForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
@@ -202,7 +204,7 @@ def test_merging_into_bfloat16_is_said(tmp_path, capsys):
     said = capsys.readouterr().err
     # Against the numbers themselves.
     whole, narrow, old = (
-        trees.flatten(nnx.to_pure_dict(load_hf(tmp_path / name)[1])) for name in ("wide", "narrow", "base")
+        pytrees.flatten(nnx.to_pure_dict(load_hf(tmp_path / name)[1])) for name in ("wide", "narrow", "base")
     )
     lost = sum(float(((narrow[path] - whole[path]) ** 2).sum()) for path in old)
     change = sum(float(((whole[path] - old[path]) ** 2).sum()) for path in old)
@@ -216,19 +218,21 @@ def test_merging_into_bfloat16_is_said(tmp_path, capsys):
 def test_a_fingerprint_of_what_lies_on_the_disk_is_that_of_what_is_loaded(case, monkeypatch):
     source = case[1]
     # In several parts.
-    monkeypatch.setattr(base, "PART", 100)
-    assert base.fingerprint_of_stored(open_hf(source).arrays) == base.fingerprint(nnx.to_pure_dict(load_hf(source)[1]))
+    monkeypatch.setattr(base_model, "PART", 100)
+    assert base_model.fingerprint_of_stored(open_hf(source).arrays) == base_model.fingerprint(
+        nnx.to_pure_dict(load_hf(source)[1])
+    )
 
 
 def test_another_base_is_refused_at_merging_too(case, tmp_path):
     name, source, _, _, run = case
     shutil.copytree(run, tmp_path / "run")
     other = oracle.save(oracle.tiny(**CASES[name][0], seed=9), tmp_path / "other")
-    base.write(tmp_path / "run", base.read(run)._replace(path=other))
+    base_model.write(tmp_path / "run", base_model.read(run)._replace(path=other))
     with pytest.raises(UserError, match="other: not the weights that the adapters of"):
-        adapters.open_whole(tmp_path / "run")
+        lora_merge.open_whole(tmp_path / "run")
     with pytest.raises(UserError, match="other: not the weights that the adapters of"):
-        checkpoint.load_model(tmp_path / "run")
+        model_io.load_model(tmp_path / "run")
     assert source.is_dir()
 
 

@@ -8,14 +8,14 @@ from PIL import Image
 from transformers import AutoProcessor, PaliGemmaProcessor, PreTrainedTokenizerFast
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from jfe_jax.bench.tokenizer import IMAGE_TOKEN, paligemma_tokenizer
+from benchmarks.common.tokenizer import IMAGE_TOKEN, paligemma_tokenizer
 from jfe_jax.config import TokensConfig, VisionConfig
-from jfe_jax.data.items import Item
-from jfe_jax.data.tokens import ItemEncoder
+from jfe_jax.data.item import Item
+from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.errors import UserError
 from jfe_jax.hf.load import load_hf, open_hf
 from jfe_jax.hf.save import Outgoing, save_hf
-from tests.hf import oracle
+from tests.support import paligemma_oracle as oracle
 
 TEXTS = {
     "ascii": "a small red house",

@@ -11,7 +11,7 @@ from sentence_transformers import SentenceTransformer
 from jfe_jax import Item, Retriever
 from jfe_jax.hf.load import open_hf
 from jfe_jax.hf.save import Outgoing, save_hf
-from tests.hf import oracle
+from tests.support import paligemma_oracle as oracle
 
 
 @pytest.fixture(scope="module", params=[("last", None), ("mean", oracle.GEMMA_2)], ids=["last", "mean, Gemma 2"])

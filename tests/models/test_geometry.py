@@ -11,8 +11,8 @@ from flax import nnx
 from transformers import SiglipConfig, SiglipModel
 
 from jfe_jax import config
-from jfe_jax.data.packing import PackedBatch
-from jfe_jax.models import build_model, count_parameters, embedding_width
+from jfe_jax.data.pipeline.packer import PackedBatch
+from jfe_jax.models.registry import build_model, count_parameters, embedding_width
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paligemma_3b"
 # google/paligemma-3b-pt-224 as published

@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from jfe_jax.config import ModelConfig
-from jfe_jax.data.items import EncodedItem
-from jfe_jax.data.packing import pack
+from jfe_jax.data.item import EncodedItem
+from jfe_jax.data.pipeline.packer import pack
 from jfe_jax.errors import UserError
-from jfe_jax.models import build_model, embedding_width, logical_axes
-from tests.models import tiny
+from jfe_jax.models.registry import build_model, embedding_width, logical_axes
+from tests.support import tiny_models as tiny
 
 KINDS = list(tiny.KINDS)
 ITEMS = [
@@ -131,7 +131,7 @@ def test_the_last_layer_computes_no_token_that_is_not_pooled(monkeypatch):
         return jax.jit(lambda params: nnx.merge(graphdef, params)(batch)).lower(params)
 
     early = lowered()
-    monkeypatch.setattr("jfe_jax.models.gemma.ends_early", lambda depth: False)
+    monkeypatch.setattr("jfe_jax.models.paligemma.gemma.ends_early", lambda depth: False)
     whole = lowered()
     np.testing.assert_allclose(early.compile()(params), whole.compile()(params), atol=2e-6)
     # Width 16, MLP of 32, queries of 4 heads of 8 and their output: of 5 items instead of 96 tokens.
@@ -158,7 +158,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(kind):
 
 def test_a_loop_over_layers_is_given_matrices_in_the_type_that_it_multiplies_in(monkeypatch):
     """Cast inside, each would be read as float32 in every pass over its layer, and its gradient be stacked as that."""
-    monkeypatch.setattr("jfe_jax.models.layers.UNROLLED_DEPTH", 0)
+    monkeypatch.setattr("jfe_jax.models.layers.blocks.UNROLLED_DEPTH", 0)
     graphdef, params = tiny.split("fusion", dtype="bfloat16")
     traced = jax.make_jaxpr(lambda params: nnx.merge(graphdef, params)(tiny.packed(ITEMS)))(params)
     loops = [each for each in traced.eqns if each.primitive.name == "scan"]

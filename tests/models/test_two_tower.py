@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.models import tiny
+from tests.support import tiny_models as tiny
 
 BOTH = tiny.item(5, True, 0)
 TEXT, IMAGE = tiny.without_image(BOTH), tiny.without_text(BOTH)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from jfe_jax import config as configs
-from jfe_jax import sharding, trees
 from jfe_jax.config import (
     DataConfig,
     LoraConfig,
@@ -19,15 +18,17 @@ from jfe_jax.config import (
     TokensConfig,
     VisionConfig,
 )
-from jfe_jax.data.packing import PackedBatch
-from jfe_jax.models import count_parameters
+from jfe_jax.data.pipeline.packer import PackedBatch
+from jfe_jax.models.registry import count_parameters
+from jfe_jax.parallel import sharding
 from jfe_jax.plan import flops
-from jfe_jax.plan.costs import work
 from jfe_jax.plan.hlo import Module
-from jfe_jax.train import state as states
+from jfe_jax.plan.hlo_costs import work
+from jfe_jax.train import train_state as states
 from jfe_jax.train.optimizer import trained_mask
-from jfe_jax.train.step import encode
-from tests.train import tiny
+from jfe_jax.train.train_step import encode
+from jfe_jax.utils import pytrees
+from tests.support import tiny_training as tiny
 
 STAGE2 = configs.load(Path(__file__).parents[2] / "configs" / "paligemma_3b" / "stage2.yaml")
 
@@ -163,10 +164,10 @@ def test_the_formula_is_what_xla_counts(config):
     shapes = (row, row, row, (1, 16, side, side, 3), (1, 16), (1, 32), (1, 32, 2), (1, 32))
     kinds = (np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, bool)
     packed = PackedBatch(*(jax.ShapeDtypeStruct(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)))
-    moving = trees.select(there.abstract.params, trained_mask(config, there.model.axes)["model"])
+    moving = pytrees.select(there.abstract.params, trained_mask(config, there.model.axes)["model"])
 
     def total(moving, params, packed):
-        return encode(there, trees.overlay(params, moving), packed).sum()
+        return encode(there, pytrees.overlay(params, moving), packed).sum()
 
     counted = jax.jit(jax.grad(total)).lower(moving, there.abstract.params, packed).cost_analysis()["flops"]
     assert 1 < counted / flops.training_flops(config) < 1.02

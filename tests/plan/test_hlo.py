@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from jfe_jax import sharding
 from jfe_jax.config import MeshConfig
+from jfe_jax.parallel import sharding
 from jfe_jax.plan.collectives import collectives
-from jfe_jax.plan.costs import work
 from jfe_jax.plan.hlo import Module
+from jfe_jax.plan.hlo_costs import work
 
 LAYERS, TOKENS, WIDTH = 5, 32, 16
 

@@ -8,11 +8,11 @@ import pytest
 from jfe_jax import config as configs
 from jfe_jax.cli.main import main
 from jfe_jax.errors import UserError
-from jfe_jax.plan import compile as compiling
-from jfe_jax.plan import search
-from jfe_jax.plan.buffers import Buffers, Value
+from jfe_jax.plan import aot_compile as compiling
+from jfe_jax.plan import sweep
+from jfe_jax.plan.buffer_assignment import Buffers, Value
 from jfe_jax.plan.collectives import Collective
-from jfe_jax.plan.costs import Work
+from jfe_jax.plan.hlo_costs import Work
 from jfe_jax.plan.roofline import roofline
 from jfe_jax.plan.topology import Links, Topology
 
@@ -63,7 +63,7 @@ def test_the_roofline_by_hand():
 
 def test_a_search_tries_only_what_divides_and_prefers_what_fits():
     config, topology = configs.load(STAGE2), Topology.parse("v5e:16x16")
-    found = list(search.settings(config, topology))
+    found = list(sweep.settings(config, topology))
     assert any("--mesh.fsdp=16" in one.overrides and "--loss.grad_cache_chunks=8" in one.overrides for one in found)
     # SigLIP's 1152 has no divisor 256.
     assert not any("--mesh.fsdp=256" in one.overrides for one in found)
@@ -94,8 +94,8 @@ def test_results_of_a_search_are_kept(tmp_path, monkeypatch):
         runs.append(command)
         return subprocess.CompletedProcess([], 0, '{"fits": false, "problem": "too large", "topology": "v5e:4x4"}', "")
 
-    monkeypatch.setattr(search.subprocess, "run", run)
-    runner = search.Runner(str(STAGE2), [], tmp_path, 10, lambda line: None)
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    runner = sweep.Runner(str(STAGE2), [], tmp_path, 10, lambda line: None)
     for _ in range(2):
         assert runner.plan(Topology.parse("v5e:4x4"), ("--mesh.fsdp=8",))["problem"] == "too large"
     assert len(runs) == 1 and "--mesh.fsdp=8" in runs[0]

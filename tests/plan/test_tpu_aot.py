@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jfe_jax import config as configs
-from tests.train import tiny
+from tests.support import tiny_training as tiny
 
 pytestmark = [
     pytest.mark.tpu_aot,

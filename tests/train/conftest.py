@@ -4,7 +4,7 @@ import pytest
 
 from jfe_jax.cli.main import main
 from jfe_jax.config import Config, from_dict
-from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
+from tests.support.mbeir_directory import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 
 STEPS = 8
 

@@ -8,12 +8,12 @@ import pytest
 
 from jfe_jax.config import DataConfig, LossConfig, ModelConfig, OptimizerConfig, TokensConfig, VisionConfig
 from jfe_jax.errors import UserError
-from jfe_jax.models import build_model
-from jfe_jax.train import checks
-from jfe_jax.train import state as states
-from jfe_jax.train.step import make_train_step
-from tests.train import tiny
-from tests.train.stepping import batch, gradients, training
+from jfe_jax.models.registry import build_model
+from jfe_jax.train import train_state as states
+from jfe_jax.train import validate
+from jfe_jax.train.train_step import make_train_step
+from tests.support import tiny_training as tiny
+from tests.support.stepping import batch, gradients, training
 
 
 def config(family: str, **changes):
@@ -49,7 +49,7 @@ def test_it_learns_and_what_rides_along_stays():
 def test_the_temperature_is_what_the_weights_say_down_to_the_least(family, scale, temperature):
     loss = LossConfig(kind="sigmoid" if family == "siglip" else "infonce", temperature=0)
     made = config(family, loss=loss)
-    checks.check(made)
+    validate.check(made)
     one = training(made)
     params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), one.model.abstract)
     params["logit_scale_e" if family == "siglip" else "logit_scale_"] += np.float32(scale)
@@ -63,7 +63,7 @@ def test_the_temperature_is_what_the_weights_say_down_to_the_least(family, scale
 
 def test_only_a_dual_encoder_brings_a_temperature():
     with pytest.raises(UserError, match=r"loss\.temperature is 0"):
-        checks.check(tiny.config(loss=LossConfig(temperature=0)))
+        validate.check(tiny.config(loss=LossConfig(temperature=0)))
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from jfe_jax.config import OptimizerConfig, TextConfig, VisionConfig
-from jfe_jax.train import state as states
-from jfe_jax.train.step import make_train_step
-from tests.train import tiny
-from tests.train.stepping import batch, gradients, training
+from jfe_jax.train import train_state as states
+from jfe_jax.train.train_step import make_train_step
+from tests.support import tiny_training as tiny
+from tests.support.stepping import batch, gradients, training
 
 pytestmark = [
     pytest.mark.gpu,

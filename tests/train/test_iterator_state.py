@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from jfe_jax.train.checkpoints import _IteratorState
+from jfe_jax.checkpoint.manager import _IteratorState
 
 
 def load(directory: Path):

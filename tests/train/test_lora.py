@@ -10,22 +10,24 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jfe_jax import base, checkpoint, sharding, trees
-from jfe_jax.blueprint import blueprint, random_parameters
+from jfe_jax.checkpoint import base_model, model_io
+from jfe_jax.checkpoint.streaming import stored_names
 from jfe_jax.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
-from jfe_jax.data.items import EncodedItem
-from jfe_jax.data.packing import pack
+from jfe_jax.data.item import EncodedItem
+from jfe_jax.data.pipeline.packer import pack
 from jfe_jax.errors import UserError
 from jfe_jax.models import lora
-from jfe_jax.streaming import stored_names
-from jfe_jax.train import state as states
-from jfe_jax.train.loop import train
+from jfe_jax.models.abstract_model import blueprint, random_parameters
+from jfe_jax.parallel import sharding
+from jfe_jax.train import train_state as states
+from jfe_jax.train.init_from import start_from
 from jfe_jax.train.optimizer import trained_mask
-from jfe_jax.train.start import start_from
-from jfe_jax.train.step import gradients, make_train_step
-from tests.data.mbeir_maker import IMAGE_TOKEN
-from tests.train import tiny
-from tests.train.test_loop import assert_same_run, end_at
+from jfe_jax.train.train_step import gradients, make_train_step
+from jfe_jax.train.trainer import train
+from jfe_jax.utils import pytrees
+from tests.support import tiny_training as tiny
+from tests.support.mbeir_directory import IMAGE_TOKEN
+from tests.train.test_trainer import assert_same_run, end_at
 
 LORA = LoraConfig(rank=2, alpha=4, targets=("attention", "mlp", "vision.mlp"))
 
@@ -35,7 +37,7 @@ def adapted(config, tmp_path_factory):
     """A config of four steps over a base that is saved beside the runs."""
     runs = tmp_path_factory.mktemp("lora")
     params = jax.jit(lambda: random_parameters(config.model, 5))()
-    checkpoint.save_model(runs / "base", config, params, config.tokens.tokenizer)
+    model_io.save_model(runs / "base", config, params, config.tokens.tokenizer)
     return replace(
         config,
         init=str(runs / "base"),
@@ -54,7 +56,7 @@ def whole(adapted):
 
 
 def parameters(run) -> dict[str, np.ndarray]:
-    return trees.flatten(jax.device_get(nnx.to_pure_dict(checkpoint.load_model(run).params)))
+    return pytrees.flatten(jax.device_get(nnx.to_pure_dict(model_io.load_model(run).params)))
 
 
 def size(path: Path) -> int:
@@ -77,7 +79,7 @@ def test_only_adapters_and_chosen_parts_move_and_are_kept(adapted, whole):
 
 def test_moments_are_of_what_moves(adapted):
     there = states.prepare(adapted, sharding.make_mesh(adapted.mesh))
-    moving = trees.flatten(trees.select(there.abstract.params, there.kept))
+    moving = pytrees.flatten(pytrees.select(there.abstract.params, there.kept))
     shapes = [leaf.shape for leaf in jax.tree.leaves(there.abstract.optimizer) if leaf.ndim]
     assert sorted(shapes) == sorted(2 * [leaf.shape for leaf in moving.values()])
 
@@ -112,16 +114,16 @@ def test_stopped_it_continues_to_the_bit(adapted, whole, tmp_path):
 
 def test_both_directories_may_move_together(adapted, whole, tmp_path):
     shutil.copytree(whole.parent, tmp_path / "moved")
-    file = tmp_path / "moved" / "whole" / base.FILE
+    file = tmp_path / "moved" / "whole" / base_model.FILE
     file.write_text(file.read_text().replace(str(whole.parent), "/nowhere"))
     np.testing.assert_equal(parameters(tmp_path / "moved" / "whole"), parameters(whole))
 
 
 def test_another_base_is_refused_and_a_missing_one_named(adapted, whole, tmp_path):
-    params = nnx.to_pure_dict(checkpoint.load_model(adapted.init).params)
+    params = nnx.to_pure_dict(model_io.load_model(adapted.init).params)
     kernel = params["tower"]["blocks"]["up_df"]
     params["tower"]["blocks"]["up_df"] = kernel.at[0, 3, 4].set(kernel[0, 4, 3]).at[0, 4, 3].set(kernel[0, 3, 4])
-    checkpoint.save_model(
+    model_io.save_model(
         tmp_path / "other",
         replace(adapted, model=replace(adapted.model, lora=LoraConfig())),
         params,
@@ -129,16 +131,16 @@ def test_another_base_is_refused_and_a_missing_one_named(adapted, whole, tmp_pat
     )
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    found = base.read(run)
-    base.write(run, found._replace(path=tmp_path / "other" / "checkpoints" / "0"))
+    found = base_model.read(run)
+    base_model.write(run, found._replace(path=tmp_path / "other" / "checkpoints" / "0"))
     with pytest.raises(UserError, match=r"other/checkpoints/0: not the weights that the adapters of .*run were"):
-        checkpoint.load_model(run)
+        model_io.load_model(run)
     more = replace(adapted, output=str(run), optimizer=replace(adapted.optimizer, steps=6))
     with pytest.raises(UserError, match="not the weights"):
         train(more, "auto", lambda line: None)
-    base.write(run, found._replace(path=tmp_path / "gone"))
+    base_model.write(run, found._replace(path=tmp_path / "gone"))
     with pytest.raises(UserError, match=r"gone: not there; the adapters of .*base\.json"):
-        checkpoint.load_model(run)
+        model_io.load_model(run)
 
 
 def started(config, note):
@@ -151,8 +153,8 @@ def started(config, note):
 def test_stage_two_trains_the_same_adapters_on(adapted, whole):
     second = replace(adapted, init=str(whole))
     _, start = started(second, "trained on")
-    np.testing.assert_equal(trees.flatten(jax.device_get(start.params)), parameters(whole))
-    assert start.base == base.read(whole)
+    np.testing.assert_equal(pytrees.flatten(jax.device_get(start.params)), parameters(whole))
+    assert start.base == base_model.read(whole)
     with pytest.raises(UserError, match=r"trained tower\.norm\.scale_d, which this run would not keep"):
         started(replace(second, optimizer=replace(second.optimizer, train=())), "")
 
@@ -166,16 +168,16 @@ def test_stage_two_with_other_adapters_merges_the_first(adapted, whole, rank, tm
     state = states.initialise(there, start.params)
     item = EncodedItem(np.array([IMAGE_TOKEN] * 4 + [2, 7, 9, 1], np.int32), np.eye(16)[..., None].repeat(3, -1) * 200)
     batch = pack([item], groups=1, rows=1, row_tokens=8, image_slots=1, image_size=16)
-    loaded = checkpoint.load_model(whole)
+    loaded = model_io.load_model(whole)
     wanted = jax.jit(lambda params: nnx.merge(loaded.graphdef, params)(batch))(loaded.params)
     given = jax.jit(lambda params: nnx.merge(there.model.graphdef, params)(batch))(state.params)
     np.testing.assert_allclose(given, wanted, atol=1e-6)
     if rank:
         # What the new adapters stand on is the first run, adapters included; it is found and merged again.
         (tmp_path / "two").mkdir()
-        base.write(tmp_path / "two", start.base)
-        again = trees.flatten(checkpoint.base_parameters(tmp_path / "two", there.mesh))
-        np.testing.assert_equal(jax.device_get(again), jax.device_get(trees.flatten(start.params)))
+        base_model.write(tmp_path / "two", start.base)
+        again = pytrees.flatten(model_io.base_parameters(tmp_path / "two", there.mesh))
+        np.testing.assert_equal(jax.device_get(again), jax.device_get(pytrees.flatten(start.params)))
     else:
         assert start.base is None
 
@@ -211,9 +213,9 @@ def test_a_fingerprint_is_the_same_on_every_mesh():
         )
         for mesh in meshes
     )
-    assert base.fingerprint(one) == base.fingerprint(other)
+    assert base_model.fingerprint(one) == base_model.fingerprint(other)
     other["tower"]["norm"]["scale_d"] = other["tower"]["norm"]["scale_d"].at[3].add(1e-7)
-    assert base.fingerprint(one) != base.fingerprint(other)
+    assert base_model.fingerprint(one) != base_model.fingerprint(other)
 
 
 @pytest.mark.parametrize(

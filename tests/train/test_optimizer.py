@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jfe_jax import sharding
-from jfe_jax.blueprint import blueprint
 from jfe_jax.config import LossConfig, MeshConfig, OptimizerConfig
 from jfe_jax.errors import UserError
-from jfe_jax.sharding import path_name
-from jfe_jax.train import state as states
+from jfe_jax.models.abstract_model import blueprint
+from jfe_jax.parallel import sharding
+from jfe_jax.parallel.sharding import path_name
+from jfe_jax.train import train_state as states
 from jfe_jax.train.optimizer import decay_mask, make_optimizer
 from jfe_jax.train.schedules import learning_rate
-from jfe_jax.train.step import make_train_step
-from tests.train import tiny
+from jfe_jax.train.train_step import make_train_step
+from tests.support import tiny_training as tiny
 
 
 def test_warm_up_is_a_line_that_starts_above_zero():

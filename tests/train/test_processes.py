@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jfe_jax import checkpoint
+from jfe_jax.checkpoint import model_io
 from jfe_jax.cli.main import main
 from jfe_jax.config import Config, from_dict, to_yaml
-from jfe_jax.train.loop import train
-from tests.data.mbeir_maker import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
+from jfe_jax.train.trainer import train
+from tests.support.mbeir_directory import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 
 LOCAL = Path(__file__).parents[2] / "launch" / "local.py"
 STEPS = 6
@@ -91,7 +91,7 @@ def test_processes_train_as_one_and_one_may_be_killed(config, whole, tmp_path, p
     run = tmp_path / "run"
     status, said = start(config, run, processes, "kill", step=4)
     assert status == 128 + signal.SIGKILL, said
-    assert checkpoint.latest_step(run) in (2, 4)
+    assert model_io.latest_step(run) in (2, 4)
     status, said = start(config, run, again)
     assert status == 0, said
     assert "continuing from step" in said and f"{run}: finished at step {STEPS}" in said

@@ -1,0 +1,1 @@
+"""The data path: validation, preparation, packing, input rate."""

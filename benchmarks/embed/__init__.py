@@ -1,0 +1,1 @@
+"""`jfe embed` compared with sentence-transformers."""

@@ -1,0 +1,1 @@
+"""The contrastive loss compared with PyTorch and plain jit."""

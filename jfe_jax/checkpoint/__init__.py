@@ -1,0 +1,1 @@
+"""Writes and restores model and training checkpoints through Orbax."""

@@ -1,0 +1,62 @@
+"""A source of pairs → the text files of an M-BEIR directory, once, and where its images are."""
+
+import hashlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+from jfe_jax.data.formats.candidate_ids import MAX_DATASET
+from jfe_jax.data.formats.mbeir import Mbeir
+from jfe_jax.data.formats.mbeir_writer import write_pairs
+from jfe_jax.data.formats.pair_formats import FORMATS, tfds_place
+from jfe_jax.data.storage.image_source import ImageSource
+from jfe_jax.errors import UserError
+
+SOURCES = "sources"
+
+
+def import_pairs(
+    source: Path, out: Path, *, kind: str, name: str, number: int, images: Path | None = None
+) -> tuple[Mbeir, ImageSource]:
+    """Writes OUT/sources/{name} unless it is there and the source's files are the same (by name, size and time).
+
+    Args:
+      kind: one of FORMATS.
+      name: of the data set; its units are {name}_task{t}.
+      number: its id, the candidates' number is made of it.
+      images: directory that image paths are relative to; data_dir of a TFDS data set given by name.
+
+    Raises:
+      UserError: the source cannot be read, or name or number are taken or not possible.
+    """
+    if kind == "tfds" and not source.exists():
+        source = tfds_place(str(source), images)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or directory")
+    if not re.fullmatch(r"[a-z0-9]+", name):
+        raise UserError(f"--name {name!r}: small letters and digits only")
+    if not 0 <= number <= MAX_DATASET:
+        raise UserError(f"--number {number}: it has to be from 0 to {MAX_DATASET}")
+    for taken in (out / SOURCES).glob("*/source.json"):
+        if taken.parent.name != name and json.loads(taken.read_text(encoding="utf-8"))["number"] == number:
+            raise UserError(f"--number {number} is {taken.parent.name}'s in {out}; give another")
+    pairs, where = FORMATS[kind](source, images)
+    place, mark = out / SOURCES / name, {"kind": kind, "number": number, "digest": _digest(source)}
+    if not (place / "source.json").is_file() or json.loads((place / "source.json").read_text()) != mark:
+        partial = place.with_name(f"{name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_pairs(partial, name, number, pairs)
+        (partial / "source.json").write_text(json.dumps(mark), encoding="utf-8")
+        shutil.rmtree(place, ignore_errors=True)
+        partial.rename(place)
+    return Mbeir(place), where
+
+
+def _digest(source: Path) -> str:
+    files = [source] if source.is_file() else sorted(file for file in source.rglob("*") if file.is_file())
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file.relative_to(source.parent)} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()

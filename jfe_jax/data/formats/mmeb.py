@@ -1,0 +1,93 @@
+"""MMEB's evaluation files: a directory for each task, a row for each query with its own candidates.
+
+    {task}/test-*.parquet       as published; or {task}/test*.jsonl with the same fields
+    eval_images/ or images/     what the rows' image paths are relative to; else the directory itself
+
+A row is `qry_text`, `qry_img_path`, and the lists `tgt_text` and `tgt_img_path`; the first of the lists is the truth.
+`<|image_1|>`, the published model's place for the image, is taken out of the texts; "" is no text or no image.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jfe_jax.data.formats.mbeir_records import read_rows
+from jfe_jax.errors import UserError
+
+_IMAGE = "<|image_1|>"
+_FIELDS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
+
+Content = tuple[str | None, Path | None]
+
+
+class Row(NamedTuple):
+    """A query and its candidates as (text, image), the right one first; `where` is its file and number."""
+
+    where: str
+    query: Content
+    targets: list[Content]
+
+
+def task_files(path: Path) -> dict[str, list[Path]]:
+    """The tasks of a directory and their files; empty if it is no such directory."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted([*path.glob("*/test*.parquet"), *path.glob("*/test*.jsonl")]):
+        found.setdefault(file.parent.name, []).append(file)
+    return found
+
+
+def images_folder(path: Path) -> Path:
+    """What image paths are relative to."""
+    return next((path / name for name in ("eval_images", "images") if (path / name).is_dir()), path)
+
+
+def read_task(files: list[Path], images: Path) -> Iterator[Row]:
+    """The rows of a task.
+
+    Raises:
+      UserError: with file and row: not readable, a field is missing or of another type, no candidates, an item with
+        neither text nor image, a path that leaves the directory.
+    """
+    for file in files:
+        for where, row in _parquet(file) if file.suffix == ".parquet" else read_rows(file):
+            yield _row(where, row, images)
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow.parquet
+
+    try:
+        # Its memory map and threads outlive a reader that stops early.
+        with pyarrow.parquet.ParquetFile(file) as parquet:
+            missing = set(_FIELDS) - set(parquet.schema_arrow.names)
+            if missing:
+                raise UserError(f"{file}: no column {', '.join(sorted(missing))}")
+            number = 0
+            for batch in parquet.iter_batches(256, columns=list(_FIELDS), use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{file}: row {number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"{file}: not readable as Parquet ({str(error).splitlines()[0]})") from error
+
+
+def _row(where: str, row: Any, images: Path) -> Row:
+    if not isinstance(row, dict) or any(field not in row for field in _FIELDS):
+        raise UserError(f"{where}: a row has the fields {', '.join(_FIELDS)}")
+    texts, paths = row["tgt_text"], row["tgt_img_path"]
+    if not (isinstance(texts, list) and isinstance(paths, list) and len(texts) == len(paths) and texts):
+        raise UserError(f"{where}: tgt_text and tgt_img_path are lists of one length, the candidates; not empty")
+    query = _content(where, "the query", row["qry_text"], row["qry_img_path"], images)
+    pairs = enumerate(zip(texts, paths, strict=True))
+    return Row(where, query, [_content(where, f"candidate {number}", *pair, images) for number, pair in pairs])
+
+
+def _content(where: str, name: str, text: Any, image: Any, images: Path) -> Content:
+    if not (isinstance(text, str | None) and isinstance(image, str | None)):
+        raise UserError(f"{where}: text and image path of {name} are strings or null")
+    text = (text or "").replace(_IMAGE, "").strip() or None
+    if not text and not image:
+        raise UserError(f"{where}: {name} has neither text nor image")
+    if image and (image.startswith(("/", "\\")) or ".." in image.replace("\\", "/").split("/")):
+        raise UserError(f"{where}: the image path {image!r} of {name} leaves the directory")
+    return text, images / image if image else None

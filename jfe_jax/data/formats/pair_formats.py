@@ -1,0 +1,270 @@
+"""Pairs that others publish, read in their own format: MMEB, captioned images, NLI triplets.
+
+| format | rows | images |
+|---|---|---|
+| mmeb | `qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path`, JSON lines or Parquet | files |
+| captions | JSON lines of `image` and `caption` (one or a list; also `text`) | files beside them |
+| webdataset | tar shards of `KEY.jpg` beside `KEY.txt` or `KEY.json` with `caption` | in the shards |
+| tfds | a TFDS data set in ArrayRecord with an image and a text feature | in the data set |
+| triplets | CSV or JSON lines of anchor, positive, negative under any of the usual names | none |
+"""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from jfe_jax.data.formats.mbeir_records import read_rows
+from jfe_jax.data.formats.mbeir_writer import Content, Pair, both_ways
+from jfe_jax.data.storage.image_source import Archives, Files, ImageSource
+from jfe_jax.data.storage.tar_archive import Archive
+from jfe_jax.errors import UserError
+
+# sentence-transformers, SimCSE's NLI file, premise and hypotheses, FlagEmbedding.
+_TRIPLETS = (
+    ("anchor", "positive", "negative"),
+    ("sent0", "sent1", "hard_neg"),
+    ("premise", "entailment", "contradiction"),
+    ("query", "pos", "neg"),
+)
+_CAPTION_KEYS = ("caption", "captions", "text", "alt_text", "description", "title")
+_IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+# The place of an image in MMEB's texts.
+_IMAGE_MARK = re.compile(r"<\|image_\d+\|>\s*")
+
+
+def mmeb(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+    """Rows in MMEB-train's shape; image paths are relative to `images`, by default where the rows are."""
+    return _mmeb_pairs(source), Files(images or _folder(source))
+
+
+def captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+    """Rows with an image's path and its captions."""
+    return _caption_pairs(source), Files(images or _folder(source))
+
+
+def triplets(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+    """Texts with a hard negative."""
+    return _triplet_pairs(source), Files(_folder(source))
+
+
+def webdataset(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+    """Tar shards of samples."""
+    archives = [Archive([file]) for file in _files(source, "*.tar", "*.tar.gz")]
+    return _webdataset_pairs(archives), Archives(archives, prefixed=True)
+
+
+def tfds_captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+    """A TFDS directory; its train split, or all there are."""
+    reader = _Tfds(source)
+    return reader.pairs(), reader
+
+
+def tfds_place(name: str, data_dir: Path | None) -> Path:
+    """Where the data set of that name lies, in TFDS's own data_dir if none is given; its newest version.
+
+    Args:
+      name: NAME[/CONFIG][:VERSION].
+
+    Raises:
+      UserError: it is not there.
+    """
+    whole, _, version = name.partition(":")
+    dataset, _, config = whole.partition("/")
+    try:
+        found = tfds.core.read_only_builder.builder_from_files(
+            dataset, config=config or None, version=version or None, data_dir=data_dir
+        )
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        where = data_dir or "TFDS's own data_dir (give another with --images)"
+        raise UserError(f"{name}: neither a directory nor a TFDS data set that is prepared in {where}") from error
+    return Path(found.data_dir)
+
+
+FORMATS: dict[str, Callable[[Path, Path | None], tuple[Iterable[Pair], ImageSource]]] = {
+    "mmeb": mmeb,
+    "captions": captions,
+    "webdataset": webdataset,
+    "tfds": tfds_captions,
+    "triplets": triplets,
+}
+
+
+def _mmeb_pairs(source: Path) -> Iterator[Pair]:
+    for place, row in _tables(source, "*.jsonl", "*.parquet"):
+        missing = [key for key in ("qry", "pos_text") if key not in row]
+        if missing:
+            raise UserError(f"{place}: no {missing[0]} in the row; MMEB's training rows have qry, pos_text, …")
+        query, positive, negative = (
+            Content(_IMAGE_MARK.sub("", row.get(text) or "").strip() or None, row.get(image) or None)
+            for text, image in (
+                ("qry", "qry_image_path"),
+                ("pos_text", "pos_image_path"),
+                ("neg_text", "neg_image_path"),
+            )
+        )
+        yield Pair(place, query, [positive], [negative] if negative.modality else [])
+
+
+def _caption_pairs(source: Path) -> Iterator[Pair]:
+    for place, row in _tables(source, "*.jsonl"):
+        found = _captions(row)
+        if not isinstance(row.get("image"), str) or not found:
+            raise UserError(f'{place}: a row is {{"image": path, "caption": text or list of texts}}')
+        yield from both_ways(place, row["image"], found)
+
+
+def _triplet_pairs(source: Path) -> Iterator[Pair]:
+    for place, row in _tables(source, "*.jsonl", "*.csv", "*.tsv"):
+        names = next((names for names in _TRIPLETS if names[0] in row and names[1] in row), None)
+        if names is None:
+            raise UserError(
+                f"{place}: the columns {', '.join(row)}; wanted are {' or '.join(map(', '.join, _TRIPLETS))}"
+            )
+        anchor, positives, negatives = ([Content(text=one) for one in _texts(row.get(name))] for name in names)
+        yield Pair(place, anchor[0] if anchor else Content(), positives, negatives)
+
+
+def _webdataset_pairs(archives: list[Archive]) -> Iterator[Pair]:
+    for archive in archives:
+        shard = archive.parts[0].name
+        key, image, found = "", "", []
+        for name, read in archive.files():
+            folder, _, file = name.rpartition("/")
+            stem, _, suffix = file.partition(".")
+            if (this := f"{folder}/{stem}") != key:
+                if image and found:
+                    yield from both_ways(f"{archive}: {key}", image, found)
+                key, image, found = this, "", []
+            if suffix.lower() in _IMAGE_SUFFIXES:
+                image = f"{shard}/{name}"
+            elif suffix in ("txt", "caption"):
+                found = found or _texts(read())
+            elif suffix == "json" and not found:
+                try:
+                    found = _captions(json.loads(read()))
+                except ValueError as error:
+                    raise UserError(f"{archive}: {name}: not JSON ({error})") from error
+        if image and found:
+            yield from both_ways(f"{archive}: {key}", image, found)
+
+
+class _Tfds:
+    """A TFDS data set as pairs and as a source of images, named "SPLIT/INDEX.img"."""
+
+    in_order = False
+
+    def __init__(self, source: Path):
+        places = [source, *sorted(source.glob("*/")), *sorted(source.glob("*/*/"))]
+        place = next((one for one in places if (one / "dataset_info.json").is_file()), None)
+        if place is None:
+            raise UserError(f"{source}: no TFDS data set there (no dataset_info.json)")
+        builder = tfds.builder_from_directory(place)
+        features = builder.info.features
+        self._place = place
+        self._image = next((key for key in features if isinstance(features[key], tfds.features.Image)), None)
+        self._text = next((key for key in _CAPTION_KEYS if key in features), None)
+        if self._image is None or self._text is None:
+            raise UserError(f"{place}: needs an image and a text feature; it has {', '.join(features)}")
+        splits = ["train"] if "train" in builder.info.splits else list(builder.info.splits)
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        try:
+            self._sources = {split: builder.as_data_source(split, decoders=decoders) for split in splits}
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(
+                f"{place}: {' '.join(str(error).split())}; prepare it with file_format array_record"
+            ) from error
+
+    def __str__(self) -> str:
+        return str(self._place)
+
+    def pairs(self) -> Iterator[Pair]:
+        for split, source in self._sources.items():
+            for index in range(len(source)):
+                found = _texts(source[index][self._text])
+                if found:
+                    yield from both_ways(f"{self._place}: {split} {index}", f"{split}/{index}.img", found)
+
+    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for name in wanted:
+            split, _, index = name.removesuffix(".img").partition("/")
+            yield name, lambda split=split, index=index: bytes(self._sources[split][int(index)][self._image])
+
+    def where(self, name: str) -> str:
+        return f"{name} of {self._place}"
+
+
+def _tables(source: Path, *patterns: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Place and row of every table in a directory, or of one file."""
+    for file in _files(source, *patterns):
+        if file.suffix == ".parquet":
+            rows = _parquet(file)
+        elif file.suffix in (".csv", ".tsv"):
+            rows = _csv(file)
+        else:
+            rows = read_rows(file)
+        for place, row in rows:
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: an object is wanted, not {type(row).__name__}")
+            yield place, row
+
+
+def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with open(file, encoding="utf-8", newline="") as stream:
+        reader = csv.DictReader(stream, dialect="excel-tab" if file.suffix == ".tsv" else "excel")
+        try:
+            for row in reader:
+                yield f"{file}:{reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise UserError(f"{file}:{reader.line_num}: not CSV in UTF-8 ({error})") from error
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise UserError(f"{file}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    try:
+        number = 0
+        for batch in parquet.ParquetFile(file).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{file}: row {number}", row
+    except ArrowInvalid as error:
+        raise UserError(f"{file}: not Parquet ({' '.join(str(error).split())})") from error
+
+
+def _files(source: Path, *patterns: str) -> list[Path]:
+    if source.is_file():
+        return [source]
+    found = sorted(file for pattern in patterns for file in source.rglob(pattern))
+    if not found:
+        raise UserError(f"{source}: no file there that matches {' or '.join(patterns)}")
+    return found
+
+
+def _folder(source: Path) -> Path:
+    return source if source.is_dir() else source.parent
+
+
+def _captions(row: Any) -> list[str]:
+    if not isinstance(row, dict):
+        return []
+    return next((found for key in _CAPTION_KEYS if (found := _texts(row.get(key)))), [])
+
+
+def _texts(value: Any) -> list[str]:
+    """Every text in a value of any shape that is not blank."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "replace")
+    if isinstance(value, str):
+        return [value] if value.strip() else []
+    if isinstance(value, dict):
+        return next((found for key in ("text", "raw", "caption") if (found := _texts(value.get(key)))), [])
+    if hasattr(value, "__iter__"):
+        return [text for one in value for text in _texts(one)]
+    return []

@@ -1,0 +1,1 @@
+"""The training input pipeline: mixing, reading, encoding and packing pairs into batches."""

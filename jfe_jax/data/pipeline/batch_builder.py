@@ -1,0 +1,162 @@
+"""A batch while it fills with pairs.
+
+Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a query, B items of a group.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from jfe_jax.data.item import EncodedItem
+from jfe_jax.data.pipeline.packer import ContrastiveBatch, Layout, Packer
+from jfe_jax.errors import UserError
+
+# While fewer than one in so many of a step's pairs wait, others are tried in their place.
+_TRIED = 8
+
+
+class EncodedPair(NamedTuple):
+    """A pair as it enters a batch: `items` are the query, the positive and the negatives.
+
+    `numbers` and `modalities` (indices into MODALITIES) are the candidates', `positives` all that is right.
+    """
+
+    qid: str
+    items: tuple[EncodedItem, ...]
+    numbers: tuple[int, ...]
+    modalities: tuple[int, ...]
+    positives: tuple[int, ...]
+
+    def copied(self) -> "EncodedPair":
+        """With arrays of its own."""
+        items = (EncodedItem(np.array(t), None if p is None else np.array(p)) for t, p in self.items)
+        return self._replace(items=tuple(items))
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShape:
+    """Static sizes of a process's batches: G, N, K, P, R, S, M, H = W and each group's bins."""
+
+    groups: int
+    pairs: int
+    negatives: int
+    positives: int
+    rows: int
+    row_tokens: int
+    image_slots: int
+    image_size: int
+    layout: Layout
+    bins: tuple[tuple[int, int], ...] = ()
+
+
+class Filling:
+    """A batch while it fills.
+
+    Attributes:
+      count: pairs in it so far.
+      indices: of each group's pairs, in the order in which they came.
+    """
+
+    def __init__(self, shape: BatchShape):
+        self.count = 0
+        self._shape = shape
+        self.indices: list[list[int]] = [[] for _ in range(shape.groups)]
+        self._packer = Packer(
+            groups=shape.groups,
+            rows=shape.rows,
+            row_tokens=shape.row_tokens,
+            image_slots=shape.image_slots,
+            image_size=shape.image_size,
+            layout=shape.layout,
+            bins=shape.bins,
+        )
+        G, N, K, P = shape.groups, shape.pairs, shape.negatives, shape.positives
+        self._candidates = np.full((G, N * (1 + K)), -1, np.int32)
+        self._modalities = np.full((G, N * (1 + K)), -1, np.int32)
+        self._positives = np.full((G, N, P), -1, np.int32)
+
+    def add(self, index: int, pair: EncodedPair) -> bool:
+        """Takes the pair with that index in the stream into the emptiest group that can hold it, or says that none can.
+
+        Raises:
+          UserError: not even an empty batch can.
+        """
+        N, K, P = self._shape.pairs, self._shape.negatives, self._shape.positives
+        for g in sorted(range(self._shape.groups), key=lambda g: -self._packer.free[g]):
+            n = len(self.indices[g])
+            if n == N:
+                continue
+            # The places of the group's queries, positives and negatives in B (see ContrastiveBatch).
+            places = (n, N + n, *range(2 * N + n * K, 2 * N + n * K + len(pair.items) - 2))
+            if self._packer.add(g, list(zip(places, pair.items, strict=True))):
+                for place, number, modality in zip(places[1:], pair.numbers, pair.modalities, strict=True):
+                    self._candidates[g, place - N] = number
+                    self._modalities[g, place - N] = modality
+                # The drawn one first: it is there whatever P is.
+                right = pair.positives[:P]
+                if pair.numbers[0] not in right:
+                    right = [pair.numbers[0], *right[: P - 1]]
+                self._positives[g, n, : len(right)] = right
+                self.indices[g].append(index)
+                self.count += 1
+                return True
+        if self.count == 0:
+            sizes = ", ".join(str(len(item.tokens)) for item in pair.items)
+            images = sum(item.pixels is not None for item in pair.items)
+            raise UserError(
+                f"query {pair.qid} with its candidates ({sizes} tokens, {images} images) does not fit into a group "
+                f"({self._shape.rows} rows of {self._shape.row_tokens} tokens, {self._shape.image_slots} image slots): "
+                "raise data.rows or data.image_slots"
+            )
+        return False
+
+    def finish(self) -> ContrastiveBatch:
+        """The batch; a group's pairs stand in the order of their indices."""
+        N, K = self._shape.pairs, self._shape.negatives
+        packed = self._packer.finish(N * (2 + K))
+        for g, indices in enumerate(self.indices):
+            order = np.arange(N)
+            order[: len(indices)] = np.argsort(indices)
+            places = np.concatenate([order, N + order, (2 * N + order[:, None] * K + np.arange(K)).ravel()])
+            for array in (packed.pool, packed.pool_span, packed.valid):
+                array[g] = array[g, places]
+            for array in (self._candidates, self._modalities):
+                array[g] = array[g, places[N:] - N]
+            self._positives[g] = self._positives[g, order]
+        return ContrastiveBatch(packed, self._candidates, self._modalities, self._positives)
+
+
+def fill(
+    shape: BatchShape, waiting: Iterable[tuple[int, EncodedPair]], stream: Iterator[tuple[int, EncodedPair]]
+) -> tuple[Filling, dict[int, EncodedPair]]:
+    """Fills a batch with pairs, which come with their indices; returns it and those that found no room.
+
+    Those that wait are packed first, in their order, so that none waits for long. Then as many of the stream as make
+    up the batch, the largest first: small ones fit into what these leave. Then, one by one, what comes next.
+
+    Raises:
+      UserError: a pair fits into no batch.
+    """
+    total = shape.groups * shape.pairs
+    filling, left = Filling(shape), {}
+
+    def place(index: int, pair: EncodedPair) -> None:
+        if not filling.add(index, pair):
+            left[index] = pair
+
+    for index, pair in waiting:
+        place(index, pair)
+    fresh = itertools.islice(stream, max(0, total - filling.count - len(left)))
+    for index, pair in sorted(fresh, key=_size, reverse=True):
+        place(index, pair)
+    while filling.count < total and len(left) < max(1, total // _TRIED):
+        place(*next(stream))
+    return filling, left
+
+
+def _size(numbered: tuple[int, EncodedPair]) -> tuple[int, int]:
+    lengths = [len(item.tokens) for item in numbered[1].items]
+    return max(lengths), sum(lengths)

@@ -1,0 +1,170 @@
+"""Processes that read pairs, each with a pipe to this one.
+
+Arrays go through the pipe as they are: nothing is copied on the way, and no shared memory is needed, of which a
+container has 64 MiB, and whose every new page the system has to clear.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jfe_jax.data.item import EncodedItem
+from jfe_jax.data.pipeline.batch_builder import EncodedPair
+from jfe_jax.data.pipeline.pair_dataset import BadPair
+from jfe_jax.errors import UserError
+from jfe_jax.utils.background_iterator import ahead
+
+# Pairs that a worker reads and sends at once; of each worker, what waits here.
+_CHUNK, _AHEAD = 8, 4
+_PIPE_BYTES = 1 << 20
+# What comes next in the pipe, as two int64: bytes of the description, and of the pixels after it.
+_SIZES_BYTES = 16
+
+Pair = EncodedPair | BadPair
+
+
+class Workers:
+    """An endless data set's pairs in their order, read ahead by `count` processes.
+
+    Args:
+      pairs: EncodedPair or BadPair by index. Picklable.
+    """
+
+    def __init__(self, pairs: Any, count: int):
+        self._workers = [_Worker(pairs, turn, count) for turn in range(count)]
+        self._turns = itertools.cycle(self._workers)
+        self._chunk: Iterator[Pair] = iter(())
+
+    def __next__(self) -> Pair:
+        """Raises what a worker raised; UserError if one has been killed."""
+        pair = next(self._chunk, None)
+        if pair is None:
+            self._chunk = iter(next(next(self._turns).chunks))
+            pair = next(self._chunk)
+        return pair
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for worker in self._workers:
+            worker.close()
+
+
+class _Worker:
+    """The chunks turn, turn + count, turn + 2 · count, … of the pairs, `chunks` in this process."""
+
+    def __init__(self, pairs: Any, turn: int, count: int):
+        # Not forked: this process has threads.
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe(duplex=False)
+        # A system that allows less has its reasons; so does one that has no such call.
+        with contextlib.suppress(OSError, AttributeError):
+            fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        self._process = context.Process(target=_work, args=(theirs, pairs, turn, count), daemon=True)
+        self._process.start()
+        # From here on the pipe ends when the process does.
+        theirs.close()
+        self.chunks = ahead(self._read(), _AHEAD)
+
+    def _read(self) -> Generator[list[Pair], None, None]:
+        while True:
+            try:
+                chunk = _next_chunk(self._pipe.fileno())
+            except EOFError:
+                self._process.join()
+                raise UserError(
+                    f"a reader process ended with status {self._process.exitcode}; if it was killed for its memory, "
+                    "lower data.workers or data.image_cache_mib"
+                ) from None
+            yield chunk
+
+    def close(self) -> None:
+        # It only reads, so there is nothing that it would have to end.
+        self._process.kill()
+        self.chunks.close()
+        self._process.join()
+        self._pipe.close()
+
+
+def _work(pipe: Any, pairs: Any, turn: int, count: int) -> None:
+    # Ctrl-C goes to the whole group; what becomes of this process is for the other one to say.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _serve(pipe.fileno(), pairs, turn, count)
+
+
+def _serve(file: int, pairs: Any, turn: int, count: int) -> None:
+    # The pipe breaks when nobody reads any more.
+    with contextlib.suppress(BrokenPipeError):
+        for chunk in itertools.count(turn, count):
+            try:
+                told, images = _taken_apart([pairs[chunk * _CHUNK + i] for i in range(_CHUNK)])
+            except Exception as error:
+                told, images = error, []
+            described = pickle.dumps(told)
+            sizes = np.array([len(described), sum(image.nbytes for image in images)], "<i8")
+            for part in (sizes, described, *images):
+                _send(file, part)
+            if isinstance(told, Exception):
+                return
+
+
+def _next_chunk(file: int) -> list[Pair]:
+    """Raises what the other side raised, and EOFError if the pipe ends."""
+    described, size = _receive(file, _SIZES_BYTES).view("<i8").tolist()
+    told = pickle.loads(_receive(file, described))
+    pixels = _receive(file, size)
+    if isinstance(told, Exception):
+        raise told
+    return _joined(*told, pixels)
+
+
+def _taken_apart(pairs: Sequence[Pair]) -> tuple[tuple[Any, ...], list[np.ndarray]]:
+    """What `_joined` puts together again, and the images."""
+    items = [item for pair in pairs if isinstance(pair, EncodedPair) for item in pair.items]
+    images = [item.pixels for item in items if item.pixels is not None]
+    rest = [pair if isinstance(pair, BadPair) else pair._replace(items=len(pair.items)) for pair in pairs]
+    tokens = np.concatenate([np.zeros(0, np.int32), *(item.tokens for item in items)])
+    shape = images[0].shape if images else (0, 0, 0)
+    return (rest, [(len(item.tokens), item.pixels is not None) for item in items], tokens, shape), images
+
+
+def _joined(
+    rest: list[Any], sizes: list[tuple[int, bool]], tokens: np.ndarray, shape: tuple[int, int, int], pixels: np.ndarray
+) -> list[Pair]:
+    images = iter(pixels.reshape(-1, *shape) if len(pixels) else ())
+    ends = itertools.accumulate(length for length, _ in sizes)
+    items = iter(
+        [
+            EncodedItem(tokens[end - length : end], next(images) if pictured else None)
+            for end, (length, pictured) in zip(ends, sizes, strict=True)
+        ]
+    )
+    return [
+        pair if isinstance(pair, BadPair) else pair._replace(items=tuple(itertools.islice(items, pair.items)))
+        for pair in rest
+    ]
+
+
+def _send(file: int, content: bytes | np.ndarray) -> None:
+    left = memoryview(content if isinstance(content, bytes) else np.ascontiguousarray(content)).cast("B")
+    while left:
+        left = left[os.write(file, left) :]
+
+
+def _receive(file: int, size: int) -> np.ndarray:
+    """uint8 [size]. Raises EOFError if the pipe ends before."""
+    content = np.empty(size, np.uint8)
+    left = memoryview(content)
+    while left:
+        count = os.readv(file, [left])
+        if not count:
+            raise EOFError
+        left = left[count:]
+    return content

@@ -1,0 +1,1 @@
+"""Validates a data set and converts it to ArrayRecord shards for training."""

@@ -1,0 +1,256 @@
+"""M-BEIR directory → prepared parts: decides which are to be written, and has builder.py write them."""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from jfe_jax.data.formats.candidate_ids import CandidateIndices, image_id, image_name
+from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir, Unit
+from jfe_jax.data.prepare.image_shards import ImagePart, write_images
+from jfe_jax.data.prepare.tfds_builder import (
+    CandidatesConfig,
+    ImagesConfig,
+    MbeirCandidates,
+    MbeirImages,
+    MbeirQueries,
+    QueriesConfig,
+    build,
+)
+from jfe_jax.data.storage.image_source import ImageSource, of_mbeir
+from jfe_jax.data.storage.prepared_dataset import CANDIDATES, IMAGES, QUERIES, VERSION
+from jfe_jax.errors import UserError
+
+Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one part: "written", "kept" (it was finished before), or "empty" (nothing to write).
+
+    Attributes:
+      missing: images that could not be had; `missing.txt` in the part's directory lists them.
+    """
+
+    name: str
+    outcome: str
+    records: int
+    dropped_queries: int = 0
+    dangling: int = 0
+    missing: int = 0
+
+
+def prepare(
+    mbeir: Mbeir,
+    out: Path,
+    *,
+    splits: Sequence[str] | None = None,
+    units: Sequence[str] | None = None,
+    images: ImageSource | None = None,
+    short_side: int = 0,
+    max_bad: float = 0.001,
+    progress: Progress,
+) -> Iterator[Part]:
+    """Writes the parts that are missing or whose source has changed, one after the other, images last.
+
+    The source is the text files: an image that is replaced under its old name is not noticed. A part that a killed run
+    left unfinished goes on after its last finished shard.
+
+    Args:
+      splits: those to write; by default all but test ones, which training never reads, and the unions of others.
+      units: names of the units to write; by default all. The datasets they point into are written too.
+      images: where images come from; by default the directory's files, or its archive if it has no mbeir_images/.
+      short_side: images whose shorter side is longer are made so small; 0 leaves all as they are.
+      max_bad: the share of a part's images that may be missing or unreadable.
+      progress: (part, records expected) → a context that gives a function to call with the records done.
+
+    Raises:
+      UserError: a row is wrong, or more images than `max_bad` are missing or cannot be read (the message names one).
+    """
+    return _Prepare(mbeir, out, images or of_mbeir(mbeir.path), short_side, max_bad, progress).run(
+        _chosen(mbeir, splits, units)
+    )
+
+
+def _chosen(mbeir: Mbeir, splits: Sequence[str] | None, units: Sequence[str] | None) -> dict[str, dict[str, Unit]]:
+    """Names of units → split → unit."""
+    if splits is None:
+        splits = [split for split in mbeir.splits if not split.startswith(("test", "union"))]
+    found: dict[str, dict[str, Unit]] = {}
+    for split in splits:
+        for unit in mbeir.units(split):
+            found.setdefault(unit.name, {})[split] = unit
+    unknown = sorted(set(units or ()) - found.keys())
+    if unknown:
+        raise UserError(f"{mbeir.path}: no unit {unknown[0]} in {', '.join(splits)}; there are {', '.join(found)}")
+    if not found:
+        raise UserError(f"{mbeir.path}: no queries; name the splits with --splits, there are {', '.join(mbeir.splits)}")
+    return {name: by_split for name, by_split in sorted(found.items()) if not units or name in units}
+
+
+class _Prepare:
+    def __init__(
+        self, mbeir: Mbeir, out: Path, images: ImageSource, short_side: int, max_bad: float, progress: Progress
+    ):
+        self._mbeir, self._out, self._images = mbeir, out, images
+        self._short_side, self._max_bad, self._progress = short_side, max_bad, progress
+        self._indices = CandidateIndices(mbeir)
+        # Parts of images that may have to be written, and those that are there.
+        self._wanted: list[ImagePart] = []
+        self._kept: list[Part] = []
+
+    def run(self, chosen: dict[str, dict[str, Unit]]) -> Iterator[Part]:
+        datasets: set[int] = set()
+        for name, by_split in chosen.items():
+            part, seen = self._queries(name, by_split)
+            datasets |= seen
+            yield part
+        for dataset in sorted(datasets):
+            yield self._candidates(dataset)
+        yield from self._kept
+        yield from self._write_images()
+
+    def _queries(self, name: str, by_split: dict[str, Unit]) -> tuple[Part, set[int]]:
+        """Writes or keeps a unit's queries; also says into which datasets they point."""
+        part = f"{QUERIES}/{name}"
+        unit = next(iter(by_split.values()))
+        table = [
+            [query, candidate, *prompts]
+            for query in MODALITIES
+            for candidate in MODALITIES
+            if (prompts := self._mbeir.instructions(unit.dataset, query, candidate, required=False))
+        ]
+        source, rows = _digest(self._mbeir, by_split, table)
+        if not rows:
+            return Part(part, "empty", 0), set()
+        finished = self._finished(part)
+        if finished:
+            seen, fingerprint = set(finished.metadata.get("datasets", ())), finished.metadata["fingerprint"]
+            if fingerprint == self._with_pools(source, seen):
+                self._query_images(name, by_split, rows, fingerprint, seen)
+                return Part(part, "kept", sum(split.num_examples for split in finished.splits.values())), seen
+        with self._progress(part, sum(rows.values())) as tick:
+            config = QueriesConfig(
+                name=name,
+                mbeir=self._mbeir,
+                unit=unit,
+                splits=list(rows),
+                expected=max(rows.values()),
+                indices=self._indices,
+                # Numbers may be of any dataset: a change of any pool begins anew.
+                fingerprint=hashlib.blake2b(source + self._indices.fingerprint.encode(), digest_size=16).hexdigest(),
+                staging=self._staging(part),
+                final_fingerprint=lambda seen: self._with_pools(source, seen),
+                metadata={"instructions": table, "max_positives": {}},
+                tick=tick,
+            )
+            build(MbeirQueries, config, self._out, part)
+        counts, seen = config.counts, config.datasets
+        self._query_images(name, by_split, rows, self._with_pools(source, seen), seen)
+        return Part(part, "written", counts["records"], counts["dropped"], counts["dangling"]), seen
+
+    def _candidates(self, dataset: int) -> Part:
+        name = f"dataset{dataset}"
+        part, index = f"{CANDIDATES}/{name}", self._indices.of(dataset)
+        if not len(index):
+            return Part(part, "empty", 0)
+        self._add_images(
+            name,
+            index.fingerprint,
+            lambda: index.image_ids,
+            lambda: (image_name(one.image, self._mbeir.path) for one in index.candidates() if one.image is not None),
+        )
+        finished = self._finished(part)
+        if finished and finished.metadata["fingerprint"] == index.fingerprint:
+            return Part(part, "kept", finished.splits["pool"].num_examples)
+        with self._progress(part, len(index)) as tick:
+            config = CandidatesConfig(
+                name=name,
+                index=index,
+                fingerprint=index.fingerprint,
+                staging=self._staging(part),
+                expected=len(index),
+                tick=tick,
+            )
+            build(MbeirCandidates, config, self._out, part)
+        return Part(part, "written", len(index))
+
+    def _query_images(
+        self, name: str, by_split: dict[str, Unit], rows: dict[str, int], fingerprint: str, datasets: set[int]
+    ) -> None:
+        def images() -> Iterator[Path]:
+            for split in rows:
+                for query in self._mbeir.iter_queries(split, by_split[split]):
+                    if query.image is not None:
+                        yield query.image
+
+        def ids() -> np.ndarray:
+            mine = np.unique(np.fromiter((image_id(one, self._mbeir.path) for one in images()), np.int64))
+            for dataset in datasets:
+                mine = np.setdiff1d(mine, self._indices.of(dataset).image_ids, assume_unique=True)
+            return mine
+
+        self._add_images(name, fingerprint, ids, lambda: (image_name(one, self._mbeir.path) for one in images()))
+
+    def _add_images(
+        self, name: str, fingerprint: str, ids: Callable[[], np.ndarray], names: Callable[[], Iterator[str]]
+    ) -> None:
+        part, fingerprint = f"{IMAGES}/{name}", f"{fingerprint} {self._short_side}"
+        finished = self._finished(part)
+        if finished and finished.metadata["fingerprint"] == fingerprint:
+            records = sum(split.num_examples for split in finished.splits.values())
+            self._kept.append(Part(part, "kept", records, missing=finished.metadata["missing"]))
+            return
+        wanted = ids()
+        if len(wanted):
+            self._wanted.append(
+                ImagePart(name=part, fingerprint=fingerprint, ids=wanted, names=names, staging=self._staging(part))
+            )
+
+    def _write_images(self) -> Iterator[Part]:
+        if not self._wanted:
+            return
+        with self._progress(IMAGES, sum(len(part.ids) for part in self._wanted)) as tick:
+            write_images(self._wanted, self._images, short_side=self._short_side, max_bad=self._max_bad, tick=tick)
+        for part in self._wanted:
+            config = ImagesConfig(
+                name=part.name.partition("/")[2],
+                fingerprint=part.fingerprint,
+                staging=part.staging,
+                shards=part.writer.finished,
+                ids=np.array(part.written, np.int64),
+                missing=part.missing,
+            )
+            build(MbeirImages, config, self._out, part.name)
+            yield Part(part.name, "written", len(part.written), missing=len(part.missing))
+
+    def _with_pools(self, source: bytes, datasets: set[int]) -> str:
+        pools = "".join(f"{dataset}:{self._indices.of(dataset).fingerprint};" for dataset in sorted(datasets))
+        return hashlib.blake2b(source + pools.encode(), digest_size=16).hexdigest()
+
+    def _staging(self, part: str) -> Path:
+        return self._out / part / "unfinished"
+
+    def _finished(self, part: str) -> tfds.core.DatasetInfo | None:
+        """What TFDS knows of a part, if it was finished."""
+        place = self._out / part / VERSION
+        return tfds.builder_from_directory(place).info if (place / "dataset_info.json").is_file() else None
+
+
+def _digest(mbeir: Mbeir, by_split: dict[str, Unit], table: list[list[str]]) -> tuple[bytes, dict[str, int]]:
+    """A digest of a unit's query files and instructions, and the number of lines of each split that has any."""
+    digest, rows = hashlib.blake2b(repr(table).encode()), {}
+    for split, unit in by_split.items():
+        digest.update(split.encode())
+        count = 0
+        with open(mbeir.query_file(split, unit), "rb") as stream:
+            for line in stream:
+                digest.update(line)
+                count += 1
+        if count:
+            rows[split] = count
+    return digest.digest(), rows

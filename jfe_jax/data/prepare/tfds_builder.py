@@ -1,0 +1,266 @@
+"""M-BEIR directory → TFDS data sets in ArrayRecord, without TensorFlow: what training reads.
+
+    OUT/mbeir_queries/{unit}/2.0.0/            one split for each split of the unit's queries
+    OUT/mbeir_candidates/dataset{id}/2.0.0/    split "pool": every candidate of a dataset, once
+    OUT/mbeir_images/dataset{id}/2.0.0/        split "images": those the dataset's candidates name, once each
+    OUT/mbeir_images/{unit}/2.0.0/             the same for the unit's queries, but those that are in a dataset's
+
+All are ordinary TFDS directories (`tfds.builder_from_directory`), a part for each dataset or unit, so that it can be
+prepared, copied or left out alone. A candidate's number is dataset·10⁷ + its record's index, as M-BEIR hashes ids;
+queries name positives and negatives by number, and both name images by `image_id` (0 without one). Beside the images of
+a part lie `ids.npy`, their ids in ascending order, and `rows.npy`, their records' indices.
+
+Candidate record: did, text, image_id, modality (index into MODALITIES). Query record: qid, text, image_id, modality,
+task, positives, positive_modalities, negatives, negative_modalities. Image record: image_id, image (encoded bytes). A
+query part's metadata holds its instructions as [query modality, candidate modality, prompts…].
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging as absl_logging
+
+from jfe_jax.data.formats.candidate_ids import CandidateIndex, CandidateIndices, image_id
+from jfe_jax.data.formats.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, dataset_id
+from jfe_jax.data.storage.prepared_dataset import VERSION
+from jfe_jax.data.storage.shard_writer import Record, Shard, ShardWriter, write_all
+from jfe_jax.errors import UserError
+
+_ITEM_FEATURES = {"text": tfds.features.Text(), "image_id": np.int64, "modality": np.int64}
+
+
+@dataclass(kw_only=True)
+class _Config(tfds.core.BuilderConfig):
+    """What every part needs.
+
+    Attributes:
+      fingerprint: of what the part is made of.
+      staging: where its shards are written before they are all there.
+      expected: at most so many records in a split.
+      tick: called with the number of records just done.
+    """
+
+    fingerprint: str = ""
+    staging: Path = Path()
+    expected: int = 0
+    tick: Callable[[int], None] = lambda _: None
+
+
+class _ShardedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Moves finished shards into their place, whole shards being kept over a kill.
+
+    TFDS's own writer needs ten times as long for a record, a second copy, and begins anew.
+    """
+
+    VERSION = tfds.core.Version(VERSION)
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        splits = []
+        for split, shards in self._split_generators(dl_manager).items():
+            template = self._get_filename_template(split_name=split)
+            for index, shard in enumerate(shards):
+                # A shard's name tells how many there are.
+                os.replace(shard.file, template.sharded_filepath(shard_index=index, num_shards=len(shards)))
+            if shards:
+                size = sum(shard.size for shard in shards)
+                splits.append(tfds.core.SplitInfo(split, [shard.records for shard in shards], size, template))
+        self.info.set_splits(tfds.core.splits.SplitDict(splits))
+
+    def _write(self, split: str, records: Iterable[Record]) -> list[Shard]:
+        config = self.builder_config
+        writer = ShardWriter(config.staging / split, config.fingerprint, config.expected)
+        write_all(writer, records)
+        return writer.finished
+
+
+@dataclass(kw_only=True)
+class CandidatesConfig(_Config):
+    """Which candidates."""
+
+    index: CandidateIndex | None = None
+
+
+class MbeirCandidates(_ShardedBuilder, skip_registration=True):
+    """The candidates of one dataset of an M-BEIR directory."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
+        metadata = tfds.core.MetadataDict(
+            fingerprint=config.fingerprint, images=len(config.index.image_ids) if config.index else 0
+        )
+        return tfds.core.DatasetInfo(
+            builder=self,
+            disable_shuffling=True,
+            metadata=metadata,
+            features=tfds.features.FeaturesDict({"did": tfds.features.Text(), **_ITEM_FEATURES}),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, list[Shard]]:
+        return {"pool": self._write("pool", self._generate_examples())}
+
+    def _generate_examples(self) -> Iterator[Record]:
+        config = self.builder_config
+        for candidate in config.index.candidates():
+            config.tick(1)
+            yield {
+                "did": candidate.did,
+                "text": candidate.text or "",
+                "modality": MODALITIES.index(candidate.modality),
+                "image_id": image_id(candidate.image, config.index.mbeir.path),
+            }
+
+
+@dataclass(kw_only=True)
+class QueriesConfig(_Config):
+    """Which queries, numbered by which indices.
+
+    Afterwards `counts` tells "records", "dropped" and "dangling", and `datasets` into which datasets they point;
+    `final_fingerprint` makes the part's fingerprint of these.
+    """
+
+    mbeir: Mbeir | None = None
+    unit: Unit | None = None
+    splits: Sequence[str] = ()
+    indices: CandidateIndices | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    counts: Counter[str] = dataclasses.field(default_factory=Counter)
+    datasets: set[int] = dataclasses.field(default_factory=set)
+    final_fingerprint: Callable[[set[int]], str] = lambda _: ""
+
+
+class MbeirQueries(_ShardedBuilder, skip_registration=True):
+    """The queries of one unit of an M-BEIR directory, with what is right and wrong for each."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(**self.builder_config.metadata),
+            features=tfds.features.FeaturesDict(
+                {
+                    "qid": tfds.features.Text(),
+                    **_ITEM_FEATURES,
+                    "task": np.int64,
+                    "positives": tfds.features.Sequence(np.int64),
+                    "positive_modalities": tfds.features.Sequence(np.int64),
+                    "negatives": tfds.features.Sequence(np.int64),
+                    "negative_modalities": tfds.features.Sequence(np.int64),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, list[Shard]]:
+        return {split: self._write(split, self._generate_examples(split)) for split in self.builder_config.splits}
+
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        super()._download_and_prepare(dl_manager, download_config)
+        config = self.builder_config
+        pools = {dataset: config.indices.of(dataset).fingerprint for dataset in sorted(config.datasets)}
+        self.info.metadata.update(
+            fingerprint=config.final_fingerprint(config.datasets),
+            datasets=list(pools),
+            # What the loader needs: ids that are in no pool may name datasets that have none.
+            pools={f"dataset{dataset}": pools[dataset] for dataset in pools if len(config.indices.of(dataset))},
+        )
+
+    def _generate_examples(self, split: str) -> Iterator[Record]:
+        config = self.builder_config
+        most = self.info.metadata["max_positives"]
+        for query in config.mbeir.iter_queries(split, config.unit):
+            config.tick(1)
+            dids = list(dict.fromkeys((*query.pos, *query.neg)))
+            try:
+                config.datasets.update(map(dataset_id, dids))
+                found = dict(zip(dids, zip(*config.indices.find(dids), strict=True), strict=True)) if dids else {}
+            except ValueError as error:
+                file = config.mbeir.query_file(split, config.unit)
+                raise UserError(f"{file}: query {query.qid}: candidate id {error}") from error
+            right, wrong = (
+                {found[did][0]: found[did][1] for did in ids if found[did][0] >= 0} for ids in (query.pos, query.neg)
+            )
+            config.counts["dangling"] += sum(number < 0 for number, _ in found.values())
+            if not right:
+                config.counts["dropped"] += 1
+                continue
+            config.counts["records"] += 1
+            most[split] = max(most.get(split, 0), len(right))
+            yield {
+                "qid": query.qid,
+                "text": query.text or "",
+                "modality": MODALITIES.index(query.modality),
+                "task": _task(config.unit, query, right.values()),
+                "positives": list(right),
+                "positive_modalities": list(right.values()),
+                "negatives": list(wrong),
+                "negative_modalities": list(wrong.values()),
+                "image_id": image_id(query.image, config.mbeir.path),
+            }
+
+
+@dataclass(kw_only=True)
+class ImagesConfig(_Config):
+    """Images that are in finished shards already, with the id of each; `missing` could not be read."""
+
+    shards: list[Shard] = dataclasses.field(default_factory=list)
+    ids: np.ndarray | None = None
+    missing: list[str] = dataclasses.field(default_factory=list)
+
+
+class MbeirImages(_ShardedBuilder, skip_registration=True):
+    """The images of one part, encoded."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        config = self.builder_config
+        return tfds.core.DatasetInfo(
+            builder=self,
+            disable_shuffling=True,
+            metadata=tfds.core.MetadataDict(fingerprint=config.fingerprint, missing=len(config.missing)),
+            features=tfds.features.FeaturesDict({"image_id": np.int64, "image": tfds.features.Scalar(np.object_)}),
+        )
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, list[Shard]]:
+        config = self.builder_config
+        order = np.argsort(config.ids)
+        place = Path(os.fspath(self.data_path))
+        np.save(place / "ids.npy", config.ids[order])
+        np.save(place / "rows.npy", order.astype(np.int32))
+        (place / "missing.txt").write_text("".join(f"{one}\n" for one in config.missing), encoding="utf-8")
+        return {"images": config.shards}
+
+    def _generate_examples(self) -> Iterator[Record]:
+        raise NotImplementedError("the shards are there before the builder")
+
+
+def build(kind: type[_ShardedBuilder], config: _Config, out: Path, part: str) -> None:
+    """Writes the part OUT/{part}/{VERSION}, in place of any other source's or version's."""
+    # Also what a killed run left half moved.
+    for leftover in (out / part).glob("[0-9]*"):
+        shutil.rmtree(leftover)
+    verbosity = absl_logging.get_verbosity()
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    tfds.disable_progress_bar()
+    try:
+        # TFDS announces itself on standard output, which is the command line's.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = kind(data_dir=out, config=config, file_format="array_record")
+            builder.download_and_prepare(download_dir=out / "downloads")
+    finally:
+        absl_logging.set_verbosity(verbosity)
+        shutil.rmtree(out / "downloads", ignore_errors=True)
+    shutil.rmtree(config.staging, ignore_errors=True)
+
+
+def _task(unit: Unit, query: Query, modalities: Iterable[int]) -> int:
+    if unit.task is not None:
+        return unit.task
+    return next((TASKS.get((query.modality, MODALITIES[modality]), -1) for modality in modalities), -1)

@@ -1,0 +1,146 @@
+"""Images that rows name: are they there, and can they be read?"""
+
+import os
+import random
+from array import array
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from jfe_jax.data.image_transforms import decode
+from jfe_jax.data.prepare.validation_report import Kind, Report
+from jfe_jax.data.storage.tar_archive import find_archives
+from jfe_jax.errors import UserError
+
+Mode = Literal["none", "sample", "all"]
+# Images opened as a sample of one file of rows.
+SAMPLE = 200
+_AT_ONCE = 256
+
+
+class Images:
+    """Looks for the images that rows name while these are read, and opens some or all of them.
+
+    Args:
+      root: M-BEIR directory. If it has no mbeir_images/ but the archive of that name, images are looked for in there,
+        which takes a pass over all of it: only if `mode` asks for images.
+      mode: "none" opens no image, "sample" at most SAMPLE of each file of rows, "all" every one.
+    """
+
+    def __init__(self, root: Path, mode: Mode, report: Report):
+        self._root, self._mode, self._report = root, mode, report
+        self._archive = None if (root / "mbeir_images").is_dir() else next(iter(find_archives(root)), None)
+        self._seen: set[int] = set()
+        self._jobs: list[_Job] = []
+        self._pool = ThreadPoolExecutor(os.cpu_count())
+        # The sample of each file of rows, and how many images it was drawn from.
+        self._sample: dict[Path, list[_Job]] = {}
+        self._drawn_from: Counter[Path] = Counter()
+        # What the archive has to have: hash of the path, number of the file of rows, line.
+        self._wanted, self._files, self._lines = array("q"), array("h"), array("q")
+        self._file_numbers: dict[Path, int] = {}
+
+    def add(self, file: Path, line: int, image: Path | None) -> None:
+        """A row on `line` of `file` names `image`."""
+        if image is None or (self._archive and self._mode == "none"):
+            return
+        path = os.fspath(image)
+        if not self._archive and not os.path.isfile(path):
+            self._report.add("error", "missing_image", file, line, f"no image {path}")
+            return
+        key = hash(path)
+        if self._mode == "none" or key in self._seen:
+            return
+        self._seen.add(key)
+        if self._archive:
+            self._wanted.append(key)
+            self._files.append(self._file_numbers.setdefault(file, len(self._file_numbers)))
+            self._lines.append(line)
+        job = _Job(file, line, path, Path(path))
+        if self._mode == "sample":
+            self._draw(job)
+        elif not self._archive:
+            self._open(job)
+
+    def finish(self) -> None:
+        """Opens what is still to be opened, and says in the report what was done."""
+        sample = [job for jobs in self._sample.values() for job in jobs]
+        if self._archive and self._mode != "none":
+            self._read_archive({hash(job.name) for job in sample})
+        else:
+            for job in sample:
+                self._open(job)
+        self._judge()
+        self._pool.shutdown()
+        if self._archive and self._mode == "none":
+            self._report.images = f"images are in {self._archive} and were not looked for (--images does)"
+        else:
+            self._report.images = f"{self._report.images_opened} images opened"
+
+    def _draw(self, job: "_Job") -> None:
+        # Reservoir sampling; drawn by file and row, so that the same directory gives the same sample.
+        chosen = self._sample.setdefault(job.file, [])
+        self._drawn_from[job.file] += 1
+        if len(chosen) < SAMPLE:
+            chosen.append(job)
+            return
+        slot = random.Random(f"{job.file.name}:{job.line}").randrange(self._drawn_from[job.file])
+        if slot < SAMPLE:
+            chosen[slot] = job
+
+    def _open(self, job: "_Job") -> None:
+        self._jobs.append(job)
+        if len(self._jobs) == _AT_ONCE:
+            self._judge()
+
+    def _judge(self) -> None:
+        # Pillow releases the interpreter's lock while it decodes.
+        for job, problem in zip(self._jobs, self._pool.map(_problem, self._jobs), strict=True):
+            self._report.images_opened += 1
+            if problem:
+                kind, message = problem
+                self._report.add("error", kind, job.file, job.line, message)
+        self._jobs.clear()
+
+    def _read_archive(self, sample: set[int]) -> None:
+        files, archive = list(self._file_numbers), self._archive
+        wanted = np.array(self._wanted)
+        order = np.argsort(wanted)
+        wanted, found = wanted[order], np.zeros(len(order), bool)
+        try:
+            for name, read in archive.files():
+                key = hash(os.path.join(self._root, name))
+                at = int(np.searchsorted(wanted, key))
+                if at == len(wanted) or wanted[at] != key or found[at]:
+                    continue
+                found[at] = True
+                if self._mode == "all" or key in sample:
+                    file, line = files[self._files[order[at]]], self._lines[order[at]]
+                    self._open(_Job(file, line, f"{name} in {archive}", read()))
+        except UserError as error:
+            self._report.add("error", "unreadable_image", archive, 0, str(error).removeprefix(f"{archive}: "))
+        for place in np.sort(order[~found]):
+            message = f"the image that this row names is not in {archive}"
+            self._report.add("error", "missing_image", files[self._files[place]], self._lines[place], message)
+
+
+class _Job(NamedTuple):
+    """An image to open: the row that names it, what errors call it, its file or bytes."""
+
+    file: Path
+    line: int
+    name: str
+    image: Path | bytes
+
+
+def _problem(job: _Job) -> tuple[Kind, str] | None:
+    try:
+        decode(job.image, job.name)
+    except UserError as error:
+        bomb = isinstance(error.__cause__, Image.DecompressionBombError | Image.DecompressionBombWarning)
+        return "huge_image" if bomb else "unreadable_image", str(error)
+    return None

@@ -1,0 +1,1 @@
+"""Tar archives, image files, ArrayRecord shards and prepared data sets on disk."""

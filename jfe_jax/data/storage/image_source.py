@@ -1,0 +1,81 @@
+"""Where the bytes of images come from: files, or a tar stream in its own order."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from jfe_jax.data.storage.tar_archive import Archive, find_archives
+from jfe_jax.errors import UserError
+
+
+class ImageSource(Protocol):
+    """Gives images by name.
+
+    Attributes:
+      in_order: a content can only be read until the next one is asked for.
+    """
+
+    in_order: bool
+
+    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Name and content of the wanted images, perhaps of others too, in any order.
+
+        Reading the content raises UserError if it cannot be had.
+        """
+        ...
+
+    def where(self, name: str) -> str:
+        """The image's place, for a person."""
+        ...
+
+
+class Files:
+    """Files by their path in a directory."""
+
+    in_order = False
+
+    def __init__(self, root: Path):
+        self._root = root
+
+    def __str__(self) -> str:
+        return str(self._root)
+
+    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for name in wanted:
+            yield name, lambda name=name: self._read(name)
+
+    def where(self, name: str) -> str:
+        return str(self._root / name)
+
+    def _read(self, name: str) -> bytes:
+        try:
+            return (self._root / name).read_bytes()
+        except OSError as error:
+            raise UserError(f"{self._root / name}: cannot read the image ({error.strerror})") from error
+
+
+class Archives:
+    """All files of tar archives. `prefixed` puts the archive's file name before a member's: "00.tar/000000012.jpg"."""
+
+    in_order = True
+
+    def __init__(self, archives: Sequence[Archive], prefixed: bool = False):
+        self._archives, self._prefixed = archives, prefixed
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self._archives[:2])) + (" …" if len(self._archives) > 2 else "")
+
+    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for archive in self._archives:
+            prefix = f"{archive.parts[0].name}/" if self._prefixed else ""
+            for name, read in archive.files():
+                yield prefix + name, read
+
+    def where(self, name: str) -> str:
+        return f"{name} in {self}"
+
+
+def of_mbeir(root: Path) -> ImageSource:
+    """The images of an M-BEIR directory: its files, or, where there is no mbeir_images/, the archive of that name."""
+    archives = [] if (root / "mbeir_images").is_dir() else find_archives(root)
+    return Archives(archives) if archives else Files(root)

@@ -1,0 +1,1 @@
+"""Benchmarks that are built locally from openly licensed packages."""

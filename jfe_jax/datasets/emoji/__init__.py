@@ -1,0 +1,149 @@
+"""A real multimodal benchmark of small pictures: emoji of two vendors and their names, as an M-BEIR directory.
+
+Images come from Noto Emoji and Twemoji, texts from emojibase, all through npm packages (`fetch.py`). Everything else of
+the program reads the directory that `write` makes and knows nothing of emoji.
+
+Units (`tasks.py`): `emoji` holds M-BEIR's tasks 0, 1, 2, 3, 4, 6 and 8; task 7, image + text → image, is in three data
+sets that are reported apart: `emojimodify` (set a named value), `emojirelative` (a function of the image's own value),
+`emojiselect` (the text says what of the image counts). `emojicaption` and `emojitext` are stage 1. `query_src_content`
+holds JSON with the base `group`, the `kind` and `edit` of the query, what its image `shows`, and a `foil`.
+
+Splits (`splits.py`): `train`, `val` and `test` share no base emoji; `combo` asks for unseen tones, genders and vendors
+of bases seen in training.
+"""
+
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from jfe_jax.data.formats.mbeir import format_string
+from jfe_jax.data.processor import train_tokenizer
+from jfe_jax.datasets.emoji.images import find_images, read_gallery, write_images
+from jfe_jax.datasets.emoji.labels import read_labels
+from jfe_jax.datasets.emoji.mbeir_layout import Layout
+from jfe_jax.datasets.emoji.packages import PACKAGES
+from jfe_jax.datasets.emoji.phrases import PROMPTS, STYLES
+from jfe_jax.datasets.emoji.query_spec import World, text_of
+from jfe_jax.datasets.emoji.splits import FOLDS, SPLITS, split
+from jfe_jax.datasets.emoji.tasks import SPECS, make
+from jfe_jax.datasets.npm import cache_directory, fetch
+from jfe_jax.errors import UserError
+
+# Raised when the same settings give other data.
+VERSION = 1
+VOCAB_SIZE = 2048
+_MANIFEST = "emoji.json"
+
+
+def write(
+    out: str | Path,
+    size: int = 64,
+    seed: int = 0,
+    fold: int = 0,
+    *,
+    packages: dict[str, Path] | None = None,
+    vocab_size: int = VOCAB_SIZE,
+    progress: Callable[[str], None] = lambda line: None,
+) -> dict[str, int]:
+    """Writes the benchmark into the new directory `out`, with a tokenizer trained on its training texts.
+
+    The directory is a function of the packages and of `size`, `seed` and `fold`, byte by byte. It appears complete or
+    not at all; one made with the same settings is left as it is.
+
+    Args:
+      size: height and width of the images.
+      seed: of the folds and of every choice among queries.
+      fold: which of the FOLDS parts of the base emoji is the test split.
+      packages: directory of each of PACKAGES; fetched if None.
+      progress: is told what is being done.
+
+    Returns:
+      Number of queries by "split/unit".
+
+    Raises:
+      UserError: `out` holds something else, the packages cannot be had, the disk is full.
+    """
+    out = Path(out)
+    if size < 8 or not 0 <= fold < FOLDS:
+        raise UserError(f"size {size}, fold {fold}: images need 8 pixels or more, and folds are 0 to {FOLDS - 1}")
+    settings = {"version": VERSION, "size": size, "seed": seed, "fold": fold, "vocab_size": vocab_size}
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return _kept(out, settings)
+    packages = fetch(cache_directory(), progress, PACKAGES) if packages is None else packages
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
+            made = Path(scratch) / "made"
+            counts = _write(made, packages, settings, progress)
+            if out.exists():
+                out.rmdir()
+            made.rename(out)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); nothing was left behind") from error
+    return counts
+
+
+def _kept(out: Path, settings: dict[str, int]) -> dict[str, int]:
+    try:
+        manifest = json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
+        there, counts = manifest["settings"], manifest["queries"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{out}: is there already and was not made by this command; name another directory") from error
+    if there != settings:
+        raise UserError(f"{out}: was made with {there}, now {settings} is wanted; remove it or name another directory")
+    return counts
+
+
+def _write(
+    root: Path, packages: dict[str, Path], settings: dict[str, int], progress: Callable[[str], None]
+) -> dict[str, int]:
+    progress("reading labels and images")
+    files = {style: find_images(packages[style]) for style in STYLES}
+    emoji = read_labels(packages["emojibase"], {code for of_style in files.values() for code in of_style})
+    gallery = read_gallery(emoji, files)
+    world = World(gallery)
+    views = split(gallery, settings["seed"], settings["fold"])
+    layout = Layout(root, world)
+    counts: Counter[str] = Counter()
+    texts: list[str] = []
+    for name in SPLITS:
+        progress(f"making the queries of {name}")
+        for spec in SPECS:
+            if name in spec.splits:
+                made = make(spec, world, views[name], name, settings["seed"])
+                layout.add_unit(spec.unit, name, made.asks, made.negatives, made.pool)
+                counts[f"{name}/{spec.unit.name}"] = len(made.asks)
+                if name == "train":
+                    texts += [ask.text for ask in made.asks if ask.text]
+                    texts += [text for key in made.pool if (text := text_of(key)) is not None]
+    layout.finish()
+    progress("training the tokenizer")
+    prompts = [prompt for four in PROMPTS.values() for prompt in four]
+    # Every query of stage 2 is read behind a prompt: their words weigh as much as the queries'.
+    prompts *= max(1, len(texts) // len(prompts))
+    train_tokenizer([*prompts, *texts, *map(format_string, texts)], settings["vocab_size"], root / "tokenizer")
+    progress(f"writing {len(gallery.pixels)} images")
+    write_images(gallery, root, settings["size"])
+    _write_licences(root, packages)
+    manifest = {"settings": settings, "queries": dict(counts)}
+    (root / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return dict(counts)
+
+
+def _write_licences(root: Path, packages: dict[str, Path]) -> None:
+    lines = ["# Licences of what this directory is made from", ""]
+    for key, package in PACKAGES.items():
+        lines += [f"- {package.name} {package.version} (npm): {package.licence}. {package.notice}"]
+        licence = packages[key] / "LICENSE"
+        if licence.is_file():
+            (root / "licences").mkdir(exist_ok=True)
+            shutil.copyfile(licence, root / "licences" / f"{package.name}.txt")
+    lines += [
+        "",
+        "Changes: images are drawn on white, scaled where the size asks for it, and joined with the texts.",
+        "The packages' own licence files are in licences/.",
+    ]
+    (root / "LICENSES.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,186 @@
+"""Queries that show an image and ask for it changed, and questions about it.
+
+Every query is made from what the packages say of the pictures; none of them names what its image shows.
+"""
+
+import random
+from collections.abc import Callable, Iterator
+
+from jfe_jax.datasets.emoji.images import Picture
+from jfe_jax.datasets.emoji.labels import FEMALE, MALE
+from jfe_jax.datasets.emoji.phrases import GENDERS, MODIFY, QUESTIONS, RELATIVE, STYLES, TONES
+from jfe_jax.datasets.emoji.query_spec import Ask, Key, World
+
+_OTHER_GENDER = {MALE: FEMALE, FEMALE: MALE}
+_STEPS = {"darker": 1, "lighter": -1, "two_darker": 2, "two_lighter": -2}
+# What a changed picture is, with the values that the text names and the foil; a change that leads nowhere is None.
+_Change = tuple[dict[str, str], Picture | None, Picture | None]
+
+
+def modify(world: World, images: list[int], rng: random.Random) -> Iterator[Ask]:
+    """Image + named value → image."""
+    for edit in MODIFY:
+        yield from _changed(world, images, rng, edit, "additive", MODIFY[edit], _named(edit))
+
+
+def relative(world: World, images: list[int], rng: random.Random) -> Iterator[Ask]:
+    """Image + relation to its own value → image."""
+    for edit in RELATIVE:
+        yield from _changed(world, images, rng, edit, "relational", RELATIVE[edit], _related(edit))
+
+
+def questions(world: World, images: list[int], rng: random.Random) -> Iterator[Ask]:
+    """Image + question → text."""
+    for edit, texts in QUESTIONS.items():
+        if edit.startswith("name_"):
+            change = edit.removeprefix("name_")
+            named = change in MODIFY
+            changes = _named(change) if named else _related(change)
+            kind = "additive" if named else "relational"
+            for ask in _changed(world, images, rng, edit, kind, texts, changes):
+                labels = tuple(world.labels_of(answer for answer in ask.answers if isinstance(answer, int)))
+                foils = world.labels_of([ask.foil]) if isinstance(ask.foil, int) else [None]
+                foil = None if foils[0] in labels else foils[0]
+                yield _ask(ask.source, ask.text, labels, ask.group, kind, edit, foil)
+        else:
+            yield from _about(world, images, rng, edit, texts)
+
+
+def changed_words(world: World, picture: Picture, rng: random.Random) -> Iterator[tuple[str, Picture]]:
+    """Words of a change, one for every edit that applies, and what a picture is after it."""
+    for table, changes in ((MODIFY, _named), (RELATIVE, _related)):
+        for edit, texts in table.items():
+            found = [(slots, target) for slots, target, _ in changes(edit)(world, picture) if target is not None]
+            if found:
+                slots, target = rng.choice(found)
+                yield rng.choice(texts).format(**slots), target
+
+
+def answers() -> list[str]:
+    """Every text that answers a question about tone, gender and style, whatever the pictures."""
+    found: dict[str, None] = {}
+    for gender in GENDERS:
+        for tone in TONES:
+            for style in STYLES:
+                for edit in ("tone", "gender_tone", "tone_style", "gender_tone_style"):
+                    found[_values(edit, gender, tone, style)] = None
+    return list(found)
+
+
+def _changed(
+    world: World,
+    images: list[int],
+    rng: random.Random,
+    edit: str,
+    kind: str,
+    texts: tuple[str, ...],
+    changes: Callable[[World, Picture], Iterator[_Change]],
+) -> Iterator[Ask]:
+    for image in images:
+        # An image that is drawn for several emoji has the answers of all of them.
+        found: dict[tuple, tuple[dict[int, None], Key | None]] = {}
+        for picture in world.of_image[image]:
+            for slots, target, foil in changes(world, picture):
+                if target is not None:
+                    targets, _ = found.setdefault(tuple(slots.items()), ({}, foil and foil.image))
+                    targets[target.image] = None
+        for slots, (targets, foil) in found.items():
+            # The change that cannot be seen is none.
+            if image not in targets:
+                text = rng.choice(texts).format(**dict(slots))
+                yield _ask(image, text, tuple(targets), world.group_of_image(image), kind, edit, foil)
+
+
+def _named(edit: str) -> Callable[[World, Picture], Iterator[_Change]]:
+    parts = edit.split("_")
+
+    def changes(world: World, picture: Picture) -> Iterator[_Change]:
+        emoji = picture.emoji
+        if ("tone" in parts and not isinstance(emoji.tone, int)) or ("gender" in parts and emoji.gender is None):
+            return
+        tones = [tone for tone in world.tones(emoji.concept) if tone != emoji.tone] if "tone" in parts else [emoji.tone]
+        genders = [one for one in GENDERS if one != emoji.gender] if "gender" in parts else [emoji.gender]
+        styles = [one for one in STYLES if one != picture.style] if "style" in parts else [picture.style]
+        for tone in tones:
+            for gender in genders:
+                for style in styles:
+                    words = {"tone": TONES[tone] if "tone" in parts else "", "gender": gender, "style": STYLES[style]}
+                    slots = {name: words[name] for name in parts}
+                    yield slots, world.beside(picture, tone=tone, gender=gender, style=style), picture
+
+    return changes
+
+
+def _related(edit: str) -> Callable[[World, Picture], Iterator[_Change]]:
+    step = _STEPS.get(edit.removesuffix("_gender_swap").removesuffix("_style_swap"), 0)
+    swaps_gender, swaps_style = "gender" in edit, "style" in edit
+
+    def changes(world: World, picture: Picture) -> Iterator[_Change]:
+        values: dict[str, object] = {}
+        foil: Picture | None = picture
+        if step:
+            tone = _stepped(picture.emoji.tone, step)
+            if tone is None:
+                return
+            values["tone"] = tone
+            # The answer to the opposite step, with all other changes, where there is one.
+            back = _stepped(picture.emoji.tone, -step)
+        if swaps_gender:
+            if picture.emoji.gender not in _OTHER_GENDER:
+                return
+            values["gender"] = _OTHER_GENDER[picture.emoji.gender]
+        if swaps_style:
+            values["style"] = next(style for style in STYLES if style != picture.style)
+        if step and back is not None:
+            foil = world.beside(picture, **{**values, "tone": back})
+        yield {}, world.beside(picture, **values), foil
+
+    return changes
+
+
+def _stepped(tone: object, step: int) -> int | None:
+    # Yellow is not on the scale from light to dark.
+    if isinstance(tone, int) and tone and 1 <= tone + step <= 5:
+        return tone + step
+    return None
+
+
+def _about(world: World, images: list[int], rng: random.Random, edit: str, texts: tuple[str, ...]) -> Iterator[Ask]:
+    kind = "relational" if edit.startswith("step_") else "selective"
+    for image in images:
+        found = {_answer(edit, picture) for picture in world.of_image[image]}
+        # An image that is drawn for several emoji has no one answer.
+        if len(found) == 1 and None not in found:
+            answer, foil = found.pop()
+            yield _ask(image, rng.choice(texts), (answer,), world.group_of_image(image), kind, edit, foil)
+
+
+def _answer(edit: str, picture: Picture) -> tuple[str, str | None] | None:
+    emoji = picture.emoji
+    if edit == "category":
+        return emoji.category, None
+    if not isinstance(emoji.tone, int) or ("gender" in edit and emoji.gender is None):
+        return None
+    if edit.startswith("step_"):
+        step = _STEPS[edit.removeprefix("step_")]
+        tone, back = _stepped(emoji.tone, step), _stepped(emoji.tone, -step)
+        foil = back if back is not None else emoji.tone
+        return None if tone is None else (_values("tone", "", tone, ""), _values("tone", "", foil, ""))
+    # Right but for the tone.
+    foil = (emoji.tone + 3) % len(TONES)
+    return tuple(_values(edit, emoji.gender, tone, picture.style) for tone in (emoji.tone, foil))
+
+
+def _values(edit: str, gender: str | None, tone: int, style: str) -> str:
+    parts = edit.split("_")
+    words = [gender] if "gender" in parts else []
+    words.append(f"{TONES[tone]} skin tone")
+    if "style" in parts:
+        words.append(f"{STYLES[style]} style")
+    return ", ".join(words)
+
+
+def _ask(
+    source: int | None, text: str | None, answers: tuple[Key, ...], group: str, kind: str, edit: str, foil: Key | None
+) -> Ask:
+    return Ask(source=source, text=text, answers=answers, group=group, kind=kind, edit=edit, foil=foil)

@@ -1,0 +1,142 @@
+"""Who may see what: groups by fold, unseen combinations of seen groups, and the distractors of a pool.
+
+Test and validation groups are never seen in training. Of some training groups a few images (a concept in a gender, a
+tone and a vendor's style) are held out of every role in training: the split `combo` asks for them.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jfe_jax.datasets.emoji.images import Gallery, Picture, look_alikes
+
+FOLDS = 5
+SPLITS = ("train", "val", "test", "combo")
+
+# Shares of the groups that are not in the test fold, by whether they come in skin tones. Only those that do make most
+# composed queries, and there are few of them.
+_VAL_SHARE = {"tones": 0.08, "plain": 0.04}
+_COMBO_SHARE = 0.25
+_DISTRACTOR_SHARE = {"tones": 0.16, "plain": 0.03}
+_HELD_OUT_SHARE = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What one split may use.
+
+    Attributes:
+      sources: images that a query may show.
+      targets: images that a query may be answered with.
+      named: images that a query may name outright although it shows another (the select queries): seen in training.
+      pool: images of the split's candidate pools.
+      groups: the base groups that queries are about.
+    """
+
+    sources: frozenset[int]
+    targets: frozenset[int]
+    named: frozenset[int]
+    pool: frozenset[int]
+    groups: frozenset[str]
+
+
+def group_of(gallery: Gallery) -> dict[str, str]:
+    """Group of an emoji → the group it is split with: groups that share an image are one."""
+    leader: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    for pictures in look_alikes(gallery).values():
+        first, *others = sorted({find(picture.emoji.group) for picture in pictures})
+        leader.update(dict.fromkeys(others, first))
+    return {picture.emoji.group: find(picture.emoji.group) for picture in gallery.pictures}
+
+
+def split(gallery: Gallery, seed: int, fold: int) -> dict[str, View]:
+    """The view of each of SPLITS, a function of the pictures, `seed` and `fold` alone."""
+    base = group_of(gallery)
+    members = defaultdict(list)
+    for picture in gallery.pictures:
+        members[base[picture.emoji.group]].append(picture)
+    roles = _roles(members, seed, fold)
+    images = {role: _images(members, groups) for role, groups in roles.items()}
+    held_out = frozenset(
+        picture.image for group in sorted(roles["combo"]) for picture in _held_out(members[group], seed)
+    )
+    seen = _images(members, roles["train"]) - held_out
+    distractors = images["distractor"]
+
+    def unseen(role: str) -> View:
+        own = images[role]
+        return View(
+            sources=own, targets=own | distractors, named=distractors, pool=own | distractors, groups=roles[role]
+        )
+
+    return {
+        "train": View(sources=seen, targets=seen, named=seen, pool=seen, groups=roles["train"]),
+        "val": unseen("val"),
+        "test": unseen("test"),
+        "combo": View(
+            sources=images["combo"],
+            targets=held_out,
+            named=held_out,
+            pool=images["combo"],
+            groups=roles["combo"],
+        ),
+    }
+
+
+def stratum(pictures: Sequence[Picture]) -> str:
+    """What is spread evenly over the folds: groups with tones and genders, with one of them, or of a category."""
+    tones = any(isinstance(picture.emoji.tone, int) for picture in pictures)
+    genders = any(picture.emoji.gender for picture in pictures)
+    if tones or genders:
+        return f"tones={tones} genders={genders}"
+    return pictures[0].emoji.category.split(":")[0]
+
+
+def _roles(members: dict[str, list[Picture]], seed: int, fold: int) -> dict[str, frozenset[str]]:
+    strata = defaultdict(list)
+    for group, pictures in members.items():
+        strata[stratum(pictures)].append(group)
+    roles: dict[str, set[str]] = {role: set() for role in ("train", "val", "test", "combo", "distractor")}
+    dealt = 0
+    for name in sorted(strata):
+        ordered = _shuffled(strata[name], f"fold/{seed}")
+        # Dealing on where the last stratum stopped keeps the folds of one size.
+        test = {group for i, group in enumerate(ordered) if (i + dealt) % FOLDS == fold}
+        dealt += len(ordered)
+        rest = _shuffled([group for group in ordered if group not in test], f"roles/{seed}/{fold}")
+        kind = "tones" if "tones=True" in name else "plain"
+        shares = (_VAL_SHARE[kind], _COMBO_SHARE, _DISTRACTOR_SHARE[kind])
+        val, combo, distractor = (round(len(rest) * share) for share in shares)
+        roles["test"] |= test
+        roles["val"] |= set(rest[:val])
+        roles["train"] |= set(rest[val:])
+        roles["combo"] |= set(rest[val : val + combo])
+        roles["distractor"] |= set(rest[val + combo : val + combo + distractor])
+    return {role: frozenset(groups) for role, groups in roles.items()}
+
+
+def _held_out(pictures: Sequence[Picture], seed: int) -> list[Picture]:
+    if len(pictures) == 2:
+        # One vendor's drawing of a single emoji stays in training, so that the emoji is seen.
+        return _shuffled(pictures, f"combo/{seed}", _spelt)[:1]
+    return _shuffled(pictures, f"combo/{seed}", _spelt)[: round(len(pictures) * _HELD_OUT_SHARE)]
+
+
+def _spelt(picture: Picture) -> str:
+    return f"{picture.emoji.code}/{picture.style}"
+
+
+def _images(members: dict[str, list[Picture]], groups: Iterable[str]) -> frozenset[int]:
+    return frozenset(picture.image for group in groups for picture in members[group])
+
+
+def _shuffled(things, salt: str, key=str) -> list:
+    """An order that depends on each thing's name and the salt, not on its neighbours."""
+    return sorted(things, key=lambda thing: hashlib.sha256(f"{salt}/{key(thing)}".encode()).digest())

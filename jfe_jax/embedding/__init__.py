@@ -1,0 +1,1 @@
+"""Embeds items with a trained model and stores the vectors in shards on disk."""

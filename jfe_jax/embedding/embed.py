@@ -1,0 +1,197 @@
+"""Items → an index, a shard at a time, by all processes at once; what a killed run finished is not done again.
+
+Each process embeds every P-th shard on its own devices, into one file that all of them can write (for several hosts, on
+a shared file system).
+
+Axes: B items, E embedding.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import jax
+
+from jfe_jax.data.item import Item
+from jfe_jax.embedding.index import IDS, MANIFEST, Index, Manifest
+from jfe_jax.embedding.retriever import Retriever
+from jfe_jax.embedding.shard_store import DTYPES, Storage, clear, remove
+from jfe_jax.errors import UserError
+from jfe_jax.parallel.distributed import by_first, is_first, together
+from jfe_jax.search.exact import require_finite
+
+SHARD = 8192
+# A process that fails leaves this file, so that the others do not go on for hours.
+_FAILED = "failed"
+
+
+class Source(Protocol):
+    """What is to be embedded, as items_file.ItemsFile.
+
+    Attributes:
+      path: for people.
+      ids: B names.
+      digest: changes with the items.
+    """
+
+    path: Path
+    ids: Sequence[str]
+    digest: str
+
+    def items(self, start: int, stop: int) -> list[Item]:
+        """Items number start … stop - 1."""
+
+
+class Embedded(NamedTuple):
+    """What was done.
+
+    Attributes:
+      index: opened.
+      shards: how many it has.
+      kept: how many of them this process found finished.
+    """
+
+    index: Index
+    shards: int
+    kept: int
+
+
+def embed(
+    retriever: Retriever,
+    source: Source,
+    out: str | Path,
+    *,
+    dtype: str = "float32",
+    shard: int = SHARD,
+    overwrite: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Embedded:
+    """Writes the index `out`, or completes it, or finds that it is there.
+
+    Finished shards, and a finished index, are kept if their checksums are right. Of the items, their text and the names
+    of their images count, not the images' content.
+
+    Args:
+      dtype: one of storage.DTYPES: how the rows are stored.
+      shard: items of a shard.
+      overwrite: begin anew whatever is there.
+      progress: called with the number of items done, or found done, since its last call.
+
+    Raises:
+      UserError: `out` holds something else (another checkpoint's embeddings, say), a finished index there is damaged,
+        an item cannot be read, or an embedding is not finite; if only one process meets it, in all of them.
+    """
+    out = Path(out)
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype}: it is {', '.join(DTYPES)}")
+    plan = {
+        "items": len(source.ids),
+        "width": retriever.width,
+        "dtype": dtype,
+        "shard": shard,
+        "fingerprint": retriever.fingerprint,
+        "source_digest": source.digest,
+    }
+    _require_same(plan, f"{retriever.path} and {source.path}")
+    storage = Storage(out, plan)
+    finished, kept = by_first(lambda: _begin(storage, overwrite)), storage.count
+    if finished:
+        if progress:
+            progress(len(source.ids))
+    else:
+        with together():
+            kept = _embed_share(retriever, source, storage, progress)
+        with together():
+            if is_first():
+                _finish(storage, retriever, source)
+    with together():
+        index = Index.open(out)
+    return Embedded(index, storage.count, kept)
+
+
+def _require_same(plan: dict, what: str) -> None:
+    """All processes are to do the same."""
+    firsts = by_first(lambda: plan)
+    with together():
+        if other := [name for name in plan if plan[name] != firsts[name]]:
+            raise UserError(
+                f"{what}: process {jax.process_index()} finds another {' and '.join(other)} there than process 0; is "
+                "it the same on all hosts?"
+            )
+
+
+def _begin(storage: Storage, overwrite: bool) -> bool:
+    """Whether there is nothing left to do."""
+    out = storage.folder
+    if overwrite:
+        (out / MANIFEST).unlink(missing_ok=True)
+        remove(out)
+    if (out / MANIFEST).exists():
+        _require_finished(out, storage.plan)
+        return True
+    storage.begin()
+    (out / _FAILED).unlink(missing_ok=True)
+    return False
+
+
+def _embed_share(retriever: Retriever, source: Source, storage: Storage, progress: Callable[[int], None] | None) -> int:
+    """This process's shards; how many of them were there."""
+    kept, failed, several = 0, storage.folder / _FAILED, jax.process_count() > 1
+    try:
+        for number in range(jax.process_index(), storage.count, jax.process_count()):
+            start, stop = storage.bounds(number)
+            if storage.finished(number):
+                kept += 1
+                if progress:
+                    progress(stop - start)
+                continue
+            if several and failed.exists():
+                break
+            names = source.ids[start:stop]
+            before = retriever.cut_texts
+            rows = retriever.encode(source.items(start, stop), names=names, progress=progress)
+            require_finite(rows, names, str(retriever.path))
+            storage.write(number, rows, retriever.cut_texts - before)
+    except Exception:
+        with contextlib.suppress(OSError):
+            if several:
+                failed.touch()
+        raise
+    return kept
+
+
+def _require_finished(out: Path, plan: dict) -> None:
+    index = Index.open(out)
+    other = [name for name in plan if getattr(index.manifest, name) != plan[name]]
+    if other:
+        raise UserError(
+            f"{out}: holds an index of another {' and '.join(other)} (made by {index.manifest.checkpoint} step "
+            f"{index.manifest.step}); take another --out, or replace it with --overwrite"
+        )
+    index.require_undamaged()
+
+
+def _finish(storage: Storage, retriever: Retriever, source: Source) -> None:
+    shards = storage.finish()
+    part, digest = storage.folder / f"{IDS}.part", hashlib.sha256()
+    with part.open("wb") as stream:
+        for start in range(0, len(source.ids), SHARD):
+            names = "".join(f"{one}\n" for one in source.ids[start : start + SHARD]).encode()
+            digest.update(names)
+            stream.write(names)
+    os.replace(part, storage.folder / IDS)
+    # Last: what has no manifest does not open.
+    Manifest(
+        **storage.plan,
+        checkpoint=str(retriever.path.resolve()),
+        step=retriever.step,
+        source=str(source.path.resolve()),
+        ids_digest=digest.hexdigest(),
+        norm=max(shard.norm for shard in shards),
+        score_error=max(shard.error for shard in shards),
+        shards=shards,
+    ).write(storage.folder)
+    clear(storage.folder)

@@ -1,0 +1,1 @@
+"""Evaluates retrievers: queries, candidate pools, protocols, metrics and results."""

@@ -1,0 +1,1 @@
+"""Mines hard negatives for the next training stage."""

@@ -1,0 +1,1 @@
+"""SigLIP and CLIP dual encoders."""

@@ -1,0 +1,1 @@
+"""Late-fusion baselines: two towers, merged by a sum or by fusion layers."""

@@ -1,0 +1,1 @@
+"""Meshes, sharding rules, FSDP collectives and multi-process coordination."""

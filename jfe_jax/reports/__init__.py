@@ -1,0 +1,1 @@
+"""HTML and Markdown reports of evaluations and comparisons."""

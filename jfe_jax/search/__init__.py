@@ -1,0 +1,1 @@
+"""Exact top-k search over embeddings, on any mesh."""

@@ -1,0 +1,66 @@
+"""What a run starts from: the weights of another, with or without adapters on either side."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flax import nnx
+
+from jfe_jax.checkpoint import base_model, model_io
+from jfe_jax.checkpoint.base_model import Base
+from jfe_jax.checkpoint.streaming import stored_names
+from jfe_jax.config import Config
+from jfe_jax.errors import UserError
+from jfe_jax.models import lora
+from jfe_jax.train.train_state import Training
+from jfe_jax.utils import pytrees
+
+
+class Start(NamedTuple):
+    """Weights before step 0.
+
+    Attributes:
+      params: plain dict of the model's parameters; fresh adapters are not among them.
+      base: what this run's adapters stand on; None without adapters.
+      note: what is worth telling a person, or "".
+    """
+
+    params: dict[str, Any]
+    base_model: Base | None
+    note: str = ""
+
+
+def start_from(init: str, training: Training) -> Start:
+    """Opens the checkpoint `init` as the start of a run.
+
+    Adapters with the same settings (`model.lora`) on both sides are trained on, over the same base. Any others of
+    `init` are merged into its weights, and the run's own, if it has any, are fresh ones on top.
+
+    Raises:
+      UserError: no readable checkpoint at `init`; or one of another model, whose differing keys are listed; or one that
+        trained parameters which this run would neither train nor keep.
+    """
+    wanted = training.config.model
+
+    def accept(config: Config, place: Path) -> None:
+        model_io.refuse_other_model(replace(config.model, lora=wanted.lora), wanted, str(place))
+
+    loaded = model_io.load_model(init, training.mesh, accept=accept)
+    own, params = loaded.config.model.lora, nnx.to_pure_dict(loaded.params)
+    run = loaded.tokenizer_dir.parent
+    place = run / model_io.CHECKPOINTS / str(loaded.step)
+    if own == wanted.lora:
+        if not own.rank:
+            return Start(params, None)
+        kept = pytrees.flatten(pytrees.select(training.abstract.params, training.kept))
+        lost = [name for name in stored_names(place / "params") if name not in kept]
+        if lost:
+            raise UserError(
+                f"{place}: trained {', '.join(lost)}, which this run would not keep; add them to optimizer.train, or "
+                "change model.lora so that they are merged"
+            )
+        return Start(params, base_model.read(run), f"{init}: its adapters are trained on")
+    stands_on = Base(place.absolute(), base_model.fingerprint(params)) if wanted.lora.rank else None
+    if not own.rank:
+        return Start(params, stands_on)
+    return Start(lora.merge(params, own), stands_on, f"{init}: its adapters are merged into the weights")
