@@ -18,10 +18,10 @@ import jax
 from jfe_jax.data.item import Item
 from jfe_jax.embedding.index import IDS, MANIFEST, Index, Manifest
 from jfe_jax.embedding.retriever import Retriever
+from jfe_jax.embedding.row_source import require_finite
 from jfe_jax.embedding.shard_store import DTYPES, Storage, clear, remove
 from jfe_jax.errors import UserError
 from jfe_jax.parallel.distributed import by_first, is_first, together
-from jfe_jax.search.exact import require_finite
 
 SHARD = 8192
 # A process that fails leaves this file, so that the others do not go on for hours.

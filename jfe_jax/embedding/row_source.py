@@ -125,3 +125,13 @@ def _lengths(rows: np.ndarray) -> np.ndarray:
         # Too far from 1 for squares in float32.
         squares = np.einsum("ne,ne->n", rows, rows, dtype=np.float64)
     return np.sqrt(squares)
+
+
+def require_finite(embeddings: np.ndarray, names: list[str], what: str) -> None:
+    """Raises UserError with the first name of a row [B, E] that holds NaN or infinity."""
+    bad = np.flatnonzero(~np.isfinite(embeddings).all(1))
+    if len(bad):
+        raise UserError(
+            f"{what}: the embedding of {names[bad[0]]} is not finite ({len(bad)} of {len(embeddings)} are so): "
+            "training has probably diverged; take an earlier checkpoint"
+        )

@@ -17,11 +17,11 @@ from jfe_jax.config import Config, TokensConfig, from_dict
 from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.errors import UserError
 from jfe_jax.hf import lora_merge, peft
-from jfe_jax.hf.hf_json import read_json, write_json
 from jfe_jax.hf.load import open_hf
 from jfe_jax.hf.safetensors_io import DTYPES
 from jfe_jax.hf.save import NAMES_FILE, SHARD_BYTES, Layout, Outgoing, copy_tokenizer, save_hf
 from jfe_jax.hf.settings import ENCODER_FILE
+from jfe_jax.models.hf_json import read_json, write_json
 from jfe_jax.utils.pytrees import unflatten
 
 

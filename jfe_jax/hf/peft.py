@@ -17,7 +17,6 @@ from jfe_jax.checkpoint.model_io import StoredModel, written_whole
 from jfe_jax.config import LoraConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
-from jfe_jax.hf.hf_json import write_json
 from jfe_jax.hf.load import parameter_shapes
 from jfe_jax.hf.mapping import Piece
 from jfe_jax.hf.model_card import adapter_card, known_results
@@ -25,6 +24,7 @@ from jfe_jax.hf.safetensors_io import DTYPES, Tensor, write_file
 from jfe_jax.hf.save import copy_tokenizer
 from jfe_jax.hf.settings import ENCODER_FILE, encoder_json, processor_json
 from jfe_jax.models import lora
+from jfe_jax.models.hf_json import write_json
 from jfe_jax.models.hf_spec import Entry
 from jfe_jax.models.lora import Kernel
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from jfe_jax.checkpoint.direct_io import Stream
-from jfe_jax.hf.hf_json import write_json
+from jfe_jax.models.hf_json import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 # As the files name them, in the order in which the library sorts a file's tensors.

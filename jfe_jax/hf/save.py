@@ -15,11 +15,11 @@ from jfe_jax.config import Config
 from jfe_jax.data.processor import SPECIAL_OF
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
-from jfe_jax.hf.hf_json import write_json
 from jfe_jax.hf.model_card import known_results, model_card
 from jfe_jax.hf.safetensors_io import Tensor, write_weights
 from jfe_jax.hf.settings import ENCODER_FILE, config_json, encoder_json, processor_json
 from jfe_jax.hf.st_layout import add_layout
+from jfe_jax.models.hf_json import write_json
 
 Layout = Literal["transformers", "sentence-transformers"]
 SHARD_BYTES = 5 * 10**9

@@ -5,7 +5,7 @@ from typing import Any
 
 from jfe_jax.config import Config, ModelConfig, TextConfig, TokensConfig, VisionConfig, from_dict
 from jfe_jax.errors import UserError
-from jfe_jax.hf.hf_json import read_json, refuse, section
+from jfe_jax.models.hf_json import read_json, refuse, section
 from jfe_jax.models.siglip_clip.hf_config import dual_config_json, dual_encoder_json, dual_processor_json, read_dual
 
 # What config.json cannot say: how an item is laid out and pooled.

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from jfe_jax.hf.hf_json import write_json
+from jfe_jax.models.hf_json import write_json
 
 MODULE = Path(__file__).parent / "exported" / "modeling_jfe.py"
 

@@ -195,16 +195,6 @@ class Searcher:
         return topk.DeviceTop(queries, keep, self.mesh, self.recall)
 
 
-def require_finite(embeddings: np.ndarray, names: list[str], what: str) -> None:
-    """Raises UserError with the first name of a row [B, E] that holds NaN or infinity."""
-    bad = np.flatnonzero(~np.isfinite(embeddings).all(1))
-    if len(bad):
-        raise UserError(
-            f"{what}: the embedding of {names[bad[0]]} is not finite ({len(bad)} of {len(embeddings)} are so): "
-            "training has probably diverged; take an earlier checkpoint"
-        )
-
-
 def recall(found: np.ndarray, exact: np.ndarray) -> float:
     """The share of the rows [Q, k] that an exact search found which another one found too."""
     return float(np.mean([len(np.intersect1d(*pair)) / exact.shape[1] for pair in zip(found, exact, strict=True)]))

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import strategies as st
 
 from jfe_jax.config import MeshConfig
-from jfe_jax.embedding.row_source import FileRows
+from jfe_jax.embedding.row_source import FileRows, require_finite
 from jfe_jax.errors import UserError
 from jfe_jax.parallel.sharding import make_mesh
-from jfe_jax.search.exact import Searcher, recall, require_finite, search
+from jfe_jax.search.exact import Searcher, recall, search
 
 
 def plain(queries, candidates):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from jfe_jax.config import Config, ModelConfig, TokensConfig, from_dict
 from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.errors import UserError
-from jfe_jax.hf.hf_json import read_json, refuse, section
+from jfe_jax.models.hf_json import read_json, refuse, section
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "quick_gelu": "quick_gelu"}
 # Before transformers 4.31 CLIP's files named 2, and the token of the largest id was pooled; they still do.
