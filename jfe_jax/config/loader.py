@@ -7,32 +7,34 @@ checkpoint carries the resolved tree, so that it opens without its YAML.
 import dataclasses
 import difflib
 import functools
+import math
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import dacite
-import yaml
 
+from jfe_jax.config import strict_yaml
 from jfe_jax.config.schema import Config
 from jfe_jax.errors import UserError
 
-# YAML has lists; anything else is left for dacite to refuse.
+# YAML has lists only; dacite rejects anything else.
 _TUPLES = dict.fromkeys(
     (tuple[str, ...], tuple[float, ...]), lambda value: tuple(value) if isinstance(value, list | tuple) else value
 )
-# A mixture, or a list of widths, is one value: adding to the base's would not be what was written.
-_WHOLE = ("mixture", "upsample", "matryoshka", "bins")
+# Dictionaries that are one value: an entry replaces the base's dictionary instead of being merged into it.
+_REPLACED = ("mixture", "upsample", "matryoshka", "bins")
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
     """Reads a YAML file and applies `key.sub=value` overrides (leading dashes allowed).
 
-    A `base: other.yaml` key, or a list of such, names files beside this one that are read first, in order; what the
-    file itself says comes last.
+    A `base: other.yaml` key, or a list of paths relative to the file, names configs that are read first, in order. The
+    file's own values come last. An override of a text field is taken to the letter; others are read as YAML.
 
     Raises:
-      UserError: the file is missing or no YAML, a key is unknown (the nearest is named), a value has the wrong type.
+      UserError: the file is missing or not YAML, a key is there twice or unknown (the nearest is named), a value has
+        the wrong type.
     """
     tree = _read(Path(path))
     for override in overrides:
@@ -46,14 +48,14 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
             if not isinstance(node, dict):
                 raise UserError(f"override {override!r}: {parent!r} is a value, not a section")
         try:
-            node[last] = yaml.safe_load(value) if value else ""
-        except yaml.YAMLError as error:
-            raise UserError(f"override {override!r}: {_one_line(error)}") from error
+            node[last] = value if not value or _is_text(key) else strict_yaml.parse(value)
+        except UserError as error:
+            raise UserError(f"override {override!r}: {error}") from error
     return from_dict(tree, str(path))
 
 
 def from_dict(tree: dict[str, Any], origin: str = "config", kind: type = Config) -> Any:
-    """A plain tree as a `kind` (Config or one of its sections); `origin` names the source in errors."""
+    """Builds a `kind` (Config or one of its sections) from a plain tree; `origin` names the source in errors."""
     tree = _checked(kind, tree, origin)
     try:
         return dacite.from_dict(kind, tree, dacite.Config(type_hooks=_TUPLES, strict=True))
@@ -67,42 +69,52 @@ def from_dict(tree: dict[str, Any], origin: str = "config", kind: type = Config)
 
 
 def to_yaml(config: Any) -> str:
-    """The resolved tree, every key written out, in the order of the dataclasses."""
-    return yaml.safe_dump(_plain(dataclasses.asdict(config)), sort_keys=False, allow_unicode=True)
+    """Writes the resolved config as YAML: every key, in the order of the dataclasses."""
+    return strict_yaml.write(_plain(dataclasses.asdict(config)))
 
 
 def differing_keys(one: Any, other: Any) -> list[str]:
-    """Dotted names of the values that differ, as "model.text.width: 64 != 128"."""
+    """Lists the values that differ by dotted name, as "model.text.width: 64 != 128"."""
     left, right = (dict(_flatten(dataclasses.asdict(tree))) for tree in (one, other))
     return [
         f"{key}: {left.get(key)} != {right.get(key)}" for key in sorted(left | right) if left.get(key) != right.get(key)
     ]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the config ({error.strerror})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not YAML: {_one_line(error)}") from error
+def _is_text(key: str) -> bool:
+    """True if the dotted key is a field of text, whose override is taken to the letter."""
+    hint: Any = Config
+    for name in key.split("."):
+        hint = typing.get_type_hints(hint).get(name) if dataclasses.is_dataclass(hint) else None
+    choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    return hint is str or (bool(choices) and all(isinstance(choice, str) for choice in choices))
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in above:
+        raise UserError(f"{path}: is its own base, by way of {' and '.join(map(str, above))}")
+    tree = strict_yaml.read(path)
+    tree = {} if tree is None else tree
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a tree of keys and values, not a {type(tree).__name__}")
     bases = tree.pop("base", [])
-    trees = [_read(path.parent / base) for base in ([bases] if isinstance(bases, str) else bases)]
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise UserError(f"{path}: base is {bases!r}; it has to be a file's path, or a list of them")
+    trees = [_read(path.parent / base, (*above, path.resolve())) for base in bases]
     return functools.reduce(_merge, [*trees, tree], {})
 
 
 def _merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     merged = dict(low)
     for key, value in high.items():
-        whole = key in _WHOLE or not isinstance(value, dict) or not isinstance(merged.get(key), dict)
-        merged[key] = value if whole else _merge(merged[key], value)
+        replaces = key in _REPLACED or not isinstance(value, dict) or not isinstance(merged.get(key), dict)
+        merged[key] = value if replaces else _merge(merged[key], value)
     return merged
 
 
 def _checked(kind: type, tree: Any, origin: str, prefix: str = "") -> dict[str, Any]:
-    """The tree with its numbers as floats where floats are wanted; refuses unknown keys and values for sections."""
+    """Converts numbers to the types of the fields; rejects unknown keys, and values in place of sections."""
     if not isinstance(tree, dict):
         raise UserError(f"{origin}: {prefix.rstrip('.')} is a section; give it keys, not {tree!r}")
     hints = typing.get_type_hints(kind)
@@ -130,25 +142,37 @@ def _names(kind: type, prefix: str = "") -> typing.Iterator[str]:
 def _as(hint: Any, value: Any, name: str) -> Any:
     if hint is float:
         return _to_float(value, name)
+    if hint is int:
+        return _to_int(value, name)
+    if hint is str and not isinstance(value, str):
+        raise UserError(f"{name} is {value!r}; it has to be text: write it in quotes")
     if hint == tuple[float, ...] and isinstance(value, list | tuple):
-        return [_to_float(one, name) for one in value]
+        return [_to_float(number, name) for number in value]
     if hint in (dict[int, float], dict[int, int]) and isinstance(value, dict):
         # JSON, in which checkpoints keep their config, knows text as keys only.
         if not all(str(key).isdecimal() for key in value):
             raise UserError(f"{name} is {value!r}; its keys have to be whole numbers")
-        own = typing.get_args(hint)[1]
-        return {int(key): _to_float(one, f"{name}.{key}") if own is float else one for key, one in value.items()}
+        convert = _to_float if typing.get_args(hint)[1] is float else _to_int
+        return {int(key): convert(number, f"{name}.{key}") for key, number in value.items()}
     return value
 
 
 def _to_float(value: Any, name: str) -> float:
-    # YAML 1.1 reads 1e-4 as text.
+    # "1e-4" comes as text from configs that another program wrote.
     try:
-        if not isinstance(value, bool):
-            return float(value)
-    except (TypeError, ValueError):
-        pass
-    raise UserError(f"{name} is {value!r}; it has to be a number")
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"{name} is {value!r}; it has to be a number")
+    return number
+
+
+def _to_int(value: Any, name: str) -> int:
+    # A bool is an int to Python, and to dacite.
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise UserError(f"{name} is {value!r}; it has to be int, a whole number")
+    return value
 
 
 def _plain(value: Any) -> Any:

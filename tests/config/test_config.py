@@ -128,3 +128,77 @@ def test_a_wrong_config_is_one_line_and_status_1(tmp_path, capsys):
     file = write(tmp_path / "c.yaml", "modle: {}")
     assert main(["train", "--config", str(file)]) == 1
     assert capsys.readouterr().err == f"jfe train: {file}: unknown key modle; did you mean model?\n"
+
+
+def test_a_key_twice_is_refused_with_both_lines(tmp_path):
+    text = "optimizer:\n  learning_rate: 1e-3\nseed: 1\noptimizer:\n  name: adamw\n"
+    with pytest.raises(UserError, match=r"c\.yaml: key 'optimizer' is there twice, in lines 1 and 4"):
+        configs.load(write(tmp_path / "c.yaml", text))
+    with pytest.raises(UserError, match=r"key 'steps' is there twice, in lines 1 and 1"):
+        configs.load(write(tmp_path / "c.yaml", "optimizer: {steps: 1, steps: 2}"))
+    with pytest.raises(UserError, match="key 64 is there twice"):
+        configs.load(write(tmp_path / "c.yaml", ""), ["--loss.matryoshka={64: 1, 64: 2}"])
+
+
+@pytest.mark.parametrize(
+    "text, seed",
+    [("010", 10), ("-3", -3), ("1_000", 1000), ("0", 0), ("08", 8)],
+)
+def test_numbers_are_decimal(tmp_path, text, seed):
+    assert configs.load(write(tmp_path / "c.yaml", f"seed: {text}")).seed == seed
+    assert configs.load(write(tmp_path / "c.yaml", ""), [f"--seed={text}"]).seed == seed
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("seed: true", "seed is True; it has to be int"),
+        ("seed: 0x10", "seed is '0x10'; it has to be int"),
+        ("seed: 1:30", "seed is '1:30'; it has to be int"),
+        ("data: {bins: {64: true}}", r"data\.bins\.64 is True"),
+        ("optimizer: {learning_rate: .nan}", r"optimizer\.learning_rate is nan; it has to be a number"),
+        ("optimizer: {learning_rate: -.inf}", "has to be a number"),
+        ("data: {shuffle: no}", r"data\.shuffle is 'no'; it has to be bool"),
+        ("output: 7", "output is 7; it has to be text: write it in quotes"),
+        ("optimizer:\n\tname: adamw", "not YAML"),
+        ("base: 3", "base is 3; it has to be a file's path"),
+        ("base: c.yaml", "is its own base"),
+        ("? [a]\n: 1", "a key has to be a word or a number"),
+        ("data: " + "[" * 5000, "not"),
+    ],
+)
+def test_values_that_yaml_1_1_would_read_as_something_else_are_refused(tmp_path, text, says):
+    with pytest.raises(UserError, match=says) as caught:
+        configs.load(write(tmp_path / "c.yaml", text))
+    assert "\n" not in str(caught.value) and "c.yaml" in str(caught.value)
+
+
+def test_dates_and_words_stay_text(tmp_path):
+    config = configs.load(write(tmp_path / "c.yaml", "output: 2026-12-01\ninit: no\ndata: {mixture: {on: 1e-3}}"))
+    assert (config.output, config.init, config.data.mixture) == ("2026-12-01", "no", {"on": 1e-3})
+
+
+@pytest.mark.parametrize("value", ["/a #b", "010", "true", "[x", "a: b", "'quoted'", "~", " spaced "])
+def test_an_override_of_a_text_field_is_that_text(tmp_path, value):
+    file = write(tmp_path / "c.yaml", "")
+    assert configs.load(file, [f"--output={value}"]).output == value
+    assert configs.load(file, [f"--tokens.tokenizer={value}"]).tokens.tokenizer == value
+
+
+@pytest.mark.parametrize("encoding, readable", [("utf-8-sig", True), ("utf-16", False), ("latin-1", False)])
+def test_files_in_other_encodings_are_read_or_named(tmp_path, encoding, readable):
+    file = tmp_path / "c.yaml"
+    file.write_bytes("# é\nseed: 1\n".encode(encoding))
+    if readable:
+        assert configs.load(file).seed == 1
+    else:
+        with pytest.raises(UserError, match=r"c\.yaml: not UTF-8 text \(byte \d+\)"):
+            configs.load(file)
+
+
+@pytest.mark.parametrize("text", ["010", "no", "1e-5", "1:30", "~", "2026-12-01", "0x10", "a: b", "#", "é", ".5", ""])
+def test_what_is_printed_reads_back_in_both_versions_of_yaml(tmp_path, text):
+    config = replace(Config(), output=text)
+    written = configs.to_yaml(config)
+    assert configs.load(write(tmp_path / "c.yaml", written)) == config
+    assert yaml.safe_load(written)["output"] == text
