@@ -56,7 +56,7 @@ class Measured(NamedTuple):
     """
 
     seconds: dict[str, list[list[float]]]
-    matmul_rate: dict[str, list[float]]
+    rates: dict[str, list[float]]
     checked: str
     device: str = ""
     notes: tuple[str, ...] = ()

@@ -18,10 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     emoji.set_defaults(run=data_emoji.run)
 
     purpose = "validate an M-BEIR directory: counts, and every defect with file and line"
-    validate = verbs.add_parser("check", help=purpose, description=purpose)
-    validate.add_argument("dir", type=Path, help="M-BEIR directory")
-    validate.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    validate.add_argument(
+    check = verbs.add_parser("check", help=purpose, description=purpose)
+    check.add_argument("dir", type=Path, help="M-BEIR directory")
+    check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    check.add_argument(
         "--images",
         nargs="?",
         choices=("sample", "all"),
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         help="decode images too: every one, or with `sample` up to 200 of each file of rows",
     )
-    validate.set_defaults(run=_check)
+    check.set_defaults(run=_check)
 
     purpose = "M-BEIR directory, or pairs in another format → TFDS ArrayRecord shards, which `jfe train` reads"
     prepare = verbs.add_parser("prepare", help=purpose, description=f"{purpose}. Finished parts are kept.")

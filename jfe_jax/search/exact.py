@@ -107,7 +107,7 @@ class Searcher:
         devices = group_count(self.mesh)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self._select = "device" if recall < 1 else select or ("host" if on_cpu else "device")
-        self.recall, self.rough = recall, bf16_prefilter
+        self.recall, self.rough = recall, rough
         self.norm = self.rows.norm
         share = [total * number // jax.process_count() for number in range(jax.process_count() + 1)]
         self.first, self.last = share[jax.process_index()], share[jax.process_index() + 1]

@@ -26,7 +26,7 @@ class Start(NamedTuple):
     """
 
     params: dict[str, Any]
-    base_model: Base | None
+    base: Base | None
     note: str = ""
 
 

@@ -129,11 +129,11 @@ def plain_slopes(kind):
 
 @pytest.mark.parametrize("kind", ["infonce", "matryoshka", "sigmoid, wanted modality"])
 def test_tiles_and_devices_change_nothing(kind):
-    logit_cache = value_and_gradients(pairs(k=2), kind=kind, kept_rows=-1)
+    cached = value_and_gradients(pairs(k=2), kind=kind, kept_rows=-1)
     # No logits kept, or those of the first of a device's tiles.
     for sizes, kept_rows in ((None, 0), (None, 9), ((1, 2, 4), 0), ((1, 2, 4), 9)):
         tiled = value_and_gradients(pairs(k=2), sizes, kind, kept_rows)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), logit_cache, tiled)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6), cached, tiled)
 
 
 @pytest.mark.parametrize("kind", ["infonce", "sigmoid"])

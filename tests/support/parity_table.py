@@ -22,15 +22,15 @@ def modality(item: str) -> str:
 
 def row(name: str, directory: Path, parity: ModuleType = paligemma_parity) -> list[str]:
     """The cells of one configuration of the module that measures its kind of model."""
-    two = paligemma_parity.pair(name, directory)
+    two = parity.pair(name, directory)
     found: dict[tuple[str, str], float] = defaultdict(float)
-    for layout in paligemma_parity.LAYOUTS:
-        for item, measure, error in paligemma_parity.errors(two, layout):
+    for layout in parity.LAYOUTS:
+        for item, measure, error in parity.errors(two, layout):
             key = modality(item), "states" if "states" in measure else "embeddings"
             found[key] = max(found[key], error)
     cells = [f"{found[one, 'states']:.0e} / {found[one, 'embeddings']:.0e}" for one in MODALITIES]
-    gradient = max(error for _, error in paligemma_parity.gradient_errors(two))
-    worst = list(paligemma_parity.bfloat16_errors(two))
+    gradient = max(error for _, error in parity.gradient_errors(two))
+    worst = list(parity.bfloat16_errors(two))
     half = f"{max(error for _, error, _ in worst):.0e}, {min(cosine for *_, cosine in worst):.5f}"
     return [name, *cells, f"{gradient:.0e}", half]
 

@@ -67,7 +67,7 @@ class Masks(NamedTuple):
     """
 
     each: tuple[Any, ...]
-    attention_bins: Bins | None
+    bins: Bins | None
 
 
 class RMSNorm(nnx.Module):
