@@ -75,14 +75,14 @@ def test_a_batch_that_is_too_large_names_its_buffers(tmp_path):
 def test_meshes_on_slices():
     """Slices meet on `data` alone; any sizes are found on a torus."""
     code = """
-from jfe_jax import sharding
+from jfe_jax.parallel import sharding
 from jfe_jax.config import MeshConfig
 from jfe_jax.errors import UserError
-from jfe_jax.plan import compile
+from jfe_jax.plan import aot_compile
 from jfe_jax.plan.topology import Topology
 
 two = Topology.parse("v5e:2x2", 2)
-compile.prepare(two)
+aot_compile.prepare(two)
 devices = two.devices()
 mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2), devices)
 print([[device.slice_index for device in row] for row in mesh.devices[:, :, 0]])

@@ -24,7 +24,7 @@ PROGRAM = """
 import os, signal, sys
 import jax
 from jfe_jax.cli.main import main
-from jfe_jax.train.checkpoints import RunCheckpoints
+from jfe_jax.checkpoint.manager import RunCheckpoints
 event, step_of_it, *arguments = sys.argv[1:]
 save = RunCheckpoints.save
 def save_and_die(self, step, *rest):

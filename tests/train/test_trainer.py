@@ -77,7 +77,7 @@ def test_a_finished_run_is_left_as_it_is(config, whole):
 KILLED = """
 import os, signal, sys
 from jfe_jax.cli.main import main
-from jfe_jax.train.checkpoints import RunCheckpoints
+from jfe_jax.checkpoint.manager import RunCheckpoints
 save = RunCheckpoints.save
 def save_and_die(self, step, *rest):
     save(self, step, *rest)

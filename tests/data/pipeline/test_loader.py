@@ -475,7 +475,7 @@ def test_reader_processes_read_the_same_and_resume_too(make_config, tmp_path):
 import dataclasses, itertools, json, multiprocessing
 import numpy as np
 from jfe_jax.config import from_dict
-from jfe_jax.data.loader import training_batches
+from jfe_jax.data.pipeline.loader import training_batches
 from jfe_jax.errors import UserError
 
 def main():
@@ -522,7 +522,7 @@ def test_leaving_the_iterator_open_ends_the_process_cleanly(make_config, tmp_pat
     cfg = make_config()
     script = f"""
 from jfe_jax.config import from_dict
-from jfe_jax.data.loader import training_batches
+from jfe_jax.data.pipeline.loader import training_batches
 cfg = from_dict({json.loads(json.dumps(dataclasses.asdict(cfg) | {"optimizer": {}}))!r})
 iterator = training_batches(cfg, groups=2, split="train")
 next(iterator)

@@ -206,16 +206,16 @@ def test_images_come_out_of_the_published_archive_without_unpacking(own, tmp_pat
 KILLED = """
 import os, signal, sys
 from jfe_jax.cli.main import main
-from jfe_jax.data import shards
-shards.SHARD_RECORDS = 8
-finish, left = shards.ShardWriter.close, int(sys.argv.pop(1))
+from jfe_jax.data.storage import shard_writer
+shard_writer.SHARD_RECORDS = 8
+finish, left = shard_writer.ShardWriter.close, int(sys.argv.pop(1))
 def close(self):
     global left
     left -= self._writer is not None
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     finish(self)
-shards.ShardWriter.close = close
+shard_writer.ShardWriter.close = close
 sys.exit(main(sys.argv[1:]))
 """
 
