@@ -6,14 +6,15 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class TokensConfig:
-    """How an item becomes tokens and pixels.
+    """How an item is encoded as tokens and pixels.
 
     Attributes:
-      tokenizer: directory of a Hugging Face tokenizer.
+      tokenizer: Directory of a Hugging Face tokenizer.
       template: "paligemma" is <image>…<bos> text newline <eos>; "clip" is <bos> text <eos>; "siglip" is text <eos>,
-        padded to `max_text_tokens` + 1. In the last two an image takes no tokens; an image alone is one placeholder.
-      max_text_tokens: instruction and text together are cut to this many tokens.
-      newline: close the text with "\\n", as PaliGemma's processor does ("paligemma" only).
+        padded to `max_text_tokens` + 1. In the last two an image takes no tokens, and an item with an image alone is a
+        single placeholder.
+      max_text_tokens: Instruction and text together are truncated to this many tokens.
+      newline: End the text with "\\n", as PaliGemma's processor does ("paligemma" only).
     """
 
     tokenizer: str = ""
@@ -24,29 +25,29 @@ class TokensConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What is read and how a step's items are laid out. All sizes are of the global batch.
+    """Data source and batch layout. All sizes are those of the global batch.
 
     Attributes:
-      path: a directory made by `jfe data prepare`.
-      split: the split that is trained on.
-      val_split: the split that the validation loss is taken on; "" for none.
-      mixture: sampling weight by unit ("{dataset}_task{t}"); empty means every unit in proportion to its size.
-      upsample: data set → how many queries of it count, in place of its size (configs/mbeir.yaml has M-BEIR's).
-      homogeneous: so many neighbouring pairs of a batch come from one unit; 1 mixes them.
-      instruction_probability: how often a query gets one of its instructions; otherwise none.
-      pairs: query-positive pairs of a step.
-      hard_negatives: negatives from `neg_cand_list` that go with each pair.
+      path: Directory made by `jfe data prepare`.
+      split: Split to train on.
+      val_split: Split for the validation loss; "" disables validation.
+      mixture: Sampling weight by task ("{dataset}_task{t}"); empty samples every task in proportion to its size.
+      upsample: Data set → number of its queries to count in place of its size (configs/mbeir.yaml has M-BEIR's).
+      homogeneous: Number of consecutive pairs of a batch drawn from the same task; 1 mixes tasks.
+      instruction_probability: Probability that a query gets one of its instructions instead of none.
+      pairs: Query-positive pairs per step.
+      hard_negatives: Negatives from `neg_cand_list` per pair.
       negative_modality: "any" of these negatives, or only those of the "positive"'s modality.
-      layout: "packed" puts several items into a row of `row_tokens`; "padded" one.
-      rows, row_tokens, image_slots: shape of the global packed batch.
-      bins: {tokens: how many}: attention works on so many bins of these lengths instead of on rows; an item lies
-        whole in one, across the ends of rows. A fifth more room than the rows' tokens is usual; rows then have no
-        gaps; where items are shorter than rows, attention multiplies less as well. {} for rows.
-      image_shift: training images are moved by up to so many pixels, their edges repeated; a new draw each time.
-      shuffle: False keeps the order on disk (for debugging).
-      workers: reader processes; 0 reads in threads of the main process.
-      max_bad_share: pairs with an unreadable image are skipped and counted; more than this share stops the run.
-      image_cache_mib: decoded images kept in memory by each reader; candidates' tokens may take a quarter as much more.
+      layout: "packed" puts several items into a row of `row_tokens` tokens, "padded" one.
+      rows, row_tokens, image_slots: Shape of the packed batch: rows, tokens per row, images.
+      bins: {length: count}: attention runs on this many bins of these lengths instead of on rows. An item is contained
+        in one bin and may cross the ends of rows, so rows have no gaps. Bins usually need a fifth more room than the
+        tokens of the rows. Where items are shorter than rows, attention also multiplies less. {} uses rows.
+      image_shift: Maximum random shift of training images, in pixels; edges are repeated. Drawn for each use.
+      shuffle: False preserves the order on disk (for debugging).
+      workers: Reader processes; 0 reads in threads of the main process.
+      max_bad_share: Pairs with an unreadable image are skipped and counted; a larger share than this stops the run.
+      image_cache_mib: Memory in each reader for decoded images; candidates' tokens may take a quarter more.
     """
 
     path: str = ""

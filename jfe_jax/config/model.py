@@ -11,13 +11,13 @@ class VisionConfig:
     """SigLIP's vision transformer, or CLIP's.
 
     Attributes:
-      activation: of the MLPs; "quick_gelu" is x · sigmoid(1.702 x).
-      resize: how an image becomes `image_size` square: "stretch" does not keep its aspect ratio; "crop" resizes its
-        shorter side and takes the centre.
-      resampler: whose bicubic resizing the pixels equal, bit for bit: "pillow"'s, or "torchvision"'s, transformers'
-        default where it is installed, which takes a fifth of the time. They differ by 1 of 255 in some pixels, and by
-        more where an image is higher than wide.
-      mean, std: of red, green and blue, each from 0 to 1, that pixels are normalised with.
+      activation: MLP activation; "quick_gelu" is x · sigmoid(1.702 x).
+      resize: How an image is made `image_size` square: "stretch" ignores its aspect ratio, "crop" resizes the shorter
+        side and crops the center.
+      resampler: Bicubic implementation that is matched bit for bit: "pillow", or "torchvision", which transformers uses
+        by default where it is installed and which takes a fifth of the time. They differ by 1 of 255 in some pixels, and
+        by more in portrait images.
+      mean, std: Per-channel normalization (red, green, blue) of pixels scaled to [0, 1].
     """
 
     image_size: int = 224
@@ -40,19 +40,19 @@ class VisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """Gemma's blocks, run in both directions; or the text tower of a dual encoder.
+    """Gemma's decoder blocks with bidirectional attention, or the text tower of a dual encoder.
 
-    The defaults are Gemma 1's; `post_norms` to `sliding_window` are what Gemma 2 adds, the rest is of dual encoders,
-    whose heads are always width / num_heads wide and have no rotary positions.
+    The defaults are Gemma 1's. Gemma 2 adds `post_norms` to `sliding_window`; `positions` and `activation` belong to dual
+    encoders, whose heads are always width / num_heads wide and have no rotary positions.
 
     Attributes:
-      post_norms: normalise what attention and MLP give, too, before it is added.
-      query_pre_attn_scalar: queries are divided by its square root; 0 takes `head_dim`.
-      attn_logit_softcap: attention logits go through cap · tanh(logit / cap); 0 for no cap.
-      sliding_window: in layers 0, 2, 4, … a token attends to those at most so many tokens away, before or after it; 0
-        for no window. (transformers' definition for a Gemma 2 that attends in both directions.)
-      positions: learned positions, the longest text in tokens.
-      activation: of the MLPs.
+      post_norms: Also normalize the outputs of attention and MLP before the residual addition.
+      query_pre_attn_scalar: Queries are divided by its square root; 0 uses `head_dim`.
+      attn_logit_softcap: Attention logits become cap · tanh(logit / cap); 0 disables the cap.
+      sliding_window: In layers 0, 2, 4, … a token attends to tokens at most this far away, in both directions; 0
+        disables the window. (transformers' definition for a bidirectional Gemma 2.)
+      positions: Number of learned positions, the maximum text length in tokens.
+      activation: MLP activation.
     """
 
     vocab_size: int = 257216
@@ -74,14 +74,14 @@ class TextConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank adapters: a kernel W becomes W + scale · A B, and W stays as it is (arXiv 2106.09685). No dropout.
+    """Low-rank adapters: a frozen kernel W becomes W + scale · A B (arXiv 2106.09685). No dropout.
 
     Attributes:
-      rank: of A B; 0 for no adapters.
-      alpha: scale is alpha / rank.
-      rslora: scale is alpha / sqrt(rank) instead (arXiv 2312.03732).
-      targets: which kernels have adapters: "attention" and "mlp" of the text tower, "vision", "projector", or parts of
-        them, as "attention.query", "vision.mlp".
+      rank: Rank of A B; 0 disables adapters.
+      alpha: The scale is alpha / rank.
+      rslora: Use alpha / sqrt(rank) as the scale (arXiv 2312.03732).
+      targets: Kernels that get adapters: "attention" and "mlp" of the text tower, "vision", "projector", or a part of
+        one, such as "attention.query" or "vision.mlp".
     """
 
     rank: int = 0
@@ -92,28 +92,28 @@ class LoraConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which tower, how large.
+    """Architecture and sizes of the model.
 
     Attributes:
       kind: "fusion" is JFE, one tower over image and text tokens; "two_tower" is the late-fusion baseline; "dual" is
-        SigLIP's or CLIP's pair of towers, whose embeddings are summed.
-      family: dual only: whose towers.
-      pooling: "last" takes the hidden state of the closing <eos>, "mean" the mean over the item's tokens, "largest"
-        that of the first token with the largest id (dual only: CLIP files with an eos_token_id of 2).
-      image_token: id of the placeholder that an image patch takes the place of.
-      fusion: two_tower only. "score" sums the two towers' embeddings; "feature" runs `fusion_depth` transformer layers
+        the SigLIP or CLIP pair of towers, whose embeddings are summed.
+      family: dual only: "siglip" or "clip".
+      pooling: "last" takes the hidden state of the final <eos>, "mean" averages over the item's tokens, "largest" takes
+        the first token with the largest id (dual only: CLIP files with an eos_token_id of 2).
+      image_token: Token id of the placeholder that an image patch replaces.
+      fusion: two_tower only: "score" sums the two towers' embeddings; "feature" runs `fusion_depth` transformer layers
         over both towers' output tokens.
-      template_tokens: two_tower only: tokens of an item besides its patches when it has no text (<bos>, newline,
-        <eos>); what has no more goes through the image tower alone.
-      embed_dim: width of the embedding of "two_tower" (0: the text tower's) and "dual" (0: the vision tower's). The
-        fusion model's embedding has the tower's width.
-      dtype: of the computation; parameters are float32.
-      remat: what the backward pass recomputes: "none" of a layer, "full" all of it, "up" all but the text tower's
-        widest product (it keeps 2·F bytes a token and layer), "dots" all but matrix products, "offload" the same, with
-        the products kept in the host's memory (TPU, GPU).
-      attention: how a tower attends in training: "xla", "cudnn" (GPU, bfloat16, no soft-cap) or "splash" (TPU, the text
-        tower alone; rows of a multiple of 128 tokens, head_dim too). Opened models use "xla".
-      lora: low-rank adapters. With them only they and `optimizer.train` are trained and kept in checkpoints.
+      template_tokens: two_tower only: number of tokens, besides its patches, of an item without text (<bos>, newline,
+        <eos>). An item with no more than these uses the image tower alone.
+      embed_dim: Embedding width of "two_tower" (0: the text tower's) and "dual" (0: the vision tower's). The fusion
+        model's embedding has the tower's width.
+      dtype: Compute dtype; parameters are float32.
+      remat: What the backward pass recomputes: "none"; "full", each layer; "up", all but the text tower's widest
+        product (stores 2·F bytes per token and layer); "dots", all but matrix products; "offload", like "dots", with
+        the products stored in host memory (TPU, GPU).
+      attention: Attention implementation in training: "xla", "cudnn" (GPU, bfloat16, no softcap) or "splash" (TPU, text
+        tower only; row length and head_dim multiples of 128). Loaded models use "xla".
+      lora: Low-rank adapters. With adapters, only they and `optimizer.train` are trained and saved in checkpoints.
     """
 
     kind: Literal["fusion", "two_tower", "dual"] = "fusion"

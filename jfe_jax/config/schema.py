@@ -13,11 +13,13 @@ class Config:
     """One stage of training.
 
     Attributes:
-      output: directory of the run: checkpoints, tokenizer, logs.
-      init: checkpoint whose weights are the start (stage 2 starts from stage 1); "" for random weights.
-      log_every_steps: a line of metrics each so many steps.
-      val_every_steps: the loss on `data.val_split` each so many steps and at the end; 0 for never.
-      val_steps: batches of `data.val_split` that a validation takes, always the same.
+      output: Directory of the run: checkpoints, tokenizer, logs.
+      init: Checkpoint with the initial weights (stage 2 starts from stage 1); "" for random weights.
+      seed: Seed of initialization, data order and sampling.
+      log_every_steps: Steps between logged metrics.
+      val_every_steps: Steps between evaluations of the loss on `data.val_split`, which also runs at the end; 0 disables
+        it.
+      val_steps: Number of batches per validation, always the same ones.
     """
 
     output: str = "runs/default"

@@ -9,24 +9,25 @@ class LossConfig:
     """The contrastive loss over the global batch.
 
     Attributes:
-      kind: "infonce", a softmax over the batch, or "sigmoid", a yes or no for each pair (SigLIP).
-      temperature: of the logits, or its first value if it is learnt. 0: what a dual encoder's weights say, and so the
-        bias.
-      min_temperature: a learnt temperature stops there.
-      bias, learn_bias: sigmoid only: what is added to the logits, or its first value.
-      directions: infonce only: "both" adds candidate-to-query to query-to-candidate.
+      kind: "infonce", a softmax over the batch, or "sigmoid", a binary decision per pair (SigLIP).
+      temperature: Temperature of the logits, or its initial value if it is learned. 0 uses the value in a dual
+        encoder's weights, and likewise its bias.
+      learn_temperature: Train the temperature.
+      min_temperature: Lower bound of a learned temperature.
+      bias, learn_bias: sigmoid only: bias added to the logits, or its initial value.
+      directions: infonce only: "both" adds the candidate-to-query direction to query-to-candidate.
       negatives: "all" candidates of the batch, or only those of the positive's modality ("same_modality").
-      mask_false_negatives: an equal candidate elsewhere in the batch, or another that is right, is no negative.
-      matryoshka: {width: weight}: the embedding's first so many dimensions are trained to stand alone, with these
-        weights beside the whole embedding's 1.
-      tile_mib: memory for a tile of logits on each device, which is held a few times: logits are made tile by tile,
-        again for the backward pass.
-      keep_mib: memory on each device for logits that are kept instead of made again, as far as it goes, three bytes
-        each; kept ones cost three matrix products, made again four. The memory that the queries' gradients will take
-        holds some more.
-      keep_logits: keep them all, which grows with the square of the batch.
-      grad_cache_chunks: the batch is encoded in so many chunks, each a second time for its gradients (GradCache):
-        memory for activations is a chunk's, the loss that of the whole batch. 1 encodes it at once.
+      mask_false_negatives: Exclude duplicates of the positive, and other correct candidates, from the negatives.
+      matryoshka: {width: weight}: also train the first `width` dimensions as an embedding, with this weight relative to
+        the full embedding's 1.
+      tile_mib: Memory per device for one tile of logits, of which a few exist at a time. Logits are computed tile by
+        tile, and recomputed in the backward pass.
+      keep_mib: Memory per device (MiB) for caching logits for the backward pass, 3 bytes per logit; the rest is
+        recomputed. A cached logit costs three matrix products, a recomputed one four. The memory of the queries'
+        gradients caches some more.
+      keep_logits: Cache all logits, which grows with the square of the batch.
+      grad_cache_chunks: Number of chunks in which the batch is encoded (GradCache): each is encoded a second time for
+        its gradients. Activation memory is that of a chunk, the loss that of the full batch. 1 encodes it at once.
     """
 
     kind: Literal["infonce", "sigmoid"] = "infonce"
@@ -47,25 +48,29 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The update rule and its schedule; steps are optimizer steps.
+    """Update rule and learning-rate schedule; steps are optimizer steps.
 
     Attributes:
-      name: "adamw"; "adafactor", whose second moment is rows and columns instead of a number for each parameter; or
-        "muon", which orthogonalises the momentum of matrices and is AdamW for tables, norms and biases. Muon's updates
-        are scaled to AdamW's size, so that the same learning rates serve.
-      schedule: after a linear warm-up, what leads down to `end_fraction` of the learning rate; "wsd" stays up until
+      name: "adamw"; "adafactor", whose second moment is factored into rows and columns; or "muon", which orthogonalizes
+        the momentum of matrices and uses AdamW for tables, norms and biases. Muon's updates are scaled to AdamW's size,
+        so that the same learning rates apply.
+      steps: Number of training steps.
+      learning_rate: Peak learning rate.
+      warmup_steps: Steps of linear warm-up.
+      schedule: Decay after the warm-up, to `end_fraction` of the learning rate; "wsd" stays at the peak until
         `decay_fraction` of the steps are left.
-      b1, b2: decay of AdamW's moments; Adafactor takes `b1` only, and without (0) has no first moment.
-      muon_momentum: decay of Muon's.
-      first_moment_dtype, second_moment_dtype: what moments are stored in. bfloat16 halves them; the second is AdamW's,
-        and needs `b2` of 0.99 or less there.
-      clip_norm: limit of the gradients' global norm; 0 for none.
-      freeze: groups of parameters that stay as they are, by a key of their path: "vision", "embedder", "tower.norm".
-      learning_rate_factors: {group: factor of its learning rate}, as {vision: 0.1}; "loss" is the temperature's. Of
-        several that name a parameter the one with most keys counts.
-      max_skipped_steps: a step whose loss or gradients are not finite changes nothing and is counted; after so many in
-        a row training stops.
-      train: with `model.lora` only: groups that are trained whole, besides the adapters.
+      b1, b2: Decay rates of AdamW's moments. Adafactor uses `b1` only; 0 disables its first moment.
+      muon_momentum: Decay rate of Muon's momentum.
+      first_moment_dtype, second_moment_dtype: Storage dtype of the moments; bfloat16 halves their memory. The second is
+        AdamW's and requires `b2` <= 0.99 in bfloat16.
+      weight_decay: Decoupled weight decay.
+      clip_norm: Maximum global gradient norm; 0 disables clipping.
+      freeze: Parameter groups that are not trained, by a key of their path: "vision", "embedder", "tower.norm".
+      learning_rate_factors: {group: multiplier of its learning rate}, such as {vision: 0.1}; "loss" is the temperature.
+        If several match a parameter, the one with the most keys applies.
+      max_skipped_steps: A step whose loss or gradients are not finite changes nothing and is counted; training stops
+        after this many in a row.
+      train: With `model.lora` only: groups that are trained in full, in addition to the adapters.
     """
 
     name: Literal["adamw", "adafactor", "muon"] = "adamw"
@@ -90,7 +95,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along each axis; -1 takes all that are left (one axis at most)."""
+    """Number of devices along each mesh axis; -1 takes all that are left (at most one axis)."""
 
     data: int = -1
     fsdp: int = 1
@@ -99,13 +104,14 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When to save, besides at the end (0: only then), and what to keep.
+    """When to save, and which checkpoints to keep. The end of training is always saved.
 
     Attributes:
-      keep: the newest so many.
-      keep_every_steps: besides, one each so many steps; 0 for none.
-      keep_best: besides, the so many with the lowest validation loss, which is then taken at every checkpoint. `best`
-        in the run directory leads to the best.
+      every_steps: Steps between checkpoints; 0 saves only at the end.
+      keep: Number of most recent checkpoints to keep.
+      keep_every_steps: Also keep one checkpoint every this many steps; 0 disables it.
+      keep_best: Also keep the N checkpoints with the lowest validation loss; validates at every save. `best` in the run
+        directory links to the best.
     """
 
     every_steps: int = 500
