@@ -15,8 +15,8 @@ class VisionConfig:
       resize: How an image is made `image_size` square: "stretch" ignores its aspect ratio, "crop" resizes the shorter
         side and crops the center.
       resampler: Bicubic implementation that is matched bit for bit: "pillow", or "torchvision", which transformers uses
-        by default where it is installed and which takes a fifth of the time. They differ by 1 of 255 in some pixels, and
-        by more in portrait images.
+        by default where it is installed and which takes a fifth of the time. They differ by 1 of 255 in some pixels,
+        and by more in portrait images.
       mean, std: Per-channel normalization (red, green, blue) of pixels scaled to [0, 1].
     """
 
@@ -42,8 +42,8 @@ class VisionConfig:
 class TextConfig:
     """Gemma's decoder blocks with bidirectional attention, or the text tower of a dual encoder.
 
-    The defaults are Gemma 1's. Gemma 2 adds `post_norms` to `sliding_window`; `positions` and `activation` belong to dual
-    encoders, whose heads are always width / num_heads wide and have no rotary positions.
+    The defaults are Gemma 1's. Gemma 2 adds `post_norms` to `sliding_window`. `positions` and `activation` belong to
+    dual encoders, whose heads are always width / num_heads wide and have no rotary positions.
 
     Attributes:
       post_norms: Also normalize the outputs of attention and MLP before the residual addition.
