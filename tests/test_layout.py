@@ -8,7 +8,8 @@ ROOT = Path(__file__).parents[1] / "jfe_jax"
 # A folder imports from the lines above its own only, in functions too.
 ORDER = (
     ("errors",),
-    ("config", "utils"),
+    ("utils",),
+    ("config",),
     ("data", "parallel"),
     ("models", "datasets"),
     ("checkpoint", "losses"),

@@ -31,6 +31,7 @@ from jfe_jax.models import lora
 from jfe_jax.models.abstract_model import Blueprint, blueprint
 from jfe_jax.parallel.sharding import make_mesh, path_name
 from jfe_jax.utils import pytrees
+from jfe_jax.utils.local_paths import require_checkpoint_path
 
 CHECKPOINTS, TOKENIZER, CONFIG, BEST = "checkpoints", "tokenizer", "config.yaml", "best"
 # What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
@@ -71,6 +72,7 @@ def save_model(
     Raises:
       UserError: `path` is in use, or the checkpoint cannot be written; what reading a StreamedArray raises.
     """
+    require_checkpoint_path(path, "checkpoint")
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
     streamed = any(isinstance(leaf, StreamedArray) for leaf in jax.tree.leaves(pure))
     with written_whole(path) as run:
@@ -222,6 +224,7 @@ def latest_step(run: str | Path) -> int | None:
 def _candidates(path: Path) -> list[tuple[int, Path]]:
     # `best` is a link to one.
     path = path.resolve()
+    require_checkpoint_path(path, "checkpoint")
     if (path / "_CHECKPOINT_METADATA").exists() and path.name.isdigit():
         return [(int(path.name), path)]
     directory = path / CHECKPOINTS

@@ -112,8 +112,13 @@ def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
     def array(name: str) -> StreamedArray:
-        base = f"file://{directory.absolute()}/"
-        store = {"driver": "ocdbt", "base": base, "path": name} if tree["use_ocdbt"] else f"{base}{name}"
+        # Not as a URL, in which `#`, `?`, `|` and `%` mean something else.
+        base = {"driver": "file", "path": f"{directory.absolute()}/"}
+        store = (
+            {"driver": "ocdbt", "base": base, "path": name}
+            if tree["use_ocdbt"]
+            else base | {"path": f"{directory.absolute()}/{name}/"}
+        )
         driver = "zarr3" if tree["use_zarr3"] else "zarr"
         spec = {"driver": driver, "kvstore": store, "fill_missing_data_reads": False}
         opened = ts.open(spec, context=context, read=True, open=True).result()

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("to-hf", _to_hf, "checkpoint of the fusion model or a dual encoder → directory that transformers opens"),
     ):
         direction = directions.add_parser(name, help=purpose, description=purpose)
-        direction.add_argument("source", metavar="SRC", help="what is read")
-        direction.add_argument("target", metavar="DST", help="directory to write; must be new")
+        direction.add_argument("source", type=Path, metavar="SRC", help="what is read")
+        direction.add_argument("target", type=Path, metavar="DST", help="directory to write; must be new")
         direction.add_argument(
             "--dtype",
             choices=("float32", "bfloat16", "float16"),

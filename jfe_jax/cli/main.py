@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jfe_jax.errors import SaidElsewhere, UserError, one_line
 from jfe_jax.parallel.distributed import known_to_all
+from jfe_jax.utils.local_paths import require_local
 
 VERBS = {
     "data": "fetch, check and prepare data sets",
@@ -66,6 +67,9 @@ def main(argv: list[str] | None = None) -> int:
     elif extra:
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     try:
+        for name, value in vars(args).items():
+            if isinstance(value, Path):
+                require_local(value, name)
         args.run(args)
     except KeyboardInterrupt:
         print(f"jfe {args.verb}: interrupted", file=sys.stderr)

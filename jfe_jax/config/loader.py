@@ -17,6 +17,7 @@ import dacite
 from jfe_jax.config import strict_yaml
 from jfe_jax.config.schema import Config
 from jfe_jax.errors import UserError
+from jfe_jax.utils.local_paths import require_local
 
 # YAML has lists only; dacite rejects anything else.
 _TUPLES = dict.fromkeys(
@@ -51,7 +52,15 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Config:
             node[last] = value if not value or _is_text(key) else strict_yaml.parse(value)
         except UserError as error:
             raise UserError(f"override {override!r}: {error}") from error
-    return from_dict(tree, str(path))
+    config = from_dict(tree, str(path))
+    for name, given in (
+        ("output", config.output),
+        ("init", config.init),
+        ("data.path", config.data.path),
+        ("tokens.tokenizer", config.tokens.tokenizer),
+    ):
+        require_local(given, name)
+    return config
 
 
 def from_dict(tree: dict[str, Any], origin: str = "config", kind: type = Config) -> Any:

@@ -3,10 +3,12 @@
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.models.registry import embedding_width
+from jfe_jax.utils.local_paths import require_checkpoint_path
 
 
 def check(config: Config) -> None:
     """Raises UserError for values that cannot work on any machine."""
+    require_checkpoint_path(config.output, "output")
     optimizer, loss, data, checkpoint = config.optimizer, config.loss, config.data, config.checkpoint
     width = embedding_width(config.model)
     own_temperature = loss.temperature == 0 and config.model.kind == "dual"
