@@ -147,11 +147,11 @@ class _Drawn:
 
 
 def _evaluate(data: Path, out: Path, width: int, dtype: str) -> Iterator[float]:
-    from jfe_jax.utils.progress import bar
+    from jfe_jax.utils.progress import progress_bar
 
     start = time.monotonic()
     questions = read_mbeir(Mbeir(data), _SPLIT, ("local", "global"), (), 0)
-    told = ask(_Drawn(width, questions), questions, keep=Keep(folder=out, dtype=dtype), progress=bar)
+    told = ask(_Drawn(width, questions), questions, keep=Keep(folder=out, dtype=dtype), progress=progress_bar)
     hits = [entry["metrics"]["hit@1"] for unit in told.results["units"].values() for entry in unit["pools"].values()]
     yield from (time.monotonic() - start, time.process_time(), memory.peak())
     yield from (sum(unit.queries for unit in questions.units), float(np.mean(hits)), len(told.answers))

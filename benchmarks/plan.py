@@ -40,12 +40,12 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     Raises:
       UserError: this is not the checkout, libtpu is missing.
     """
-    from jfe_jax.plan.sweep import Runner
+    from jfe_jax.plan.sweep import PlanRunner
     from jfe_jax.plan.topology import Topology
 
     config = configs.load(CONFIG)
     with progress("plans", len(SLICES) + len(CHOICES)) as done:
-        runner = Runner(CONFIG, [], args.dir, args.timeout, lambda line: None)
+        runner = PlanRunner(CONFIG, [], args.dir, args.timeout, lambda line: None)
 
         def plan(name: str, slices: int = 1, overrides: tuple[str, ...] = ()) -> dict[str, Any]:
             made = runner.plan(topology := Topology.parse(name, slices), (*sized(config, topology.chips), *overrides))
@@ -65,10 +65,13 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
 
 def sized(config: Config, chips: int) -> tuple[str, ...]:
     """The config's work per chip on so many chips, as overrides."""
-    from jfe_jax.plan.aot_compile import scaled
-    from jfe_jax.plan.sweep import batch
+    from jfe_jax.plan.aot_compile import scale_batch
+    from jfe_jax.plan.sweep import batch_overrides
 
-    return (*batch(scaled(config, chips / CHIPS)), f"--mesh.data={chips // config.mesh.fsdp // config.mesh.tensor}")
+    return (
+        *batch_overrides(scale_batch(config, chips / CHIPS)),
+        f"--mesh.data={chips // config.mesh.fsdp // config.mesh.tensor}",
+    )
 
 
 def of_slices(plans: list[dict[str, Any]]) -> Table:

@@ -115,27 +115,27 @@ def measure(settings: Config, mesh: tuple[int, int, int]) -> Share:
     import jax
 
     from jfe_jax.parallel import sharding
-    from jfe_jax.plan.aot_compile import abstract_batch
-    from jfe_jax.plan.collectives import collectives
-    from jfe_jax.plan.hlo import Module
-    from jfe_jax.plan.hlo_costs import work
+    from jfe_jax.plan.aot_compile import make_abstract_batch
+    from jfe_jax.plan.collectives import find_collectives
+    from jfe_jax.plan.hlo import HloModule
+    from jfe_jax.plan.hlo_costs import count_hlo_costs
     from jfe_jax.train import train_state as states
     from jfe_jax.train.train_step import make_train_step
 
     data, fsdp, tensor = mesh
     settings = replace(settings, mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     devices = sharding.make_mesh(settings.mesh)
-    training, batch = states.prepare(settings, devices), abstract_batch(settings, devices)
+    training, batch = states.prepare(settings, devices), make_abstract_batch(settings, devices)
     # Machine code is not looked at; to make it fast would take most of the time.
     options = {"xla_backend_optimization_level": 0}
     compiled = make_train_step(training).lower(training.abstract, batch).compile(compiler_options=options)
     own = sum(leaf.dtype.itemsize * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(batch))
-    module = Module(compiled.as_text())
+    module = HloModule(compiled.as_text())
     return Share(
         mesh,
-        work(module).flops,
+        count_hlo_costs(module).flops,
         compiled.memory_analysis().argument_size_in_bytes - own,
-        sum(each.sent for each in collectives(module)),
+        sum(each.sent for each in find_collectives(module)),
     )
 
 

@@ -9,11 +9,11 @@ class UserError(Exception):
     """
 
 
-class SaidElsewhere(UserError):
+class RemoteProcessError(UserError):
     """An error that another process of the same job has met and tells; this one only leaves with it."""
 
 
-def one_line(error: Exception) -> str:
+def format_error(error: Exception) -> str:
     """What a person is told of an error."""
     if isinstance(error, OSError):
         # A full disk, a missing permission: the system's own words say it, with the file's name.

@@ -169,7 +169,7 @@ def _told(items: Path, config: Config) -> Pool:
     found = [one for _, one in read_items(items)]
     lengths = [len(encoder.tokens(one.text, one.instruction, one.image is not None)) for one in found]
     images = sum(one.image is not None for one in found)
-    work = flops.embedding_flops(config, flops.of_items(lengths, images))
+    work = flops.count_embedding_flops(config, flops.items_workload(lengths, images))
     return Pool(len(found), images, statistics.mean(lengths), work)
 
 

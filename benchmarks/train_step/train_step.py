@@ -197,7 +197,7 @@ def _say(line: str) -> None:
 
 def _row(kind: str, found: Measured, settings: Settings) -> list[Any]:
     run, made = config(settings), batches(settings, kind)
-    pairs, work = sum(batch.pairs for batch in made), sum(flops.training_flops(run, batch.load) for batch in made)
+    pairs, work = sum(batch.pairs for batch in made), sum(flops.count_training_flops(run, batch.load) for batch in made)
     # Batches hold different numbers of pairs: a round over all of them is one measurement.
     rounds = [[sum(own[at : at + len(made)]) for at in range(0, len(own), len(made))] for own in found.seconds[kind]]
     speeds = [[pairs / second for second in own] for own in rounds]

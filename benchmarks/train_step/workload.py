@@ -66,7 +66,7 @@ class Batch(NamedTuple):
     packed: ContrastiveBatch
     padded: mix.Padded
     pairs: int
-    load: flops.Load
+    load: flops.Workload
     real: tuple[float, float]
 
 
@@ -112,6 +112,6 @@ def batches(settings: Settings, kind: str) -> list[Batch]:
 def _batch(pairs: list[EncodedPair], packed: ContrastiveBatch, held: list[int]) -> Batch:
     items = [pairs[place].items[side] for side in (0, 1) for place in held]
     padded = mix.padded(items)
-    load = flops.of_items([len(item.tokens) for item in items], len(padded.pixels))
+    load = flops.items_workload([len(item.tokens) for item in items], len(padded.pixels))
     real = (float((packed.packed.segments > 0).mean()), float(padded.mask.mean()))
     return Batch(packed, padded, len(held), load, real)

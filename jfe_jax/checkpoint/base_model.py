@@ -21,12 +21,12 @@ from jfe_jax.models import lora
 from jfe_jax.parallel import sharding
 from jfe_jax.utils.pytrees import flatten
 
-FILE = "base.json"
+BASE_REF_FILE = "base.json"
 # Numbers of a stored array that are in memory at a time.
-PART = 8 << 20
+CHUNK_ELEMENTS = 8 << 20
 
 
-class Base(NamedTuple):
+class BaseModelRef(NamedTuple):
     """Weights that others refer to.
 
     Attributes:
@@ -38,7 +38,7 @@ class Base(NamedTuple):
     fingerprint: str
 
 
-def write(run: Path, base: Base) -> None:
+def write_base_ref(run: Path, base: BaseModelRef) -> None:
     """Writes `base.json` of an existing run directory."""
     tree = {
         "path": str(base.path),
@@ -46,18 +46,18 @@ def write(run: Path, base: Base) -> None:
         "relative": os.path.relpath(base.path, run.absolute()),
         "fingerprint": base.fingerprint,
     }
-    part = run / f"{FILE}.part"
+    part = run / f"{BASE_REF_FILE}.part"
     part.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
-    part.replace(run / FILE)
+    part.replace(run / BASE_REF_FILE)
 
 
-def read(run: Path) -> Base:
+def read_base_ref(run: Path) -> BaseModelRef:
     """Reads `base.json` of a run directory.
 
     Raises:
       UserError: it is missing or no such file, or what it names is not there.
     """
-    file = run / FILE
+    file = run / BASE_REF_FILE
     try:
         tree = json.loads(file.read_text(encoding="utf-8"))
         places = [Path(tree["path"]), Path(os.path.normpath(run.absolute() / tree["relative"]))]
@@ -71,34 +71,34 @@ def read(run: Path) -> Base:
         raise UserError(
             f"{places[0]}: not there; the adapters of {run} stand on it. Put it back, or write its place into {file}"
         )
-    return Base(found, fingerprint)
+    return BaseModelRef(found, fingerprint)
 
 
-def parameters(run: Path, load: Callable[[Path], tuple[LoraConfig, dict[str, Any]]]) -> dict[str, Any]:
+def load_base_params(run: Path, load: Callable[[Path], tuple[LoraConfig, dict[str, Any]]]) -> dict[str, Any]:
     """The weights that the adapters of `run` stand on, as a plain dict.
 
     Args:
       load: opens a path: the settings of its adapters, and its parameters, adapters included.
 
     Raises:
-      UserError: as `read`; the weights are not those that `base.json` was written for; what `load` raises.
+      UserError: as `read_base_ref`; the weights are not those that `base.json` was written for; what `load` raises.
     """
-    base = read(run)
+    base = read_base_ref(run)
     adapters, params = load(base.path)
-    check(base, fingerprint(params), run)
+    check_fingerprint(base, fingerprint_params(params), run)
     return lora.merge(params, adapters)
 
 
-def check(base: Base, found: str, run: Path) -> None:
+def check_fingerprint(base: BaseModelRef, found: str, run: Path) -> None:
     """Raises UserError unless the fingerprint of what lies at `base.path` is what the adapters of `run` stand on."""
     if found != base.fingerprint:
         raise UserError(
             f"{base.path}: not the weights that the adapters of {run} were trained on (fingerprint {found}, not "
-            f"{base.fingerprint}); write the right place into {run / FILE}"
+            f"{base.fingerprint}); write the right place into {run / BASE_REF_FILE}"
         )
 
 
-def fingerprint(params: Any) -> str:
+def fingerprint_params(params: Any) -> str:
     """16 hex digits of every bit of float32 parameters, their names and shapes; the same on every mesh.
 
     Args:
@@ -107,15 +107,15 @@ def fingerprint(params: Any) -> str:
     flat = dict(sorted(flatten(params).items()))
     mesh = getattr(next(iter(flat.values())).sharding, "mesh", None)
     whole = None if mesh is None else sharding.replicated(mesh)
-    sums = jax.jit(lambda leaves: [_sum(leaf) for leaf in leaves], out_shardings=whole)(list(flat.values()))
+    sums = jax.jit(lambda leaves: [_bit_checksum(leaf) for leaf in leaves], out_shardings=whole)(list(flat.values()))
     return _digest(
         (name, leaf.shape, own) for (name, leaf), own in zip(flat.items(), jax.device_get(sums), strict=True)
     )
 
 
-def fingerprint_of_stored(arrays: dict[str, StreamedArray]) -> str:
+def fingerprint_stored(arrays: dict[str, StreamedArray]) -> str:
     """The `fingerprint` of parameters by dotted path that lie on the disk; they are read in parts."""
-    return _digest((name, array.shape, _sum_of_stored(array)) for name, array in sorted(arrays.items()))
+    return _digest((name, array.shape, _bit_checksum_stored(array)) for name, array in sorted(arrays.items()))
 
 
 def _digest(sums: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> str:
@@ -126,10 +126,10 @@ def _digest(sums: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _sum_of_stored(array: StreamedArray) -> np.ndarray:
+def _bit_checksum_stored(array: StreamedArray) -> np.ndarray:
     """As `_sum`, read along the first axis."""
     row = array.size // array.shape[0]
-    rows = max(1, PART // row)
+    rows = max(1, CHUNK_ELEMENTS // row)
     total = np.zeros(2, np.uint32)
     for start in range(0, array.shape[0], rows):
         index = (slice(start, min(start + rows, array.shape[0])), *(slice(0, size) for size in array.shape[1:]))
@@ -140,7 +140,7 @@ def _sum_of_stored(array: StreamedArray) -> np.ndarray:
     return total
 
 
-def _sum(leaf: jax.Array) -> jax.Array:
+def _bit_checksum(leaf: jax.Array) -> jax.Array:
     """uint32 [2]: sums of the bits, plain and weighted by place. Whole numbers add up the same in any order."""
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
     place = jnp.zeros((), jnp.uint32)

@@ -19,10 +19,10 @@ import numpy as np
 _BLOCK = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
 # Of a stream at a time: large enough for the disk's full rate.
-_PART = 16 << 20
+_WRITE_BYTES = 16 << 20
 
 
-class Buffer:
+class AlignedBuffer:
     """Memory that holds one file's numbers at a time."""
 
     def __init__(self) -> None:
@@ -33,20 +33,20 @@ class Buffer:
         """What `write` will write, to be filled; it is the same memory at every call."""
         self._size = math.prod(shape) * dtype.itemsize
         if len(self._bytes) < self._size:
-            self._bytes = _blocks(self._size)
+            self._bytes = _aligned_empty(self._size)
         return self._bytes[: self._size].view(dtype).reshape(shape)
 
     def write(self, path: Path) -> None:
         """Makes the file, of the numbers in C order. A power cut may take it before `sync`. Raises OSError."""
-        file = _open(path)
+        file = _open_direct(path)
         try:
-            _put(file, self._bytes[: _whole(self._size)], 0)
+            _pwrite_all(file, self._bytes[: _round_up_to_block(self._size)], 0)
             os.ftruncate(file, self._size)
         finally:
             os.close(file)
 
 
-class Stream:
+class DirectWriter:
     """A file that is written from its start to its end, the part before while the next one is made.
 
     As a context: at its end the file is whole, but for what a power cut may take before `sync`; OSErrors of the disk
@@ -54,8 +54,8 @@ class Stream:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = _open(path)
-        self._filling, self._other = _blocks(_PART), _blocks(_PART)
+        self._file = _open_direct(path)
+        self._filling, self._other = _aligned_empty(_WRITE_BYTES), _aligned_empty(_WRITE_BYTES)
         self._size = 0
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[None] | None = None
@@ -65,21 +65,21 @@ class Stream:
         # NumPy's own types only have the buffer that bytes are.
         rest = data.reshape(-1).view(np.uint8)
         while len(rest):
-            used = self._size % _PART
-            part, rest = rest[: _PART - used], rest[_PART - used :]
+            used = self._size % _WRITE_BYTES
+            part, rest = rest[: _WRITE_BYTES - used], rest[_WRITE_BYTES - used :]
             self._filling[used : used + len(part)] = part
             self._size += len(part)
-            if used + len(part) == _PART:
-                self._flush(self._size - _PART, _PART)
+            if used + len(part) == _WRITE_BYTES:
+                self._flush(self._size - _WRITE_BYTES, _WRITE_BYTES)
 
-    def __enter__(self) -> "Stream":
+    def __enter__(self) -> "DirectWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
             if kind is None:
-                last = self._size % _PART
-                self._flush(self._size - last, _whole(last))
+                last = self._size % _WRITE_BYTES
+                self._flush(self._size - last, _round_up_to_block(last))
                 self._wait()
                 os.ftruncate(self._file, self._size)
         finally:
@@ -88,7 +88,7 @@ class Stream:
 
     def _flush(self, place: int, size: int) -> None:
         self._wait()
-        self._writing = self._thread.submit(_put, self._file, self._filling[:size], place)
+        self._writing = self._thread.submit(_pwrite_all, self._file, self._filling[:size], place)
         self._filling, self._other = self._other, self._filling
 
     def _wait(self) -> None:
@@ -96,7 +96,7 @@ class Stream:
             self._writing.result()
 
 
-def sync(directory: Path) -> None:
+def sync_file_system(directory: Path) -> None:
     """Returns when the disk has all that was written to the file system of `directory`. Raises OSError."""
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if syncfs is None:
@@ -110,19 +110,19 @@ def sync(directory: Path) -> None:
         os.close(place)
 
 
-def _whole(size: int) -> int:
+def _round_up_to_block(size: int) -> int:
     """Bytes of the blocks that hold so many."""
     return -(-size // _BLOCK) * _BLOCK
 
 
-def _blocks(size: int) -> np.ndarray:
+def _aligned_empty(size: int) -> np.ndarray:
     """Memory for at least so many bytes that begins where a block can."""
     # NumPy asks for huge pages, of which a disk takes one as one piece.
-    spare = np.zeros(_whole(size) + _BLOCK, np.uint8)
-    return spare[-spare.ctypes.data % _BLOCK :][: _whole(size)]
+    spare = np.zeros(_round_up_to_block(size) + _BLOCK, np.uint8)
+    return spare[-spare.ctypes.data % _BLOCK :][: _round_up_to_block(size)]
 
 
-def _open(path: Path) -> int:
+def _open_direct(path: Path) -> int:
     # A file system without direct writes says so when the file is opened, or at the first of them.
     flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
     try:
@@ -133,7 +133,7 @@ def _open(path: Path) -> int:
         return os.open(path, flags, 0o666)
 
 
-def _put(file: int, blocks: np.ndarray, place: int) -> None:
+def _pwrite_all(file: int, blocks: np.ndarray, place: int) -> None:
     done = 0
     while done < len(blocks):
         try:

@@ -16,17 +16,17 @@ from orbax.checkpoint import v1 as ocp
 
 from jfe_jax.checkpoint import model_io
 from jfe_jax.checkpoint.model_io import BEST, CHECKPOINTS
-from jfe_jax.checkpoint.streaming import stored_names
+from jfe_jax.checkpoint.streaming import read_stored_names
 from jfe_jax.config import Config
 from jfe_jax.data.pipeline.pair_reader import redistribute
 from jfe_jax.errors import UserError
-from jfe_jax.parallel.distributed import is_first, together
-from jfe_jax.parallel.sharding import initialise, path_name
+from jfe_jax.parallel.distributed import all_or_none, is_process_zero
+from jfe_jax.parallel.sharding import init_sharded, path_name
 
 policies = ocp.training.preservation_policies
 
 
-class Saved(NamedTuple):
+class RestoredRun(NamedTuple):
     """What a run continues from."""
 
     step: int
@@ -36,7 +36,7 @@ class Saved(NamedTuple):
     data: Any
 
 
-class RunCheckpoints:
+class CheckpointManager:
     """The checkpoints of one training run, newest good one first. Writing happens in the background."""
 
     def __init__(self, run: Path, keep: int, warn: Callable[[str], None], keep_every: int = 0, keep_best: int = 0):
@@ -47,8 +47,8 @@ class RunCheckpoints:
         self._directory = run.absolute() / CHECKPOINTS
         self._warn = warn
         self._closed = False
-        with together():
-            if is_first():
+        with all_or_none():
+            if is_process_zero():
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._remove_half_written()
         kept = [policies.LatestN(keep)]
@@ -57,7 +57,9 @@ class RunCheckpoints:
         if keep_best:
             # Sorted from the worst to the best, of which the last are kept.
             kept.append(
-                policies.BestN(get_metric_fn=_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False)
+                policies.BestN(
+                    get_metric_fn=_validation_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+                )
             )
         self._links_best = keep_best > 0
         self._checkpointer = ocp.training.Checkpointer(
@@ -105,7 +107,7 @@ class RunCheckpoints:
         except Exception as error:
             raise self._failed(error) from error
 
-    def restore(self, config: Config, abstract_params: Any, abstract_train: Any) -> Saved | None:
+    def restore(self, config: Config, abstract_params: Any, abstract_train: Any) -> RestoredRun | None:
         """The newest checkpoint that can be read, on the shardings of the abstract trees; None if there is none.
 
         A damaged checkpoint is named in a line to `warn`, set aside in `damaged/`, and the one before is used.
@@ -124,11 +126,11 @@ class RunCheckpoints:
                     raise UserError(
                         f"{path}: holds a model and no training state; give it as `init`, with another output"
                     )
-                model_io.refuse_other_model(saved.model, config.model, str(path))
-                _refuse_other_state(saved, config, str(path))
-                model_io.read_part(path, "data", data)
-                params = model_io.read_part(path, "params", abstract_params)
-                return Saved(step, saved, params, _read_train(path, abstract_train), data.state)
+                model_io.check_same_model(saved.model, config.model, str(path))
+                _check_same_optimizer_layout(saved, config, str(path))
+                model_io.restore_checkpointable(path, "data", data)
+                params = model_io.restore_checkpointable(path, "params", abstract_params)
+                return RestoredRun(step, saved, params, _restore_train(path, abstract_train), data.state)
             except UserError:
                 raise
             except Exception as error:
@@ -143,9 +145,9 @@ class RunCheckpoints:
 
     def _link_best(self) -> None:
         valued = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
-        if not (self._links_best and valued and is_first()):
+        if not (self._links_best and valued and is_process_zero()):
             return
-        best = min(valued, key=lambda saved: _loss(saved.metrics))
+        best = min(valued, key=lambda saved: _validation_loss(saved.metrics))
         link = self._directory.parent / BEST
         new = link.with_name(f".{BEST}.new")
         new.unlink(missing_ok=True)
@@ -154,14 +156,14 @@ class RunCheckpoints:
 
     def _set_aside(self, path: Path, error: Exception) -> None:
         target = self._damaged / path.name
-        with together():
-            if is_first():
+        with all_or_none():
+            if is_process_zero():
                 self._damaged.mkdir(exist_ok=True)
                 if target.exists():
                     shutil.rmtree(target)
                 path.rename(target)
         self._checkpointer.reload()
-        why = model_io.one_line(error)
+        why = model_io.flatten_message(error)
         self._warn(f"warning: checkpoint {path} is damaged ({why}); moved to {target}, using the one before")
 
     def _remove_half_written(self) -> None:
@@ -179,16 +181,18 @@ class RunCheckpoints:
             shutil.rmtree(path, ignore_errors=True)
         good = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
         kept = f"step {good[-1]} is intact" if good else "there is none before it"
-        return UserError(f"{self._directory}: cannot write the checkpoint ({model_io.reason(error)}); {kept}")
+        return UserError(
+            f"{self._directory}: cannot write the checkpoint ({model_io.explain_write_failure(error)}); {kept}"
+        )
 
 
-def _loss(metrics: dict[str, float]) -> float:
+def _validation_loss(metrics: dict[str, float]) -> float:
     # What is no number is the worst.
     return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf
 
 
-def _read_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    stored, wanted = {*stored_names(path / "train")}, _names(abstract)
+def _restore_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    stored, wanted = {*read_stored_names(path / "train")}, _leaf_names(abstract)
     # A checkpoint from before steps were skipped counts none.
     new = {"skipped"} - stored
     if stored != wanted - new:
@@ -198,16 +202,18 @@ def _read_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
             f"{path}: holds the state of another optimizer ({', '.join(changed[:3])}{more} differ); set `optimizer` as "
             "it was, or start a new run from it with `init`"
         )
-    train = model_io.read_part(path, "train", {name: abstract[name] for name in abstract if name not in new})
-    zeros = {name: initialise(partial(jnp.zeros_like, abstract[name]), abstract[name].sharding) for name in new}
+    train = model_io.restore_checkpointable(
+        path, "train", {name: abstract[name] for name in abstract if name not in new}
+    )
+    zeros = {name: init_sharded(partial(jnp.zeros_like, abstract[name]), abstract[name].sharding) for name in new}
     return train | zeros
 
 
-def _names(tree: Any) -> set[str]:
+def _leaf_names(tree: Any) -> set[str]:
     return {path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _refuse_other_state(saved: Config, wanted: Config, place: str) -> None:
+def _check_same_optimizer_layout(saved: Config, wanted: Config, place: str) -> None:
     # What decides which parameters there are, and which moments they have.
     keys = ["optimizer.name", "optimizer.freeze", "optimizer.train"]
     keys += ["loss.kind", "loss.learn_temperature", "loss.learn_bias"]
@@ -233,13 +239,13 @@ class _IteratorState:
         text = json.dumps(self.state)
 
         async def write() -> None:
-            (Path(await directory.await_creation()) / _process_file()).write_text(text, encoding="utf-8")
+            (Path(await directory.await_creation()) / _process_file_name()).write_text(text, encoding="utf-8")
 
         return write()
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            own = Path(directory) / _process_file()
+            own = Path(directory) / _process_file_name()
             if own.exists():
                 self.state = json.loads(own.read_text(encoding="utf-8"))
                 return
@@ -253,5 +259,5 @@ class _IteratorState:
         return read()
 
 
-def _process_file() -> str:
+def _process_file_name() -> str:
     return f"process_{jax.process_index()}-of-{jax.process_count()}.json"

@@ -24,7 +24,13 @@ from orbax.checkpoint import v1 as ocp
 
 from jfe_jax import config as configs
 from jfe_jax.checkpoint import base_model, direct_io
-from jfe_jax.checkpoint.streaming import StreamedArray, chunked, stored_arrays, stored_names, streaming_context
+from jfe_jax.checkpoint.streaming import (
+    StreamedArray,
+    open_stored_arrays,
+    read_stored_names,
+    streaming_context,
+    with_per_layer_chunks,
+)
 from jfe_jax.config import Config, LoraConfig, MeshConfig, ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.models import lora
@@ -35,7 +41,7 @@ from jfe_jax.utils.local_paths import require_checkpoint_path
 
 CHECKPOINTS, TOKENIZER, CONFIG, BEST = "checkpoints", "tokenizer", "config.yaml", "best"
 # What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
-FREE = ("dtype", "remat", "attention")
+RUNTIME_ONLY_FIELDS = ("dtype", "remat", "attention")
 
 
 class LoadedModel(NamedTuple):
@@ -56,7 +62,11 @@ class LoadedModel(NamedTuple):
 
 
 def save_model(
-    path: str | Path, config: Config, params: Any, tokenizer_dir: str | Path, stands_on: base_model.Base | None = None
+    path: str | Path,
+    config: Config,
+    params: Any,
+    tokenizer_dir: str | Path,
+    base_ref: base_model.BaseModelRef | None = None,
 ) -> None:
     """Writes a run directory at step 0 that holds only a model.
 
@@ -67,7 +77,7 @@ def save_model(
       config: the resolved config; its `model` is what counts.
       params: nnx.State or plain dict; its leaves may be StreamedArrays (all of them, if any).
       tokenizer_dir: is copied.
-      stands_on: where the parameters lie that `params` lacks, which are adapters then.
+      base_ref: where the parameters lie that `params` lacks, which are adapters then.
 
     Raises:
       UserError: `path` is in use, or the checkpoint cannot be written; what reading a StreamedArray raises.
@@ -75,25 +85,27 @@ def save_model(
     require_checkpoint_path(path, "checkpoint")
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
     streamed = any(isinstance(leaf, StreamedArray) for leaf in jax.tree.leaves(pure))
-    with written_whole(path) as run:
+    with atomic_directory(path) as run:
         write_run_files(run, config, Path(tokenizer_dir))
-        if stands_on is not None:
-            base_model.write(run, stands_on)
+        if base_ref is not None:
+            base_model.write_base_ref(run, base_ref)
         target = run / CHECKPOINTS / "0"
         target.parent.mkdir()
         try:
             with streaming_context(orbax_context()) if streamed else orbax_context():
                 ocp.save_checkpointables(target, {"params": pure, "config": dataclasses.asdict(config)})
             if streamed:
-                direct_io.sync(target)
+                direct_io.sync_file_system(target)
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"{path}: cannot write the checkpoint ({reason(error)}); nothing is left of it") from error
+            raise UserError(
+                f"{path}: cannot write the checkpoint ({explain_write_failure(error)}); nothing is left of it"
+            ) from error
 
 
 @contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_directory(path: str | Path) -> Iterator[Path]:
     """A new directory beside `path` to write into; renamed to `path` at the end, removed after an exception.
 
     Raises:
@@ -129,7 +141,7 @@ def load_model(
     path: str | Path,
     mesh: Mesh | None = None,
     dtype: str | None = None,
-    accept: Callable[[Config, Path], None] | None = None,
+    validate: Callable[[Config, Path], None] | None = None,
 ) -> LoadedModel:
     """Opens a model for use.
 
@@ -138,34 +150,34 @@ def load_model(
       mesh: where the parameters are to lie; None is the first device. One of this process's devices is opened by this
         process alone, another by all of them together.
       dtype: to hold the parameters in, as "bfloat16"; None is what they are stored in, float32 after training.
-      accept: is given the config and the checkpoint's directory before anything large is read; may raise.
+      validate: is given the config and the checkpoint's directory before anything large is read; may raise.
 
     Raises:
       UserError: no checkpoint there, or none that can be read; or what adapters stand on is not there.
     """
     mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices())
-    for step, place in _candidates(Path(path)):
+    for step, place in _list_checkpoints(Path(path)):
         try:
             config = read_config(place, alone=not mesh.is_multi_process)
-            if accept:
-                accept(config, place)
+            if validate:
+                validate(config, place)
             # How training attends may need its accelerator, and its length of rows.
             plan = blueprint(dataclasses.replace(config.model, attention="xla"), mesh)
             if dtype:
-                plan = plan._replace(abstract=_in_dtype(plan.abstract, dtype))
+                plan = plan._replace(abstract=_with_dtype(plan.abstract, dtype))
             params = nnx.State(_load_params(place, plan, mesh))
         except UserError:
             raise
         except Exception as error:
-            failure = f"{place} is damaged ({one_line(error)})"
+            failure = f"{place} is damaged ({flatten_message(error)})"
             continue
         return LoadedModel(config, plan.graphdef, params, place.parent.parent / TOKENIZER, step)
     raise UserError(f"{path}: no checkpoint can be read; {failure}")
 
 
-def refuse_other_model(saved: ModelConfig, wanted: ModelConfig, place: str) -> None:
+def check_same_model(saved: ModelConfig, wanted: ModelConfig, place: str) -> None:
     """Raises UserError, with the differing keys, if weights of one model do not fit the other."""
-    same = {name: getattr(wanted, name) for name in FREE}
+    same = {name: getattr(wanted, name) for name in RUNTIME_ONLY_FIELDS}
     differing = configs.differing_keys(dataclasses.replace(saved, **same), wanted)
     if differing:
         raise UserError(f"{place}: another model: {'; '.join(f'model.{key}' for key in differing)}")
@@ -195,33 +207,35 @@ def open_model(path: str | Path) -> StoredModel:
     Raises:
       UserError: no checkpoint there, or one that is damaged.
     """
-    step, place = _candidates(Path(path))[0]
+    step, place = _list_checkpoints(Path(path))[0]
     try:
-        arrays = stored_arrays(place / "params")
+        arrays = open_stored_arrays(place / "params")
         return StoredModel(read_config(place), arrays, place.parent.parent / TOKENIZER, step)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{place} is damaged ({one_line(error)}); name another of the run's checkpoints") from error
+        raise UserError(
+            f"{place} is damaged ({flatten_message(error)}); name another of the run's checkpoints"
+        ) from error
 
 
-def tokenizer_of(path: str | Path) -> Path:
+def find_tokenizer(path: str | Path) -> Path:
     """The tokenizer's directory of a run directory or of one of its checkpoints.
 
     Raises:
       UserError: no checkpoint there.
     """
-    return _candidates(Path(path))[0][1].parent.parent / TOKENIZER
+    return _list_checkpoints(Path(path))[0][1].parent.parent / TOKENIZER
 
 
-def latest_step(run: str | Path) -> int | None:
+def find_latest_step(run: str | Path) -> int | None:
     """The newest complete checkpoint's step, without opening it; None if there is none."""
     directory = Path(run) / CHECKPOINTS
     found = [int(path.name) for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
     return max(found, default=None)
 
 
-def _candidates(path: Path) -> list[tuple[int, Path]]:
+def _list_checkpoints(path: Path) -> list[tuple[int, Path]]:
     # `best` is a link to one.
     path = path.resolve()
     require_checkpoint_path(path, "checkpoint")
@@ -235,32 +249,32 @@ def _candidates(path: Path) -> list[tuple[int, Path]]:
 
 
 def read_config(place: Path, *, alone: bool = False) -> Config:
-    """The resolved config of the checkpoint directory `place`; `alone` as for `read_part`."""
-    return configs.from_dict(read_part(place, "config", None, alone=alone), f"{place}/config")
+    """The resolved config of the checkpoint directory `place`; `alone` as for `restore_checkpointable`."""
+    return configs.from_dict(restore_checkpointable(place, "config", None, alone=alone), f"{place}/config")
 
 
-def _in_dtype(abstract: Any, dtype: str) -> Any:
+def _with_dtype(abstract: Any, dtype: str) -> Any:
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jax.numpy.dtype(dtype), sharding=leaf.sharding), abstract
     )
 
 
 def _load_params(place: Path, plan: Blueprint, mesh: Mesh) -> dict[str, Any]:
-    held, alone = stored_names(place / "params"), not mesh.is_multi_process
+    held, alone = read_stored_names(place / "params"), not mesh.is_multi_process
     mask = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in held, plan.abstract)
     if not any(map(lora.is_adapter, held)) or all(jax.tree.leaves(mask)):
-        return read_part(place, "params", plan.abstract, alone=alone)
+        return restore_checkpointable(place, "params", plan.abstract, alone=alone)
     # First what is small and may be damaged.
-    own = read_part(place, "params", pytrees.select(plan.abstract, mask), alone=alone)
-    beneath = base_parameters(place.parent.parent, mesh)
+    own = restore_checkpointable(place, "params", pytrees.select(plan.abstract, mask), alone=alone)
+    beneath = restore_base_params(place.parent.parent, mesh)
     beneath = jax.tree.map(
         lambda leaf, wanted: leaf.astype(wanted.dtype), beneath, lora.without_adapters(plan.abstract)
     )
     return pytrees.overlay(beneath, own)
 
 
-def base_parameters(run: Path, mesh: Mesh) -> dict[str, Any]:
-    """The weights that the adapters of a run stand on, on a mesh. Raises UserError as `base.parameters`."""
+def restore_base_params(run: Path, mesh: Mesh) -> dict[str, Any]:
+    """The weights that the adapters of a run stand on, on a mesh. Raises UserError as `base_model.load_base_params`."""
 
     def load(path: Path) -> tuple[LoraConfig, dict[str, Any]]:
         if (path / "config.json").is_file():
@@ -272,10 +286,10 @@ def base_parameters(run: Path, mesh: Mesh) -> dict[str, Any]:
         loaded = load_model(path, mesh)
         return loaded.config.model.lora, nnx.to_pure_dict(loaded.params)
 
-    return base_model.parameters(run, load)
+    return base_model.load_base_params(run, load)
 
 
-def read_part(place: Path, part: str, abstract: Any, *, alone: bool = False) -> Any:
+def restore_checkpointable(place: Path, part: str, abstract: Any, *, alone: bool = False) -> Any:
     """One checkpointable of the directory `place`, into its abstract tree; whatever Orbax raises if it is damaged.
 
     Args:
@@ -296,23 +310,23 @@ def orbax_context() -> ocp.Context:
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
     context = ocp.Context()
     context.checkpointables.registry = registry
-    return chunked(context)
+    return with_per_layer_chunks(context)
 
 
-def reason(error: Exception) -> str:
+def explain_write_failure(error: Exception) -> str:
     """Why writing failed: the system's own words, where the storage library has wrapped them."""
-    text = one_line(error)
+    text = flatten_message(error)
     words = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS))
     return next((one for one in words if one in text), text)
 
 
-def one_line(error: Exception) -> str:
+def flatten_message(error: Exception) -> str:
     """An exception's message without line breaks, cut to what a line holds."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
-class _OfNoUse(logging.Filter):
+class _OrbaxLogFilter(logging.Filter):
     """Drops the tracebacks that Orbax's threads log of errors which then reach the caller as exceptions, and that there
     is no OCDBT to merge where none is wanted."""
 
@@ -321,4 +335,4 @@ class _OfNoUse(logging.Filter):
         return not ("orbax" in record.pathname and told)
 
 
-logging.getLogger("absl").addFilter(_OfNoUse())
+logging.getLogger("absl").addFilter(_OrbaxLogFilter())

@@ -22,14 +22,14 @@ from orbax.checkpoint import type_handlers
 from orbax.checkpoint import v1 as ocp
 from orbax.checkpoint.experimental.v1._src.serialization import numpy_leaf_handler, registry
 
-from jfe_jax.checkpoint.direct_io import Buffer
+from jfe_jax.checkpoint.direct_io import AlignedBuffer
 from jfe_jax.errors import UserError
 
 # Of a stored chunk, and so of what is in memory at a time. From 32 MiB on, glibc maps new pages for each that is read
 # and clears them, which takes half as long as everything else.
 CHUNK_BYTES = 16 << 20
 # Written at a time: while one waits for the disk, the others are read and turned.
-CHUNKS = 3
+CHUNKS_IN_FLIGHT = 3
 # A chunk of which only a part is wanted is kept for the next part's turn.
 CACHE_BYTES = 256 << 20
 
@@ -73,10 +73,11 @@ class StreamedArray:
             out[...] = self.read(index)
 
 
-def chunked(base: ocp.Context) -> ocp.Context:
-    """`base` for checkpoints that `stored_arrays` reads well: small chunks, of one layer each where layers are stacked.
+def with_per_layer_chunks(base: ocp.Context) -> ocp.Context:
+    """Configures `base` for checkpoints that `open_stored_arrays` reads efficiently.
 
-    Layers lie apart in other people's files: an export reads them one by one.
+    Chunks are small, and each holds a single layer where layers are stacked: other formats store layers separately, so
+    an export reads them one by one.
     """
     options = ocp.options.ArrayOptions.Saving.StorageOptions
 
@@ -96,10 +97,10 @@ def streaming_context(base: ocp.Context) -> ocp.Context:
     """`base` for a checkpoint whose `params` are StreamedArrays; each of their chunks is a file of bare numbers."""
     base.checkpointables.registry.add(_StreamedTreeHandler, checkpointable_name="params")
     base.array_options.saving.use_ocdbt = base.array_options.saving.use_zarr3 = False
-    return chunked(base)
+    return with_per_layer_chunks(base)
 
 
-def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
+def open_stored_arrays(directory: Path) -> dict[str, StreamedArray]:
     """The arrays of an Orbax tree, by dotted path; nothing is read until a part of one is asked for.
 
     Args:
@@ -108,7 +109,7 @@ def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
     Raises:
       UserError: when a part is read that is damaged.
     """
-    tree = _metadata(directory)
+    tree = _read_metadata(directory)
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
     def array(name: str) -> StreamedArray:
@@ -131,40 +132,40 @@ def stored_arrays(directory: Path) -> dict[str, StreamedArray]:
 
         return StreamedArray(opened.shape, opened.dtype.numpy_dtype, read)
 
-    return {name: array(name) for name in stored_names(directory)}
+    return {name: array(name) for name in read_stored_names(directory)}
 
 
-def stored_names(directory: Path) -> list[str]:
+def read_stored_names(directory: Path) -> list[str]:
     """Dotted paths of the arrays of an Orbax tree."""
-    leaves = _metadata(directory)["tree_metadata"].values()
+    leaves = _read_metadata(directory)["tree_metadata"].values()
     # What is an empty container in the tree stands there too, with nothing to read.
     leaves = (leaf for leaf in leaves if not leaf["value_metadata"]["skip_deserialize"])
     return [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
 
-def _metadata(directory: Path) -> dict[str, Any]:
+def _read_metadata(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
 
 
 # How numbers lie in a chunk's file, and how it is called (zarr-specs.readthedocs.io, version 2).
-_PLAIN = {"compressor": None, "filters": None, "order": "C", "dimension_separator": "."}
+_UNCOMPRESSED = {"compressor": None, "filters": None, "order": "C", "dimension_separator": "."}
 
 
-class _Writer(type_handlers.NumpyHandler):
+class _ChunkWriter(type_handlers.NumpyHandler):
     """Writes the files of chunks itself, a few at a time; Orbax's own gives the whole array to TensorStore."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
         # Leaves are written concurrently: so many chunks of them all are in memory.
-        self._threads = ThreadPoolExecutor(CHUNKS)
+        self._threads = ThreadPoolExecutor(CHUNKS_IN_FLIGHT)
         self._failed = False
-        self._buffers: SimpleQueue[Buffer] = SimpleQueue()
-        for _ in range(CHUNKS):
-            self._buffers.put(Buffer())
+        self._buffers: SimpleQueue[AlignedBuffer] = SimpleQueue()
+        for _ in range(CHUNKS_IN_FLIGHT):
+            self._buffers.put(AlignedBuffer())
 
     async def _open_and_write(self, value: StreamedArray, tspec: dict[str, Any], ts_context: ts.Context) -> None:
         del ts_context
-        tspec = tspec | {"metadata": tspec["metadata"] | _PLAIN}
+        tspec = tspec | {"metadata": tspec["metadata"] | _UNCOMPRESSED}
         directory, shape = Path(tspec["kvstore"]["path"]), tuple(tspec["metadata"]["chunks"])
 
         def write(index: Index) -> None:
@@ -184,7 +185,7 @@ class _Writer(type_handlers.NumpyHandler):
                 raise asyncio.CancelledError
             # Orbax's chunks divide the shape.
             await asyncio.gather(
-                *(loop.run_in_executor(self._threads, write, one) for one in _chunks(value.shape, shape))
+                *(loop.run_in_executor(self._threads, write, one) for one in _chunk_indices(value.shape, shape))
             )
         except BaseException as error:
             # What has been written is removed then: nothing may come after, and nobody asks what else went wrong.
@@ -198,17 +199,17 @@ class _Writer(type_handlers.NumpyHandler):
 class _StreamedLeafHandler(numpy_leaf_handler.NumpyLeafHandler):
     def __init__(self, *, context: ocp.Context | None = None) -> None:
         super().__init__(context=context)
-        self._handler_impl = _Writer()
+        self._handler_impl = _ChunkWriter()
 
 
-class _AbstractStreamed:
+class _AbstractStreamedArray:
     """Nothing is read back as a StreamedArray; the registry wants a name for it all the same."""
 
 
 class _StreamedTreeHandler(ocp.handlers.PyTreeHandler):
     def __init__(self, *, context: ocp.Context | None = None) -> None:
         leaves = registry.StandardLeafHandlerRegistry()
-        leaves.add(StreamedArray, _AbstractStreamed, _StreamedLeafHandler, secondary_typestrs=["np.ndarray"])
+        leaves.add(StreamedArray, _AbstractStreamedArray, _StreamedLeafHandler, secondary_typestrs=["np.ndarray"])
         super().__init__(context=context, leaf_handler_registry=leaves)
 
 
@@ -217,7 +218,7 @@ _StreamedTreeHandler.__module__ = ocp.handlers.PyTreeHandler.__module__
 _StreamedTreeHandler.__qualname__ = ocp.handlers.PyTreeHandler.__qualname__
 
 
-def _chunks(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
+def _chunk_indices(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
     """Indices that cover `shape` in pieces of `chunk`."""
     starts = (range(0, whole, part) for whole, part in zip(shape, chunk, strict=True))
     for corner in itertools.product(*starts):

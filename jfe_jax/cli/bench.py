@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> None:
     from benchmarks import BENCHMARKS
     from benchmarks.common import result as results
     from benchmarks.common import tables
-    from jfe_jax.utils.progress import bar
+    from jfe_jax.utils.progress import progress_bar
 
     benchmark = BENCHMARKS[args.name]
     module = importlib.import_module(benchmark.module)
@@ -51,7 +51,7 @@ def _run(args: argparse.Namespace) -> None:
     if own.json:
         # Now, not after an hour's work.
         own.json.parent.mkdir(parents=True, exist_ok=True)
-    result = results.stamped(module.run(own, bar), args.name, args.overrides)
+    result = results.stamped(module.run(own, progress_bar), args.name, args.overrides)
     print(tables.as_text(result), end="")
     if own.json:
         results.write(result, own.json)

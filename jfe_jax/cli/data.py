@@ -105,7 +105,7 @@ def _prepare(args: argparse.Namespace) -> None:
         units=args.units,
         short_side=args.short_side,
         max_bad=args.max_bad_share,
-        progress=progress.bar,
+        progress=progress.progress_bar,
     )
     for part in parts:
         line = f"{part.name}: {part.outcome}, {part.records} records"

@@ -24,23 +24,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.embedding.items_jsonl import ItemsFile
     from jfe_jax.errors import UserError
-    from jfe_jax.parallel.distributed import is_first, join, together
-    from jfe_jax.utils.progress import bar
+    from jfe_jax.parallel.distributed import all_or_none, initialize_distributed, is_process_zero
+    from jfe_jax.utils.progress import progress_bar
 
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
-    join()
+    initialize_distributed()
     # The whole file is checked before the model is opened: a bad line shows at once.
-    with together():
+    with all_or_none():
         source = ItemsFile(args.items)
     import jax
 
     from jfe_jax.embedding.embed import embed
     from jfe_jax.embedding.retriever import Retriever
 
-    with together():
+    with all_or_none():
         retriever = Retriever.load(args.checkpoint)
-    with bar("embedding", -(-len(source) // jax.process_count())) as progress:
+    with progress_bar("embedding", -(-len(source) // jax.process_count())) as progress:
         done = embed(
             retriever,
             source,
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
             overwrite=args.overwrite,
             progress=progress,
         )
-    if not is_first():
+    if not is_process_zero():
         return
     told = done.index.manifest
     cut = f"; {told.cut_texts} texts were cut" if told.cut_texts else ""

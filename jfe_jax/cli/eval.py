@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> None:
     from jfe_jax.embedding.shard_store import DTYPES
     from jfe_jax.errors import UserError
     from jfe_jax.evaluation.load import read_questions
-    from jfe_jax.parallel.distributed import is_first, join, together
-    from jfe_jax.utils.progress import bar
+    from jfe_jax.parallel.distributed import all_or_none, initialize_distributed, is_process_zero
+    from jfe_jax.utils.progress import progress_bar
 
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: it is {', '.join(DTYPES)}")
@@ -66,9 +66,9 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--depth {args.depth}: at least 10, as the figures need")
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
-    join()
+    initialize_distributed()
     # The data first: what is wrong with it is known before a model is loaded.
-    with together():
+    with all_or_none():
         questions = read_questions(
             args.data,
             split=args.split,
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     from jfe_jax.evaluation.evaluator import Keep, ask
     from jfe_jax.reports import evaluation_report
 
-    with together():
+    with all_or_none():
         retriever = Retriever.load(args.checkpoint)
     evaluation = ask(
         retriever,
@@ -96,13 +96,13 @@ def run(args: argparse.Namespace) -> None:
             shard=args.shard,
             overwrite=args.overwrite,
         ),
-        progress=bar,
+        progress=progress_bar,
     )
-    with together():
-        if is_first():
+    with all_or_none():
+        if is_process_zero():
             results.write(args.out, evaluation.results, evaluation.answers, evaluation.pools)
             evaluation_report.write(args.out / "report.html", evaluation)
-    if not is_first():
+    if not is_process_zero():
         return
     for warning in evaluation.results["warnings"]:
         print(f"warning: {warning}")

@@ -9,8 +9,8 @@ import sys
 import traceback
 from pathlib import Path
 
-from jfe_jax.errors import SaidElsewhere, UserError, one_line
-from jfe_jax.parallel.distributed import known_to_all
+from jfe_jax.errors import RemoteProcessError, UserError, format_error
+from jfe_jax.parallel.distributed import is_synchronized
 from jfe_jax.utils.local_paths import require_local
 
 VERBS = {
@@ -76,9 +76,9 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except Exception as error:
         told = isinstance(error, UserError | OSError) and not args.debug
-        if told and not isinstance(error, SaidElsewhere):
-            print(f"jfe {args.verb}: {one_line(error)}", file=sys.stderr, flush=True)
-        if not known_to_all(error):
+        if told and not isinstance(error, RemoteProcessError):
+            print(f"jfe {args.verb}: {format_error(error)}", file=sys.stderr, flush=True)
+        if not is_synchronized(error):
             # The others are at work, or wait for this one; it would wait for them at its end.
             if not told:
                 traceback.print_exc()

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> None:
     from jfe_jax.data.formats.mbeir import Mbeir
     from jfe_jax.embedding.shard_store import DTYPES
     from jfe_jax.errors import UserError
-    from jfe_jax.parallel.distributed import is_first, join, together
-    from jfe_jax.utils.progress import bar
+    from jfe_jax.parallel.distributed import all_or_none, initialize_distributed, is_process_zero
+    from jfe_jax.utils.progress import progress_bar
 
     first, colon, last = args.ranks.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--dtype {args.dtype}: it is {', '.join(DTYPES)}")
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
-    join()
+    initialize_distributed()
     from jfe_jax.embedding.retriever import Retriever
     from jfe_jax.mining.miner import Settings, mine
 
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     units = [name.strip() for name in args.units.split(",") if name.strip()]
-    with together():
+    with all_or_none():
         mbeir = Mbeir(args.data)
         retriever = Retriever.load(args.checkpoint)
     total = 0
@@ -101,9 +101,9 @@ def run(args: argparse.Namespace) -> None:
         images=args.images,
         shard=args.shard,
         overwrite=args.overwrite,
-        progress=bar,
+        progress=progress_bar,
     ):
-        if not is_first():
+        if not is_process_zero():
             continue
         counts = mined.counts
         kept = counts["wanted_modality"] + counts["wrong_modality"]
@@ -124,5 +124,5 @@ def run(args: argparse.Namespace) -> None:
         ):
             if counts[name]:
                 print(f"warning: {mined.unit}: {counts[name]} {what}")
-    if is_first():
+    if is_process_zero():
         print(f"{total} negatives in {args.out}; prepare it with `jfe data prepare`, train with --data.hard_negatives")

@@ -47,19 +47,19 @@ def run(args: argparse.Namespace) -> None:
     if args.search or args.scaling:
         from jfe_jax.plan import sweep
 
-        runner = sweep.Runner(args.config, args.overrides, args.out, args.timeout, say)
-        rows = sweep.scaling(runner, config, topology) if args.scaling else sweep.search(
+        runner = sweep.PlanRunner(args.config, args.overrides, args.out, args.timeout, say)
+        rows = sweep.plan_scaling(runner, config, topology) if args.scaling else sweep.search_settings(
             runner, config, topology, args.limit
         )  # fmt: skip
-        print(json.dumps(rows, indent=2) if args.json else sweep.as_text(rows))
+        print(json.dumps(rows, indent=2) if args.json else sweep.format_table(rows))
         if not any(row["fits"] for row in rows):
             raise UserError("nothing that was tried fits")
         return
     from jfe_jax.plan import aot_compile as compiling
     from jfe_jax.plan import report
 
-    logs = compiling.prepare(topology)
+    logs = compiling.configure_libtpu(topology)
     plan = report.make_plan(config, topology, logs, say, args.out, embedding=args.step == "both")
-    print(json.dumps(plan, indent=2) if args.json else report.as_text(plan))
+    print(json.dumps(plan, indent=2) if args.json else report.format_plan(plan))
     if not plan["fits"]:
         raise UserError(plan["problem"])

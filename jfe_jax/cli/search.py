@@ -77,10 +77,10 @@ def _search(index, kind: str | None, target: float | None, query, k: int):
     """Scores and rows [1, k], and a line about the recall of what is not exact."""
     from jfe_jax.search.exact import Searcher
     from jfe_jax.search.faiss_index import RECALL_AT, FaissIndex, measure
-    from jfe_jax.utils.progress import bar
+    from jfe_jax.utils.progress import progress_bar
 
     if kind is not None:
-        with bar(f"{FAISS}{kind}", len(index.ids)) as progress:
+        with progress_bar(f"{FAISS}{kind}", len(index.ids)) as progress:
             faiss = FaissIndex(index, kind, progress)
         return *faiss.search(query, k), f"{FAISS}{kind}: recall@{RECALL_AT} {faiss.measured:.3f} against exact search"
     if target is None:

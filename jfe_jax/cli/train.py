@@ -34,13 +34,13 @@ def run(args: argparse.Namespace) -> None:
     if args.print_config:
         print(configs.to_yaml(config), end="")
         return
-    from jfe_jax.parallel.distributed import is_first, join
+    from jfe_jax.parallel.distributed import initialize_distributed, is_process_zero
 
-    join()
+    initialize_distributed()
     from jfe_jax.train.trainer import train
 
     # Of many processes one speaks: all have the same to say.
-    speaks = is_first()
+    speaks = is_process_zero()
     outcome = train(config, args.resume, lambda line: speaks and print(line, file=sys.stderr, flush=True))
     if speaks:
         print(outcome.note)

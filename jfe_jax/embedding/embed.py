@@ -21,7 +21,7 @@ from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.embedding.row_source import require_finite
 from jfe_jax.embedding.shard_store import DTYPES, Storage, clear, remove
 from jfe_jax.errors import UserError
-from jfe_jax.parallel.distributed import by_first, is_first, together
+from jfe_jax.parallel.distributed import all_or_none, is_process_zero, on_process_zero
 
 SHARD = 8192
 # A process that fails leaves this file, so that the others do not go on for hours.
@@ -97,25 +97,25 @@ def embed(
     }
     _require_same(plan, f"{retriever.path} and {source.path}")
     storage = Storage(out, plan)
-    finished, kept = by_first(lambda: _begin(storage, overwrite)), storage.count
+    finished, kept = on_process_zero(lambda: _begin(storage, overwrite)), storage.count
     if finished:
         if progress:
             progress(len(source.ids))
     else:
-        with together():
+        with all_or_none():
             kept = _embed_share(retriever, source, storage, progress)
-        with together():
-            if is_first():
+        with all_or_none():
+            if is_process_zero():
                 _finish(storage, retriever, source)
-    with together():
+    with all_or_none():
         index = Index.open(out)
     return Embedded(index, storage.count, kept)
 
 
 def _require_same(plan: dict, what: str) -> None:
     """All processes are to do the same."""
-    firsts = by_first(lambda: plan)
-    with together():
+    firsts = on_process_zero(lambda: plan)
+    with all_or_none():
         if other := [name for name in plan if plan[name] != firsts[name]]:
             raise UserError(
                 f"{what}: process {jax.process_index()} finds another {' and '.join(other)} there than process 0; is "

@@ -30,7 +30,7 @@ from jfe_jax.embedding.row_source import FileRows
 from jfe_jax.embedding.shard_store import PLAN, write_json
 from jfe_jax.embedding.string_table import ChosenNames
 from jfe_jax.errors import UserError
-from jfe_jax.parallel.distributed import is_first, together
+from jfe_jax.parallel.distributed import all_or_none, is_process_zero
 
 CHECKPOINT, CONTENTS = "checkpoint.json", "contents.npy"
 # Rows of a file that lie no further apart are read together.
@@ -92,12 +92,12 @@ class Stores:
         self.indices: list[Index] = []
         self._contents: list[np.ndarray] = []
         try:
-            with together():
-                if is_first():
+            with all_or_none():
+                if is_process_zero():
                     folder.mkdir(parents=True, exist_ok=True)
                     self._lock = _locked(folder)
                     self._claim(overwrite)
-            with together():
+            with all_or_none():
                 for number, place in enumerate(sorted(folder.glob(f"*/{MANIFEST}"))):
                     self._add(place.parent, verify=number % jax.process_count() == jax.process_index())
         except BaseException:
@@ -130,12 +130,12 @@ class Stores:
             chosen = missing[wanted.files[missing] == number]
             part = _Part(wanted, chosen)
             folder = self.folder / f"{wanted.names[number]}.{dtype}.{part.digest[:12]}"
-            with together():
-                if is_first():
+            with all_or_none():
+                if is_process_zero():
                     folder.mkdir(exist_ok=True)
                     np.save(folder / CONTENTS, wanted.contents[chosen])
             embed(self._retriever, part, folder, dtype=dtype, shard=self._shard, progress=progress)
-            with together():
+            with all_or_none():
                 self._add(folder)
         return self._find(wanted.contents, dtype)
 

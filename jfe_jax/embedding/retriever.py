@@ -23,7 +23,7 @@ from jfe_jax.embedding.batch_shapes import ACCELERATOR, CPU
 from jfe_jax.embedding.batching import BatchMaker
 from jfe_jax.models.layers.blocks import apart, together
 from jfe_jax.parallel.sharding import batch_sharding, group_count, make_mesh, replicated
-from jfe_jax.utils.background_iterator import ahead
+from jfe_jax.utils.background_iterator import prefetch
 
 _BATCHES_AHEAD = 2
 
@@ -145,7 +145,7 @@ class Retriever:
                 progress(len(numbers))
 
         # The next batches are read and packed while the devices compute this one.
-        for packed, numbers in ahead(self._batches.batches(items, names), _BATCHES_AHEAD):
+        for packed, numbers in prefetch(self._batches.batches(items, names), _BATCHES_AHEAD):
             places = np.nonzero(numbers >= 0)
             waiting.append((self._embed(packed), places, numbers[places]))
             if len(waiting) > 1:

@@ -29,7 +29,7 @@ from jfe_jax.evaluation.eval_set import Asked, Pools, Questions, UnitQueries, on
 from jfe_jax.evaluation.protocols import MBEIR
 from jfe_jax.evaluation.results import Answers, unit_results
 from jfe_jax.evaluation.search_runner import Job, Kept, answer, scores
-from jfe_jax.parallel.distributed import is_first, together
+from jfe_jax.parallel.distributed import all_or_none, is_process_zero
 
 # Deep enough for others to compute hit@50 from the run files.
 DEPTH = max(metrics.CUTOFFS)
@@ -124,7 +124,7 @@ def ask(
 ) -> Evaluation:
     """As `evaluate`, whatever the questions were read from. Every process of a job calls it, and has the same."""
     start = time.monotonic()
-    with together():
+    with all_or_none():
         jobs = _jobs(questions, given)
     with contextlib.ExitStack() as ending:
         # Embeddings are on disk in any case: what memory an evaluation needs does not depend on it.
@@ -132,7 +132,7 @@ def ask(
         embeddings = keep.embeddings or folder / EMBEDDINGS
         place = keep.images or embeddings / IMAGES
         images = _images(questions, jobs, place, progress)
-        with together():
+        with all_or_none():
             _require_images(jobs, images)
         with _stores(retriever, embeddings, images, keep) as stores:
             wanted = _Candidates(questions, images), _Queries(questions, images, jobs)
@@ -249,9 +249,9 @@ def _images(questions: Questions, jobs: list[Job], place: Path, progress: Progre
     def wanted() -> np.ndarray:
         return np.concatenate([known.images, np.array([image_id(image, known.root) for image in shown], np.int64)])
 
-    with together():
-        images = open_images(questions.path, place, wanted, progress) if is_first() else None
-    with together():
+    with all_or_none():
+        images = open_images(questions.path, place, wanted, progress) if is_process_zero() else None
+    with all_or_none():
         return images or open_images(questions.path, place, wanted, copies=False)
 
 

@@ -23,7 +23,7 @@ from jfe_jax.evaluation import metrics
 from jfe_jax.evaluation.error_analysis import mistakes
 from jfe_jax.evaluation.eval_set import Asked, Pools, Questions, Targets, UnitQueries, by_prompt, once, rectangle
 from jfe_jax.evaluation.results import Answers
-from jfe_jax.parallel.distributed import exchange, is_first, together
+from jfe_jax.parallel.distributed import all_or_none, allgather_json, is_process_zero
 from jfe_jax.search.exact import Found, Searcher
 
 # On the CPU, pools up to so many bytes stay in memory from one unit to the next; larger ones are read for each, which
@@ -73,12 +73,12 @@ class Kept:
                     found = Found(*(file[field] for field in Found._fields))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             pass
-        return found if all(exchange(found is not None)) else None
+        return found if all(allgather_json(found is not None)) else None
 
     def save(self, name: str, digest: str, found: Found) -> None:
         """Keeps it; the file is there whole or not at all."""
-        with together():
-            if is_first():
+        with all_or_none():
+            if is_process_zero():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 part = self._folder / f"{name}.part"
                 with part.open("wb") as stream:

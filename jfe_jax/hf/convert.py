@@ -139,14 +139,14 @@ def _from_peft(source: Path, target: str | Path, dtype: str | None, beneath: str
 
 def _base_name(stored: StoredModel) -> str:
     """The Hugging Face directory beneath adapters: they stand on it, or on what was imported from it."""
-    beneath = base_lib.read(stored.tokenizer_dir.parent)
+    beneath = base_lib.read_base_ref(stored.tokenizer_dir.parent)
     if (beneath.path / "config.json").is_file():
         return str(beneath.path)
     place = Path(model_io.open_model(beneath.path).config.tokens.tokenizer).absolute()
     # It may have been trained since, or the directory be another's.
     if (place / "config.json").is_file():
         try:
-            same = base_lib.fingerprint_of_stored(open_hf(place).arrays) == beneath.fingerprint
+            same = base_lib.fingerprint_stored(open_hf(place).arrays) == beneath.fingerprint
         except UserError:
             same = False
         return str(place) if same else ""

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from jfe_jax.checkpoint import base_model, model_io
-from jfe_jax.checkpoint.base_model import Base
+from jfe_jax.checkpoint.base_model import BaseModelRef
 from jfe_jax.checkpoint.model_io import StoredModel
 from jfe_jax.checkpoint.streaming import Index, StreamedArray
 from jfe_jax.config import LoraConfig
@@ -21,7 +21,7 @@ def open_whole(path: str | Path) -> tuple[StoredModel, Path]:
     """A run or a Hugging Face directory with every parameter, adapters apart, and the very directory that they lie in.
 
     Raises:
-      UserError: as `open_model`, `open_hf` and `base.read`; what adapters stand on is not what it was.
+      UserError: as `open_model`, `open_hf` and `base_model.read_base_ref`; what adapters stand on is not what it was.
     """
     path = Path(path).absolute()
     if (path / "config.json").is_file():
@@ -32,16 +32,16 @@ def open_whole(path: str | Path) -> tuple[StoredModel, Path]:
     place = run / model_io.CHECKPOINTS / str(stored.step)
     if not stored.config.model.lora.rank:
         return stored, place
-    found = base_model.read(run)
+    found = base_model.read_base_ref(run)
     beneath, _ = open_whole(found.path)
-    base_model.check(found, base_model.fingerprint_of_stored(beneath.arrays), run)
+    base_model.check_fingerprint(found, base_model.fingerprint_stored(beneath.arrays), run)
     return stored._replace(arrays=merged(beneath.arrays, beneath.config.model.lora) | stored.arrays), place
 
 
-def stand_on(path: str | Path) -> tuple[StoredModel, Base]:
+def stand_on(path: str | Path) -> tuple[StoredModel, BaseModelRef]:
     """The model at `path` without adapters of its own, and how others refer to it. Raises UserError as `open_whole`."""
     stored, place = open_whole(path)
-    return without_adapters(stored), Base(place, base_model.fingerprint_of_stored(stored.arrays))
+    return without_adapters(stored), BaseModelRef(place, base_model.fingerprint_stored(stored.arrays))
 
 
 def without_adapters(stored: StoredModel) -> StoredModel:

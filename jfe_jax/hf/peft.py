@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jfe_jax.checkpoint.model_io import StoredModel, written_whole
+from jfe_jax.checkpoint.model_io import StoredModel, atomic_directory
 from jfe_jax.config import LoraConfig
 from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
@@ -129,7 +129,7 @@ def save_adapter(stored: StoredModel, out: str | Path, base_name: str, dtype: st
         "modules_to_save": [module for module, trained in whole.items() if all(trained)] or None,
     }
     try:
-        with written_whole(out) as part:
+        with atomic_directory(out) as part:
             write_json(part / SETTINGS, settings)
             write_json(part / ENCODER_FILE, encoder_json(model, stored.config.tokens))
             write_json(part / "preprocessor_config.json", processor_json(model))

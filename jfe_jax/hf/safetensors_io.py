@@ -13,7 +13,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from jfe_jax.checkpoint.direct_io import Stream
+from jfe_jax.checkpoint.direct_io import DirectWriter
 from jfe_jax.models.hf_json import write_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -84,7 +84,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
         place += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with Stream(path) as file:
+    with DirectWriter(path) as file:
         file.write(np.frombuffer(len(text).to_bytes(8, "little") + text, np.uint8))
         for _, tensor in ordered:
             file.write(np.ascontiguousarray(tensor.read()))

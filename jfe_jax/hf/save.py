@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from jfe_jax.checkpoint.model_io import written_whole
+from jfe_jax.checkpoint.model_io import atomic_directory
 from jfe_jax.checkpoint.streaming import StreamedArray
 from jfe_jax.config import Config
 from jfe_jax.data.processor import SPECIAL_OF
@@ -78,7 +78,7 @@ def save_hf(model: Outgoing, out: str | Path, shard_bytes: int = SHARD_BYTES, la
     main = Counter(str(tensor.dtype) for tensor in tensors.values()).most_common(1)[0][0]
     special = special_ids(tokenizer, SPECIAL_OF[config.tokens.template])
     try:
-        with written_whole(out) as part:
+        with atomic_directory(out) as part:
             write_json(part / "config.json", config_json(config.model, special) | {"dtype": main})
             write_json(part / ENCODER_FILE, encoder_json(config.model, config.tokens))
             write_json(part / "preprocessor_config.json", processor_json(config.model))

@@ -28,7 +28,7 @@ from jfe_jax.mining.candidate_pool import Pool, PoolFile
 from jfe_jax.mining.near_duplicates import Duplicates
 from jfe_jax.mining.query_file import QueryFile
 from jfe_jax.mining.select_negatives import Asked, Searched, Settings, check, choose, search
-from jfe_jax.parallel.distributed import exchange, is_first, together
+from jfe_jax.parallel.distributed import all_or_none, allgather_json, is_process_zero
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
 
@@ -81,11 +81,11 @@ def mine(
       UserError: settings contradict each other, `out` holds something else, a file is wrong, an embedding is not
         finite; all that files say of themselves before anything is embedded.
     """
-    with together():
+    with all_or_none():
         check(settings)
         chosen = [mbeir.unit(split, name) for name in units] if units else mbeir.units(split)
         pools = {unit.name: mbeir.pool_file(split, unit, settings.pool) for unit in chosen}
-        if is_first():
+        if is_process_zero():
             link_all(mbeir.path, out, {mbeir.query_file(split, unit).relative_to(mbeir.path) for unit in chosen})
     summary = []
     place = images or out / WORK / "images"
@@ -93,12 +93,12 @@ def mine(
     def wanted() -> np.ndarray:
         return _wanted(mbeir, split, pools)
 
-    with together():
-        found = open_images(mbeir.path, place, wanted, progress) if is_first() else None
-    with together():
+    with all_or_none():
+        found = open_images(mbeir.path, place, wanted, progress) if is_process_zero() else None
+    with all_or_none():
         found = found or open_images(mbeir.path, place, wanted, copies=False)
     for path in dict.fromkeys(pools.values()):
-        with together():
+        with all_or_none():
             file = PoolFile(mbeir, path, found)
             asked = {
                 unit: QueryFile(mbeir, split, unit, file, settings.instruction)
@@ -124,8 +124,8 @@ def mine(
         "settings": asdict(settings),
         "units": {one.unit: dict(one.counts) for one in summary},
     }
-    with together():
-        if is_first():
+    with all_or_none():
+        if is_process_zero():
             write_json(out / WORK / "mining.json", told)
 
 
@@ -197,14 +197,14 @@ class _Miner:
         for first in range(0, len(self._bounds), count):
             several = self._bounds[first : first + count]
             searched = [self._search(*bounds, keep=number == own) for number, bounds in enumerate(several)]
-            with together():
+            with all_or_none():
                 if own < len(several):
                     self._write_part(Path(f"{parts}.{first + own}.part"), *several[own], searched[own])
             progress(several[-1][1] - several[0][0])
-        with together():
-            if is_first():
+        with all_or_none():
+            if is_process_zero():
                 _join([Path(f"{parts}.{number}.part") for number in range(len(self._bounds))], target)
-        return sum((Counter(counts) for counts in exchange(self._counts)), Counter(self._queries.counts))
+        return sum((Counter(counts) for counts in allgather_json(self._counts)), Counter(self._queries.counts))
 
     def _search(self, start: int, stop: int, keep: bool) -> _Found | None:
         first, last = np.searchsorted(self._queries.numbers, [start, stop]).tolist()

@@ -20,15 +20,15 @@ from jfe_jax.parallel.sharding import BATCH_AXES, parameter_spec
 
 _DATA, _FSDP = BATCH_AXES
 # Rows of a share that a ring's two directions divide into whole tiles.
-_TILE = 16
+_TILE_ROWS = 16
 
 
-def by_group(function: Callable[[Any, Any], jax.Array], params: Any, axes: Any, batch: Any) -> jax.Array:
+def fsdp_shard_map(function: Callable[[Any, Any], jax.Array], params: Any, axes: Any, batch: Any) -> jax.Array:
     """function(params, batch) with every device on its own groups.
 
     Args:
-      function: gets this device's shares of `params` (see `whole`) and its groups of `batch`; gives an array whose
-        leading axis is G.
+      function: receives this device's shards of `params` (see `all_gather_param`) and its groups of `batch`. Returns
+        an array whose leading axis is G.
       params: leaves are arrays, split as `sharding.parameter_spec` has it.
       axes: the same tree with a tuple of logical axis names at each leaf.
       batch: leaves have G in front.
@@ -44,23 +44,23 @@ def by_group(function: Callable[[Any, Any], jax.Array], params: Any, axes: Any, 
     )(params, batch)
 
 
-def divided() -> bool:
-    """Whether a mesh is in context whose batch axes have several devices: `by_group` is then the way to go."""
+def uses_batch_axes() -> bool:
+    """Whether a mesh is in context whose batch axes have several devices: `fsdp_shard_map` is then the way to go."""
     mesh = jax.sharding.get_abstract_mesh()
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     auto = all(kinds.get(axis) == AxisType.Auto for axis in BATCH_AXES)
     return auto and any(mesh.shape[axis] > 1 for axis in BATCH_AXES)
 
 
-def inside() -> bool:
-    """Whether the surroundings are those of a function that `by_group` runs."""
+def in_fsdp_shard_map() -> bool:
+    """Whether the surroundings are those of a function that `fsdp_shard_map` runs."""
     return _FSDP in jax.sharding.get_abstract_mesh().manual_axes
 
 
-def whole(
+def all_gather_param(
     share: jax.Array, axes: Sequence[str | None], dtype: jnp.dtype, name: str, stacked: bool = False
 ) -> jax.Array:
-    """A weight from the devices' shares of it, inside `by_group`.
+    """A weight from the devices' shares of it, inside `fsdp_shard_map`.
 
     Args:
       share: this device's part of a weight.
@@ -74,11 +74,11 @@ def whole(
     """
     names = parameter_spec(axes, (0,) * len(axes), jax.sharding.get_abstract_mesh())
     where = next((place + stacked for place, axis in enumerate(names) if axis == _FSDP), None)
-    return _whole(share, where, jnp.dtype(dtype) if len(axes) > 1 else share.dtype, name)
+    return _all_gather(share, where, jnp.dtype(dtype) if len(axes) > 1 else share.dtype, name)
 
 
-def lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """Rows of an embedding table of which this device has some columns [V, D/fsdp], inside `by_group`.
+def sharded_embedding_lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """Rows of an embedding table of which this device has some columns [V, D/fsdp], inside `fsdp_shard_map`.
 
     Every device looks its columns up for the tokens of all devices that share the table with it, then they exchange:
     R·S·D numbers move instead of the table's V·D, forward and back.
@@ -97,7 +97,7 @@ def lookup(table: jax.Array, ids: jax.Array, dtype: jnp.dtype) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def _whole(share: jax.Array, where: int | None, dtype: jnp.dtype, name: str) -> jax.Array:
+def _all_gather(share: jax.Array, where: int | None, dtype: jnp.dtype, name: str) -> jax.Array:
     with jax.named_scope(name):
         share = share.astype(dtype)
         # Where the type says that devices differ, autodiff sums the gradient: here, before it meets the activations.
@@ -106,26 +106,28 @@ def _whole(share: jax.Array, where: int | None, dtype: jnp.dtype, name: str) -> 
         return jax.lax.all_gather(jax.lax.pcast(share, _DATA, to="varying"), _FSDP, axis=where, tiled=True)
 
 
-def _whole_forward(share: jax.Array, where: int | None, dtype: jnp.dtype, name: str) -> tuple[jax.Array, jax.Array]:
-    return _whole(share, where, dtype, name), jnp.zeros((), share.dtype)
+def _all_gather_forward(
+    share: jax.Array, where: int | None, dtype: jnp.dtype, name: str
+) -> tuple[jax.Array, jax.Array]:
+    return _all_gather(share, where, dtype, name), jnp.zeros((), share.dtype)
 
 
-def _whole_backward(
+def _all_gather_backward(
     where: int | None, dtype: jnp.dtype, name: str, like: jax.Array, gradient: jax.Array
 ) -> tuple[jax.Array]:
     with jax.named_scope(name):
         gradient = gradient.astype(like.dtype)
         if where is None:
             return (jax.lax.psum(gradient, BATCH_AXES),)
-        return (_share_of_sum(gradient, where),)
+        return (_reduce_scatter(gradient, where),)
 
 
-def _share_of_sum(gradient: jax.Array, where: int) -> jax.Array:
+def _reduce_scatter(gradient: jax.Array, where: int) -> jax.Array:
     # XLA's TPU compiler scatters sums of matrices whose shares fill its tiles; of others it makes all of the sum on
     # every chip. So: as a matrix, each share padded.
     sizes, n = gradient.shape, jax.lax.axis_size(_FSDP)
     own, before = sizes[where] // n, math.prod(sizes[:where])
-    extra = -own % _TILE if own > _TILE else 0
+    extra = -own % _TILE_ROWS if own > _TILE_ROWS else 0
     padded = jnp.pad(gradient.reshape(before, n, own, -1), [(0, 0), (0, 0), (0, extra), (0, 0)])
     after = padded.shape[-1]
     axis = int(before > 1)
@@ -135,4 +137,4 @@ def _share_of_sum(gradient: jax.Array, where: int) -> jax.Array:
     return share.reshape(*sizes[:where], own, *sizes[where + 1 :])
 
 
-_whole.defvjp(_whole_forward, _whole_backward)
+_all_gather.defvjp(_all_gather_forward, _all_gather_backward)

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jfe_jax.parallel.sharding import activation_spec, open_axes
+from jfe_jax.parallel.sharding import activation_spec, auto_axes
 
 
-def per_device(
+def shard_kernel(
     function: Callable[..., jax.Array], in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]
 ) -> Callable[..., jax.Array]:
     """`function` run by every device on its own part of arguments and result, for what the compiler cannot split.
@@ -30,7 +30,7 @@ def per_device(
             specs = [activation_spec(axes, x.shape) for axes, x in zip(names, args, strict=True)]
             outs = jax.tree.map(lambda place: specs[place], out)
             run = jax.shard_map(
-                function, in_specs=tuple(specs), out_specs=outs, axis_names=open_axes(mesh), check_vma=False
+                function, in_specs=tuple(specs), out_specs=outs, axis_names=auto_axes(mesh), check_vma=False
             )
             if not mesh.manual_axes:
                 return run(*args)
@@ -56,7 +56,7 @@ def per_device(
             # What is whole on several devices has a part of its gradient from each.
             return tuple(jax.lax.psum(x, shared[place]) for x, place in zip(found, real, strict=True))
 
-        free = open_axes(jax.sharding.get_abstract_mesh())
+        free = auto_axes(jax.sharding.get_abstract_mesh())
         specs = [activation_spec(axes, x.shape) for axes, x in zip(in_axes, args, strict=True)]
         shared = [tuple(free - {*jax.tree.leaves(tuple(spec))}) for spec in specs]
         found = mapped(own, [*in_axes, out_axes], tuple(real))(*args, gradient)
@@ -64,7 +64,7 @@ def per_device(
 
     def run(*args: jax.Array) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
-        if not open_axes(mesh):
+        if not auto_axes(mesh):
             return function(*args)
         if not mesh.manual_axes:
             return forward(*args)

@@ -45,7 +45,7 @@ ACTIVATION_RULES: Mapping[str, str | tuple[str, ...] | None] = {
 }
 
 # Left whole where the mesh axis does not divide them: Gemma's single kv head cannot be split.
-OPTIONAL = frozenset({"kv_heads"})
+REPLICATED_IF_INDIVISIBLE = frozenset({"kv_heads"})
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -119,7 +119,7 @@ def parameter_spec(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh,
         if target in spec and target is not None:
             raise ValueError(f"{name}: two of its axes {tuple(axes)} fall on mesh axis {target!r}")
         if target is not None and size % mesh.shape[target]:
-            if axis not in OPTIONAL:
+            if axis not in REPLICATED_IF_INDIVISIBLE:
                 raise UserError(
                     f"mesh.{target}={mesh.shape[target]} does not divide {name}'s axis {axis!r} of {size}; "
                     f"choose a divisor of {size}"
@@ -144,16 +144,16 @@ def parameter_shardings(abstract: Any, axes: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, abstract, axes)
 
 
-def like_parameters(tree: Any, shardings: Any, mesh: Mesh) -> Any:
+def optimizer_state_shardings(tree: Any, shardings: Any, mesh: Mesh) -> Any:
     """Shardings of a tree that holds copies of the parameter tree, as an optimizer's state does.
 
     A leaf whose path ends in a parameter's path and whose dimensions divide as that parameter's lies as it; every other
     (a count, a factor of a factored moment) is whole on each device.
     """
-    by_path = {_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]}
+    by_path = {_path_keys(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(shardings)[0]}
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
-        keys = _keys(path)
+        keys = _path_keys(path)
         for start in range(len(keys)):
             found = by_path.get(keys[start:])
             if found is not None and len(found.spec) == len(leaf.shape) and _divides(found.spec, leaf.shape, mesh):
@@ -167,7 +167,7 @@ def _divides(spec: P, shape: Sequence[int], mesh: Mesh) -> bool:
     return all(axis is None or size % mesh.shape[axis] == 0 for axis, size in zip(spec, shape, strict=True))
 
 
-def initialise(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:
+def init_sharded(function: Callable[..., Any], shardings: Any, *args: Any) -> Any:
     """`function(*args)` compiled so that every output is made where `shardings` puts it."""
     platform = next(iter(jax.tree.leaves(shardings)[0].device_set)).platform
     # It runs once: on the CPU, compiling it with optimisations takes far longer than they save.
@@ -195,19 +195,19 @@ def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
 def activation_spec(axes: Sequence[str | None], shape: Sequence[int]) -> P | None:
     """Partition of an activation by logical names over the mesh axes that are open; None if none is."""
     mesh = jax.sharding.get_abstract_mesh()
-    free = open_axes(mesh)
+    free = auto_axes(mesh)
     if not free:
         return None
     spec = []
     for axis, size in zip(axes, shape, strict=True):
         target = None if axis is None else ACTIVATION_RULES[axis]
         names = tuple(name for name in ((target,) if isinstance(target, str) else target or ()) if name in free)
-        whole = axis in OPTIONAL and size % math.prod(mesh.shape[name] for name in names)
+        whole = axis in REPLICATED_IF_INDIVISIBLE and size % math.prod(mesh.shape[name] for name in names)
         spec.append(None if whole or not names else names)
     return P(*spec)
 
 
-def open_axes(mesh: Any) -> set[str]:
+def auto_axes(mesh: Any) -> set[str]:
     """Axes of an abstract mesh that no surrounding `shard_map` has taken."""
     return {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Auto}
 
@@ -247,8 +247,8 @@ def abstract_batch(batch: Any, mesh: Mesh, chunks: int = 1) -> Any:
 
 def path_name(path: Any) -> str:
     """A pytree path as dotted keys: "text.layers.mlp.gate"."""
-    return ".".join(_keys(path))
+    return ".".join(_path_keys(path))
 
 
-def _keys(path: Any) -> tuple[str, ...]:
+def _path_keys(path: Any) -> tuple[str, ...]:
     return tuple(str(getattr(part, "key", getattr(part, "name", getattr(part, "idx", part)))) for part in path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
-from jfe_jax.plan.buffer_assignment import Buffers, described, options
+from jfe_jax.plan.buffer_assignment import BufferAssignment, describe_buffer, xla_dump_options
 from jfe_jax.plan.topology import Topology
 
 _lock: Any = None
@@ -20,7 +20,7 @@ REMATERIALIZED = "nvoluntary full rematerialization"
 
 
 @dataclass(frozen=True)
-class Program:
+class CompiledProgram:
     """A compiled program.
 
     Attributes:
@@ -40,14 +40,14 @@ class Program:
     seconds: float
     cpu_seconds: float
     warnings: tuple[str, ...]
-    buffers: Buffers
+    buffers: BufferAssignment
 
     @property
     def peak(self) -> int:
         return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
-class DoesNotFit(UserError):
+class OutOfMemory(UserError):
     """The program needs more memory than a chip has; `needed` and `available` in bytes, as the compiler says."""
 
     def __init__(self, message: str, needed: int, available: int, largest: tuple[str, ...]):
@@ -55,7 +55,7 @@ class DoesNotFit(UserError):
         self.needed, self.available, self.largest = needed, available, largest
 
 
-def prepare(topology: Topology) -> Path:
+def configure_libtpu(topology: Topology) -> Path:
     """Sets what libtpu reads when it is loaded; to be called once, before anything asks JAX for a device.
 
     Returns:
@@ -68,7 +68,7 @@ def prepare(topology: Topology) -> Path:
 
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("jfe plan needs libtpu: pip install 'jax[tpu]'")
-    _wait_for_others()
+    _wait_for_libtpu_lock()
     logs = os.environ.get("TPU_LOG_DIR")
     if not logs or logs == "disabled":
         logs = tempfile.mkdtemp(prefix="jfe_plan_")
@@ -86,7 +86,7 @@ def prepare(topology: Topology) -> Path:
     return Path(logs)
 
 
-def scaled(config: Config, factor: float) -> Config:
+def scale_batch(config: Config, factor: float) -> Config:
     """The config with `factor` times the batch.
 
     Raises:
@@ -100,22 +100,22 @@ def scaled(config: Config, factor: float) -> Config:
     return replace(config, data=replace(data, **{name: int(size) for name, size in sizes.items()}))
 
 
-def train_step(config: Config, mesh: Any, logs: Path) -> Program:
+def compile_train_step(config: Config, mesh: Any, logs: Path) -> CompiledProgram:
     """The training step of `config` on `mesh`, whose devices are stand-ins.
 
     Raises:
       UserError: config and mesh do not fit together.
-      DoesNotFit: the step does not fit into a chip's memory.
+      OutOfMemory: the step does not fit into a chip's memory.
     """
     from jfe_jax.train import train_state, validate
     from jfe_jax.train.train_step import make_train_step
 
     validate.check(config)
     training = train_state.prepare(config, mesh)
-    return _compiled(make_train_step(training), (training.abstract, abstract_batch(config, mesh)), logs)
+    return _compile(make_train_step(training), (training.abstract, make_abstract_batch(config, mesh)), logs)
 
 
-def embedding_step(config: Config, mesh: Any, logs: Path) -> Program:
+def compile_embedding_step(config: Config, mesh: Any, logs: Path) -> CompiledProgram:
     """The forward pass of a global batch on `mesh`: what `jfe embed` would run there. Raises as `train_step`."""
     import jax
     from flax import nnx
@@ -131,10 +131,10 @@ def embedding_step(config: Config, mesh: Any, logs: Path) -> Program:
 
     one = replace(config, loss=replace(config.loss, grad_cache_chunks=1))
     step = jax.jit(embed, out_shardings=sharding.batch_sharding(mesh))
-    return _compiled(step, (plan.abstract, abstract_batch(one, mesh).packed), logs)
+    return _compile(step, (plan.abstract, make_abstract_batch(one, mesh).packed), logs)
 
 
-def abstract_batch(config: Config, mesh: Any) -> Any:
+def make_abstract_batch(config: Config, mesh: Any) -> Any:
     """A ContrastiveBatch of the config's shapes on the mesh, without arrays.
 
     Raises:
@@ -149,19 +149,19 @@ def abstract_batch(config: Config, mesh: Any) -> Any:
     return sharding.abstract_batch(empty_batch(replace(shape, groups=1, positives=MAX_POSITIVES)), mesh, chunks)
 
 
-def _compiled(step: Any, arguments: tuple[Any, ...], logs: Path) -> Program:
+def _compile(step: Any, arguments: tuple[Any, ...], logs: Path) -> CompiledProgram:
     import jax
 
-    began, worked, seen = time.monotonic(), time.process_time(), _log_sizes(logs)
+    began, worked, seen = time.monotonic(), time.process_time(), _read_log_sizes(logs)
     lowered = step.lower(*arguments)
     with tempfile.TemporaryDirectory(prefix="jfe_plan_hlo_") as dumped:
         try:
-            compiled = lowered.compile(compiler_options=options(dumped))
+            compiled = lowered.compile(compiler_options=xla_dump_options(dumped))
         except jax.errors.JaxRuntimeError as error:
-            raise _explained(str(error), Buffers.read(Path(dumped))) from error
-        buffers = Buffers.read(Path(dumped))
+            raise _explain_compile_error(str(error), BufferAssignment.read(Path(dumped))) from error
+        buffers = BufferAssignment.read(Path(dumped))
     memory = compiled.memory_analysis()
-    return Program(
+    return CompiledProgram(
         compiled.as_text(),
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
@@ -170,12 +170,12 @@ def _compiled(step: Any, arguments: tuple[Any, ...], logs: Path) -> Program:
         memory.generated_code_size_in_bytes,
         time.monotonic() - began,
         time.process_time() - worked,
-        tuple(line for line in _new_lines(logs, seen) if REMATERIALIZED in line),
+        tuple(line for line in _read_new_lines(logs, seen) if REMATERIALIZED in line),
         buffers,
     )
 
 
-def _wait_for_others() -> None:
+def _wait_for_libtpu_lock() -> None:
     # libtpu refuses a second process on a machine, and two compilers want twice the memory. Held until this one ends.
     import fcntl
 
@@ -188,30 +188,30 @@ def _wait_for_others() -> None:
         fcntl.flock(_lock, fcntl.LOCK_EX)
 
 
-def _explained(text: str, buffers: Buffers | None) -> UserError:
+def _explain_compile_error(text: str, buffers: BufferAssignment | None) -> UserError:
     # "… required for HLO temporaries (17.00G) exceeds available HBM (15.75G)", "Used 17.51G of 15.75G hbm"
     used = re.search(r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM|of) \(?([\d.]+)([KMGT]?)\)?", text)
     if "RESOURCE_EXHAUSTED" not in text or not used:
         first = next((line for line in text.splitlines() if line.strip()), text)
         return UserError(f"the compiler refused the step: {first[:300]}")
-    needed, available = _bytes(used[1], used[2]), _bytes(used[3], used[4])
-    largest = tuple(described(value) for value in buffers.largest(3)) if buffers else ()
+    needed, available = _parse_bytes(used[1], used[2]), _parse_bytes(used[3], used[4])
+    largest = tuple(describe_buffer(value) for value in buffers.largest(3)) if buffers else ()
     named = f"; the largest buffers where it is fullest: {'; '.join(largest)}" if largest else ""
-    return DoesNotFit(
+    return OutOfMemory(
         f"does not fit: {needed / 2**30:.2f} GiB of {available / 2**30:.2f} GiB{named}", needed, available, largest
     )
 
 
-def _bytes(number: str, unit: str) -> int:
+def _parse_bytes(number: str, unit: str) -> int:
     return int(float(number) * 2 ** {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[unit])
 
 
-def _log_sizes(logs: Path) -> dict[Path, int]:
+def _read_log_sizes(logs: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in logs.glob("tpu_driver.*") if not path.is_symlink()}
 
 
-def _new_lines(logs: Path, seen: dict[Path, int]) -> Iterator[str]:
-    for path in _log_sizes(logs):
+def _read_new_lines(logs: Path, seen: dict[Path, int]) -> Iterator[str]:
+    for path in _read_log_sizes(logs):
         with path.open(errors="replace") as file:
             file.seek(seen.get(path, 0))
             yield from (line.strip() for line in file)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from jfe_jax.plan.collectives import origin
+from jfe_jax.plan.collectives import find_origin
 
 _ALLOCATION = re.compile(r"^allocation (\d+): size (\d+)(?:, color (\d+))?(.*?):?$")
 _VALUE = re.compile(r"^ value: <\d+ ([^\s{]+)(\{[\d,]*\})? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$")
@@ -22,7 +22,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 
 @dataclass(frozen=True)
-class Value:
+class BufferValue:
     """One value.
 
     Attributes:
@@ -45,14 +45,14 @@ class Value:
     last: int
 
 
-class Buffers:
+class BufferAssignment:
     """All values of a program."""
 
-    def __init__(self, values: list[Value]):
+    def __init__(self, values: list[BufferValue]):
         self.values = values
 
     @classmethod
-    def read(cls, folder: Path) -> "Buffers | None":
+    def read(cls, folder: Path) -> "BufferAssignment | None":
         """From the folder of `options`, when one program was compiled; None if that came to no assignment."""
         assignment = next(folder.glob("*.after_optimizations-buffer-assignment.txt"), None)
         ranges = next(folder.glob("*.after_optimizations-live-range.txt"), None)
@@ -60,9 +60,9 @@ class Buffers:
             return None
         hlo = assignment.with_name(assignment.name.replace("-buffer-assignment", ""))
         texts = [file.read_text(encoding="utf-8") for file in (assignment, ranges, hlo)]
-        return cls(list(_values(*texts)))
+        return cls(list(_parse_values(*texts)))
 
-    def peak(self, counts: Callable[[Value], bool]) -> tuple[int, int]:
+    def peak(self, counts: Callable[[BufferValue], bool]) -> tuple[int, int]:
         """The most bytes that the values that count take at once, and the first instruction at which they do."""
         chosen = [value for value in self.values if counts(value)]
         changes = defaultdict(int)
@@ -76,15 +76,15 @@ class Buffers:
         for at in sorted(times, key=lambda at: (-total[at], at)):
             if total[at] <= best:
                 break
-            if (size := _covered(_alive(chosen, at))) > best:
+            if (size := _count_covered_bytes(_live_values(chosen, at))) > best:
                 best, where = size, at
         return best, where
 
-    def largest(self, count: int) -> list[Value]:
+    def largest(self, count: int) -> list[BufferValue]:
         """The largest places in main memory where it is fullest, each once: by one of the values there."""
         _, at = self.peak(_in_main_memory)
-        places: dict[tuple[int, int], Value] = {}
-        for value in _alive([value for value in self.values if _in_main_memory(value)], at):
+        places: dict[tuple[int, int], BufferValue] = {}
+        for value in _live_values([value for value in self.values if _in_main_memory(value)], at):
             place = value.allocation, value.offset
             if place not in places or places[place].size < value.size:
                 places[place] = value
@@ -96,28 +96,28 @@ class Buffers:
         return self.peak(lambda one: one.temporary and one.space == space and bool(mark.search(one.op_name)))[0]
 
 
-def options(folder: str) -> dict[str, str | bool]:
+def xla_dump_options(folder: str) -> dict[str, str | bool]:
     """What the compiler is to be told."""
     return {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
 
 
-def described(value: Value) -> str:
+def describe_buffer(value: BufferValue) -> str:
     """ "2.25 GiB bf16[24,512,2048] (tower/up_df)"."""
     # An argument's name is that of a leaf: state.params[\\'tower\\'][\\'norm\\'].
     name = re.sub(r"\[\\*'([^']*?)\\*'\]", r".\1", value.op_name)
-    what = origin(name) if name else ""
+    what = find_origin(name) if name else ""
     return f"{value.size / 2**30:.2f} GiB {value.array}" + (f" ({what})" if what else "")
 
 
-def _in_main_memory(value: Value) -> bool:
+def _in_main_memory(value: BufferValue) -> bool:
     return value.space == 0
 
 
-def _alive(values: list[Value], at: int) -> list[Value]:
+def _live_values(values: list[BufferValue], at: int) -> list[BufferValue]:
     return [value for value in values if value.first <= at <= value.last]
 
 
-def _covered(values: list[Value]) -> int:
+def _count_covered_bytes(values: list[BufferValue]) -> int:
     total, allocation, end = 0, -1, 0
     for value in sorted(values, key=lambda one: (one.allocation, one.offset)):
         if value.allocation != allocation:
@@ -127,7 +127,7 @@ def _covered(values: list[Value]) -> int:
     return total
 
 
-def _values(assignment: str, ranges: str, hlo: str) -> Iterator[Value]:
+def _parse_values(assignment: str, ranges: str, hlo: str) -> Iterator[BufferValue]:
     lives = {
         (found[1], found[2]): (int(found[3]), int(found[4]))
         for found in map(_RANGE.match, ranges.splitlines())
@@ -146,4 +146,4 @@ def _values(assignment: str, ranges: str, hlo: str) -> Iterator[Value]:
             array = re.sub(r"\{[^}]*\}", "", found[5])
             size, offset = int(found[3]), int(found[4])
             temporary = "parameter" not in kind and "maybe-live-out" not in kind
-            yield Value(array, names.get(found[1], ""), allocation, offset, size, space, temporary, first, last)
+            yield BufferValue(array, names.get(found[1], ""), allocation, offset, size, space, temporary, first, last)

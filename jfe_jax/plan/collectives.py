@@ -5,13 +5,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from jfe_jax.plan.hlo import Computation, Instruction, Module
-from jfe_jax.plan.topology import hops
+from jfe_jax.plan.hlo import HloComputation, HloInstruction, HloModule
+from jfe_jax.plan.topology import ring_traffic
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+COLLECTIVE_KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "ragged-all-to-all",
+)
 
 # Parts of an operation's name that say how it was traced, not what it is.
-_DULL = frozenset(
+_UNINFORMATIVE = frozenset(
     ("", "step", "shard_map", "while", "body", "cond", "closed_call", "checkpoint", "rematted_computation", "vmap")
 )
 
@@ -39,7 +46,7 @@ class Collective:
     sent: float
 
 
-def collectives(module: Module) -> list[Collective]:
+def find_collectives(module: HloModule) -> list[Collective]:
     """All of them, as often as each runs, equal ones together, the largest first.
 
     An asynchronous pair counts once. A fusion is looked into: an all-reduce of which each chip keeps only its part is a
@@ -53,16 +60,16 @@ def collectives(module: Module) -> list[Collective]:
             candidates = inside.instructions if inside else [one]
             for each in candidates:
                 kind = each.opcode.removesuffix("-start")
-                if kind not in KINDS:
+                if kind not in COLLECTIVE_KINDS:
                     continue
                 chain = re.search(r'chain_id="(\d+)"', each.text)
                 if chain and chain[1] in chains:
                     continue
                 if chain:
                     chains.add(chain[1])
-                if inside and kind == "all-reduce" and _keeps_part(inside, each):
+                if inside and kind == "all-reduce" and _keeps_shard(inside, each):
                     kind = "reduce-scatter"
-                for item in _read(inside or computation, each, kind, times):
+                for item in _read_collective(inside or computation, each, kind, times):
                     key = (item.kind, item.array, item.what, item.group)
                     before = found.get(key)
                     found[key] = (
@@ -78,14 +85,14 @@ def collectives(module: Module) -> list[Collective]:
     return sorted(found.values(), key=lambda item: -item.bytes)
 
 
-def _read(computation: Computation, one: Instruction, kind: str, times: float) -> list[Collective]:
-    group = _group(one)
+def _read_collective(computation: HloComputation, one: HloInstruction, kind: str, times: float) -> list[Collective]:
+    group = _replica_group(one)
     n = len(group)
     if n < 2:
         return []
     operands = [computation.by_name[name].arrays[0] for name in one.operands]
     scale = n if kind == "all-gather" else 1
-    what = origin(one.op_name)
+    what = find_origin(one.op_name)
     if len(operands) > 1 and kind != "all-to-all":
         # A combined one has the name of one of its parts; an all-to-all may have an operand for each chip.
         what = f"combined with {what}"
@@ -99,13 +106,13 @@ def _read(computation: Computation, one: Instruction, kind: str, times: float) -
         items.append(
             Collective(
                 kind, f"{array.dtype}[{','.join(map(str, sizes))}]", what, times, size * times, group,
-                times * size * hops(kind, n),
+                times * size * ring_traffic(kind, n),
             )
         )  # fmt: skip
     return items
 
 
-def _keeps_part(inside: Computation, one: Instruction) -> bool:
+def _keeps_shard(inside: HloComputation, one: HloInstruction) -> bool:
     users, names = [], [one.name]
     while names:
         for user in inside.users(names.pop()):
@@ -113,7 +120,7 @@ def _keeps_part(inside: Computation, one: Instruction) -> bool:
     return bool(users) and all(user.opcode in ("dynamic-slice", "slice") for user in users)
 
 
-def _group(one: Instruction) -> tuple[int, ...]:
+def _replica_group(one: HloInstruction) -> tuple[int, ...]:
     pairs = re.search(r"source_target_pairs=\{(\{[^=]*?\})\}", one.text)
     if pairs:
         return tuple(int(number) for number in re.findall(r"\d+", pairs[1])[:2])
@@ -130,7 +137,7 @@ def _group(one: Instruction) -> tuple[int, ...]:
         order = [place for place, (axis, _) in enumerate(axes) if axis not in along]
         order += [place for axis in along for place, (other, _) in enumerate(axes) if other == axis]
         size = math.prod(size for axis, size in axes if axis in along)
-        return tuple(_transposed(place, [size for _, size in axes], order) for place in range(size))
+        return tuple(_transposed_position(place, [size for _, size in axes], order) for place in range(size))
     # [groups,size]<=[dims]T(permutation): the numbers 0… in an array of `dims`, transposed, cut into groups.
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", one.text)
     if iota is None:
@@ -138,17 +145,17 @@ def _group(one: Instruction) -> tuple[int, ...]:
     size = int(iota[2])
     dims = [int(dim) for dim in iota[3].split(",")]
     order = [int(axis) for axis in iota[4].split(",")] if iota[4] else list(range(len(dims)))
-    return tuple(_transposed(place, dims, order) for place in range(size))
+    return tuple(_transposed_position(place, dims, order) for place in range(size))
 
 
-def _transposed(place: int, dims: Sequence[int], order: Sequence[int]) -> int:
+def _transposed_position(place: int, dims: Sequence[int], order: Sequence[int]) -> int:
     index = [0] * len(dims)
     for axis in reversed(order):
         place, index[axis] = divmod(place, dims[axis])
     return sum(at * math.prod(dims[axis + 1 :]) for axis, at in enumerate(index))
 
 
-def origin(op_name: str) -> str:
+def find_origin(op_name: str) -> str:
     """Where in the model an instruction comes from, by its name as traced.
 
     "jit(step)/transpose(jvp(shard_map))/tower/while/body/up_df/reduce_scatter" → "tower/up_df, backward"
@@ -156,5 +163,5 @@ def origin(op_name: str) -> str:
     backward = "transpose(" in op_name
     parts = re.sub(r"[\w.]+\(|\)", "", op_name).split("/")
     # Made of several, with their names between colons.
-    kept = [part for part in parts[:-1] if part not in _DULL] if ":" not in op_name else ["several"]
+    kept = [part for part in parts[:-1] if part not in _UNINFORMATIVE] if ":" not in op_name else ["several"]
     return ("/".join(dict.fromkeys(kept)) or parts[-1]) + (", backward" if backward else "")

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-BYTES = {
+DTYPE_BYTES = {
     "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "s32": 4, "u32": 4, "s64": 8, "u64": 8,
     "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "c64": 8, "c128": 16,
 }  # fmt: skip
@@ -24,7 +24,7 @@ _CALLED = re.compile(
 
 
 @dataclass(frozen=True)
-class Array:
+class HloArray:
     """One array of a shape: element type, sizes, and whether it lies in the main memory (HBM on TPU)."""
 
     dtype: str
@@ -33,15 +33,15 @@ class Array:
 
     @property
     def bytes(self) -> float:
-        return math.prod(self.sizes) * BYTES.get(self.dtype, 0)
+        return math.prod(self.sizes) * DTYPE_BYTES.get(self.dtype, 0)
 
 
 @dataclass
-class Instruction:
+class HloInstruction:
     """A line of HLO."""
 
     name: str
-    arrays: list[Array]
+    arrays: list[HloArray]
     opcode: str
     operands: list[str]
     text: str
@@ -62,47 +62,47 @@ class Instruction:
 
 
 @dataclass
-class Computation:
+class HloComputation:
     """A list of instructions, also by name."""
 
     name: str
     entry: bool
-    instructions: list[Instruction] = field(default_factory=list)
-    by_name: dict[str, Instruction] = field(default_factory=dict)
+    instructions: list[HloInstruction] = field(default_factory=list)
+    by_name: dict[str, HloInstruction] = field(default_factory=dict)
 
     @property
-    def root(self) -> Instruction:
+    def root(self) -> HloInstruction:
         return next(one for one in self.instructions if one.root)
 
-    def parameter(self, number: int) -> Instruction:
+    def parameter(self, number: int) -> HloInstruction:
         return next(one for one in self.instructions if one.opcode == "parameter" and one.operands == [str(number)])
 
-    def users(self, name: str) -> list[Instruction]:
+    def users(self, name: str) -> list[HloInstruction]:
         return [one for one in self.instructions if name in one.operands]
 
 
-class Module:
+class HloModule:
     """A whole program: computations by name."""
 
     def __init__(self, text: str):
-        self.computations: dict[str, Computation] = {}
+        self.computations: dict[str, HloComputation] = {}
         current = None
         for line in text.splitlines():
             header = _COMPUTATION.match(line)
             if header and " = " not in line.split("(", 1)[0]:
-                current = Computation(header[2], bool(header[1]))
+                current = HloComputation(header[2], bool(header[1]))
                 self.computations[current.name] = current
             elif current is not None and (found := _INSTRUCTION.match(line)):
-                one = _instruction(line, found)
+                one = _parse_instruction(line, found)
                 current.instructions.append(one)
                 current.by_name[one.name] = one
         self.entry = next(one for one in self.computations.values() if one.entry)
 
-    def runs(self) -> Iterator[tuple[Computation, float]]:
+    def runs(self) -> Iterator[tuple[HloComputation, float]]:
         """Every computation that is no fusion's, with how often it runs; branches of a conditional each count."""
         yield from self._runs(self.entry, 1.0)
 
-    def _runs(self, computation: Computation, times: float) -> Iterator[tuple[Computation, float]]:
+    def _runs(self, computation: HloComputation, times: float) -> Iterator[tuple[HloComputation, float]]:
         yield computation, times
         for one in computation.instructions:
             called = one.called()
@@ -115,7 +115,7 @@ class Module:
                         if name in self.computations:
                             yield from self._runs(self.computations[name], times)
 
-    def trip_count(self, computation: Computation, loop: Instruction) -> int:
+    def trip_count(self, computation: HloComputation, loop: HloInstruction) -> int:
         """How often a `while` runs its body.
 
         Raises:
@@ -144,11 +144,11 @@ class Module:
         step = self._step(body, index)
         return max(0, -(-(end - start) // step))
 
-    def _element(self, computation: Computation, name: str, index: int) -> Instruction:
+    def _element(self, computation: HloComputation, name: str, index: int) -> HloInstruction:
         init = computation.by_name[name]
         return computation.by_name[init.operands[index]] if init.opcode == "tuple" else init
 
-    def _constant(self, computation: Computation, one: Instruction) -> int:
+    def _constant(self, computation: HloComputation, one: HloInstruction) -> int:
         while one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
             one = computation.by_name[one.operands[0]]
         value = re.search(r"constant\((-?\d+)\)", one.text)
@@ -156,7 +156,7 @@ class Module:
             raise ValueError(f"{one.name}: a loop's bound is {one.opcode}, no constant")
         return int(value[1])
 
-    def _step(self, body: Computation, index: int) -> int:
+    def _step(self, body: HloComputation, index: int) -> int:
         one = self._element(body, body.root.name, index)
         while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
             one = body.by_name[one.operands[0]]
@@ -170,31 +170,31 @@ class Module:
                 return self._constant(where, value)
         return 1
 
-    def fused(self, one: Instruction) -> Computation | None:
+    def fused(self, one: HloInstruction) -> HloComputation | None:
         """The computation of a fusion."""
         return self.computations[one.called()["calls"][0]] if one.opcode == "fusion" else None
 
 
-def _instruction(line: str, found: re.Match) -> Instruction:
+def _parse_instruction(line: str, found: re.Match) -> HloInstruction:
     rest = line[found.end() :]
     # The shape ends where the opcode begins; a tuple's shape has parentheses of its own.
-    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    end = _find_closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode, _, after = rest[end + 1 :].partition("(")
-    inside = after[: _closing("(" + after, 0) - 1]
-    operands = [part.strip().split(" ")[-1].lstrip("%") for part in _split(re.sub(r"/\*.*?\*/", "", inside))]
-    return Instruction(found[2], _arrays(rest[:end]), opcode.strip(), operands, line, bool(found[1]))
+    inside = after[: _find_closing("(" + after, 0) - 1]
+    operands = [part.strip().split(" ")[-1].lstrip("%") for part in _split_operands(re.sub(r"/\*.*?\*/", "", inside))]
+    return HloInstruction(found[2], _parse_arrays(rest[:end]), opcode.strip(), operands, line, bool(found[1]))
 
 
-def _arrays(shape: str) -> list[Array]:
+def _parse_arrays(shape: str) -> list[HloArray]:
     # A memory space S(n) other than 0 is on the chip: VMEM, scalar memory, semaphores.
     return [
-        Array(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(" not in (layout or ""))
+        HloArray(dtype, tuple(int(size) for size in sizes.split(",") if size), "S(" not in (layout or ""))
         for dtype, sizes, layout in _ARRAY.findall(re.sub(r"/\*.*?\*/", "", shape))
-        if dtype in BYTES
+        if dtype in DTYPE_BYTES
     ]
 
 
-def _closing(text: str, start: int) -> int:
+def _find_closing(text: str, start: int) -> int:
     depth = 0
     for place in range(start, len(text)):
         if text[place] in "({[":
@@ -206,7 +206,7 @@ def _closing(text: str, start: int) -> int:
     return len(text)
 
 
-def _split(text: str) -> list[str]:
+def _split_operands(text: str) -> list[str]:
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
@@ -216,13 +216,13 @@ def _split(text: str) -> list[str]:
     return [part for part in [*parts, text[start:]] if part.strip()]
 
 
-def backend_config(one: Instruction) -> dict:
+def parse_backend_config(one: HloInstruction) -> dict:
     """The backend's annotations of an instruction, {} if there are none that can be read."""
     found = one.text.find("backend_config=")
     if found < 0:
         return {}
     start = found + len("backend_config=")
     try:
-        return json.loads(one.text[start : _closing(one.text, start) + 1])
+        return json.loads(one.text[start : _find_closing(one.text, start) + 1])
     except ValueError:
         return {}

@@ -8,13 +8,13 @@ from typing import Any
 
 from jfe_jax.config import Config
 from jfe_jax.plan import flops
-from jfe_jax.plan.aot_compile import DoesNotFit, Program, embedding_step, train_step
-from jfe_jax.plan.buffer_assignment import described
-from jfe_jax.plan.collectives import collectives
-from jfe_jax.plan.hlo import Module
-from jfe_jax.plan.hlo_costs import work
-from jfe_jax.plan.roofline import ASSUMPTIONS, roofline
-from jfe_jax.plan.topology import Links, Topology, links
+from jfe_jax.plan.aot_compile import CompiledProgram, OutOfMemory, compile_embedding_step, compile_train_step
+from jfe_jax.plan.buffer_assignment import describe_buffer
+from jfe_jax.plan.collectives import find_collectives
+from jfe_jax.plan.hlo import HloModule
+from jfe_jax.plan.hlo_costs import count_hlo_costs
+from jfe_jax.plan.roofline import ASSUMPTIONS, compute_roofline
+from jfe_jax.plan.topology import GroupLinks, Topology, find_links
 
 GIB = 2**30
 
@@ -31,7 +31,7 @@ def make_plan(
 
     Args:
       config: what `jfe train` would run.
-      topology: where; `compile.prepare` was called for it.
+      topology: where; `aot_compile.configure_libtpu` was called for it.
       logs: libtpu's log files.
       say: takes progress lines.
       keep: a folder that the programs' HLO is written to.
@@ -62,23 +62,23 @@ def make_plan(
         "dtype": config.model.dtype,
         "memory": {
             "hbm": topology.chip.hbm_bytes,
-            "parameters": _bytes(abstract.params),
-            "optimizer": _bytes(abstract.optimizer),
+            "parameters": _count_tree_bytes(abstract.params),
+            "optimizer": _count_tree_bytes(abstract.optimizer),
         },
-        "unsplit": _unsplit(abstract.params, mesh),
+        "unsplit": _find_replicated(abstract.params, mesh),
     }
 
-    def where(group: tuple[int, ...]) -> Links:
+    def where(group: tuple[int, ...]) -> GroupLinks:
         chosen = [mesh.devices.flat[number] for number in group]
-        return links(topology, [(getattr(one, "slice_index", 0) or 0, one.coords) for one in chosen])
+        return find_links(topology, [(getattr(one, "slice_index", 0) or 0, one.coords) for one in chosen])
 
-    def measured(name: str, program: Program, model_flops: float) -> dict[str, Any]:
+    def measured(name: str, program: CompiledProgram, model_flops: float) -> dict[str, Any]:
         say(f"{name}: compiled in {program.seconds:.0f} s")
         if keep:
             keep.mkdir(parents=True, exist_ok=True)
             (keep / f"{name.replace(' ', '_')}.hlo.txt").write_text(program.hlo)
-        module = Module(program.hlo)
-        done, moved = work(module), collectives(module)
+        module = HloModule(program.hlo)
+        done, moved = count_hlo_costs(module), find_collectives(module)
         return {
             "compile_seconds": round(program.seconds, 1),
             "compile_cpu_seconds": round(program.cpu_seconds, 1),
@@ -90,15 +90,15 @@ def make_plan(
                 | {"chips": len(item.group), "links": where(item.group).axes}
                 for item in moved
             ],
-            "roofline": asdict(roofline(topology, done, moved, where, model_flops)),
+            "roofline": asdict(compute_roofline(topology, done, moved, where, model_flops)),
             "rematerialized": list(program.warnings),
         }
 
     memory = plan["memory"]
     try:
         say(f"compiling the training step for {topology}")
-        program = train_step(config, mesh, logs)
-    except DoesNotFit as error:
+        program = compile_train_step(config, mesh, logs)
+    except OutOfMemory as error:
         return plan | {"fits": False, "problem": str(error), "largest": list(error.largest)}
     memory |= {
         "arguments": program.arguments,
@@ -107,17 +107,17 @@ def make_plan(
         "peak": program.peak,
         "loss": program.buffers.temporaries("loss"),
         "loss_on_chip": program.buffers.temporaries("loss", space=1),
-        "largest": [described(value) for value in program.buffers.largest(5)],
+        "largest": [describe_buffer(value) for value in program.buffers.largest(5)],
     }
-    plan["train"] = measured("training step", program, flops.training_flops(config))
+    plan["train"] = measured("training step", program, flops.count_training_flops(config))
     if embedding:
-        program = embedding_step(config, mesh, logs)
+        program = compile_embedding_step(config, mesh, logs)
         memory["embedding_peak"] = program.peak
-        plan["embed"] = measured("embedding step", program, flops.embedding_flops(config))
+        plan["embed"] = measured("embedding step", program, flops.count_embedding_flops(config))
     return plan | {"fits": True}
 
 
-def as_text(plan: dict[str, Any]) -> str:
+def format_plan(plan: dict[str, Any]) -> str:
     """A plan for people; of one that does not fit, "problem" is for the caller to say."""
     memory, batch = plan["memory"], plan["batch"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
@@ -151,11 +151,11 @@ def as_text(plan: dict[str, Any]) -> str:
         return "\n".join(lines)
     for title, key in (("Training step", "train"), ("Embedding step", "embed")):
         if key in plan:
-            lines += ["", *_step(title, plan[key])]
+            lines += ["", *_format_step(title, plan[key])]
     return "\n".join([*lines, "", "Assumptions", *(f"  {one}" for one in ASSUMPTIONS)])
 
 
-def _step(title: str, step: dict[str, Any]) -> list[str]:
+def _format_step(title: str, step: dict[str, Any]) -> list[str]:
     line = step["roofline"]
     moved = step["collectives"]
     lines = [
@@ -183,13 +183,13 @@ def _step(title: str, step: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _bytes(tree: Any) -> int:
+def _count_tree_bytes(tree: Any) -> int:
     import jax
 
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _unsplit(params: Any, mesh: Any) -> dict[str, Any]:
+def _find_replicated(params: Any, mesh: Any) -> dict[str, Any]:
     from jfe_jax.models.abstract_model import named_leaves, nbytes, unsplit
 
     whole = sorted(unsplit(params, mesh), key=lambda one: -one[1])

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jfe_jax.plan.collectives import Collective
-from jfe_jax.plan.hlo_costs import Work
-from jfe_jax.plan.topology import Links, Topology
+from jfe_jax.plan.hlo_costs import HloCosts
+from jfe_jax.plan.topology import GroupLinks, Topology
 
 ASSUMPTIONS = (
     "Compute: every matrix product of the compiled program, recomputed ones too, at the chip's bfloat16 peak.",
@@ -40,11 +40,11 @@ class Roofline:
     mfu_serial: float
 
 
-def roofline(
+def compute_roofline(
     topology: Topology,
-    work: Work,
+    work: HloCosts,
     moved: Sequence[Collective],
-    links_of: Callable[[tuple[int, ...]], Links],
+    links_of: Callable[[tuple[int, ...]], GroupLinks],
     model_flops: float,
 ) -> Roofline:
     """Args: the slices; what a chip does and moves; links of a group of chips; model FLOPs of all chips together."""

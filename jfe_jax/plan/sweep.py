@@ -18,16 +18,16 @@ from jfe_jax import config as configs
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.plan import flops
-from jfe_jax.plan.aot_compile import scaled
+from jfe_jax.plan.aot_compile import scale_batch
 from jfe_jax.plan.topology import Topology
 
 # Of what the forward pass computes in a layer of the tower, the share that the backward pass computes again. The last
 # product of a layer is never needed again; "up" and "dots" keep more.
-_AGAIN = {"none": 0.0, "dots": 0.05, "up": 0.40, "full": 0.70}
+_RECOMPUTED_SHARE = {"none": 0.0, "dots": 0.05, "up": 0.40, "full": 0.70}
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SettingsCandidate:
     """A setting to try, with what is expected of it before anything is compiled."""
 
     overrides: tuple[str, ...]
@@ -36,16 +36,16 @@ class Candidate:
 
     def agrees(self, given: dict[str, str]) -> bool:
         """Whether none of `given`, by key, says otherwise; -1 leaves an axis of the mesh open."""
-        own = (_key_and_value(one) for one in self.overrides)
+        own = (_split_override(one) for one in self.overrides)
         return all(given.get(key, value) in (value, "-1") for key, value in own)
 
 
-def _key_and_value(override: str) -> tuple[str, str]:
+def _split_override(override: str) -> tuple[str, str]:
     key, _, value = override.lstrip("-").partition("=")
     return key, value
 
 
-class Runner:
+class PlanRunner:
     """Plans in processes of their own.
 
     Args:
@@ -102,7 +102,7 @@ class Runner:
         return self.out / f"{topology.chip.name}-{topology.chips}-{digest}.json"
 
 
-def search(runner: Runner, config: Config, topology: Topology, limit: int) -> list[dict[str, Any]]:
+def search_settings(runner: PlanRunner, config: Config, topology: Topology, limit: int) -> list[dict[str, Any]]:
     """Compiles the `limit` most promising settings; what fits first, the fastest first.
 
     What the runner's overrides say stays as it is.
@@ -110,24 +110,24 @@ def search(runner: Runner, config: Config, topology: Topology, limit: int) -> li
     Raises:
       UserError: no mesh of the topology's chips goes with the config and the overrides.
     """
-    given = dict(_key_and_value(one) for one in runner.overrides)
+    given = dict(_split_override(one) for one in runner.overrides)
     candidates = sorted(
-        (one for one in settings(config, topology) if one.agrees(given)),
+        (one for one in enumerate_settings(config, topology) if one.agrees(given)),
         key=lambda one: (one.memory > topology.chip.hbm_bytes, one.seconds, one.memory),
     )
     if not candidates:
         raise UserError(f"no mesh of {topology.chips} chips divides both the weights and the batch as it should")
     runner.say(f"{len(candidates)} settings; compiling {min(limit, len(candidates))}")
-    rows = [row(runner.plan(topology, one.overrides), " ".join(one.overrides)) for one in candidates[:limit]]
+    rows = [make_table_row(runner.plan(topology, one.overrides), " ".join(one.overrides)) for one in candidates[:limit]]
     return sorted(rows, key=lambda one: (not one["fits"], -one.get("mfu_serial", 0.0)))
 
 
-def settings(config: Config, topology: Topology) -> Iterator[Candidate]:
+def enumerate_settings(config: Config, topology: Topology) -> Iterator[SettingsCandidate]:
     """Every mesh, remat policy and number of chunks that divides weights and batch, with a rough estimate."""
     chips, data = topology.chips, config.data
     whole = math.gcd(config.model.vision.width, config.model.text.width)
     heads = math.gcd(config.model.vision.num_heads, config.model.text.num_heads)
-    size = _Size.of(config)
+    size = _ModelSize.of(config)
     for tensor in (n for n in (1, 2, 4, 8) if heads % n == 0):
         for fsdp in (n for n in range(1, whole + 1) if whole % n == 0 and chips % (n * tensor) == 0):
             groups = chips // tensor
@@ -137,8 +137,8 @@ def settings(config: Config, topology: Topology) -> Iterator[Candidate]:
                 # Slices meet on `data` alone.
                 if (chips // (fsdp * tensor)) % topology.slices:
                     continue
-                for remat in _AGAIN:
-                    yield Candidate(
+                for remat in _RECOMPUTED_SHARE:
+                    yield SettingsCandidate(
                         (
                             f"--mesh.data={chips // (fsdp * tensor)}",
                             f"--mesh.fsdp={fsdp}",
@@ -146,30 +146,32 @@ def settings(config: Config, topology: Topology) -> Iterator[Candidate]:
                             f"--model.remat={remat}",
                             f"--loss.grad_cache_chunks={chunks}",
                         ),
-                        _memory(config, size, fsdp, tensor, groups, chunks, remat),
-                        _seconds(config, topology, size, fsdp, tensor, chunks, remat),
+                        _estimate_memory(config, size, fsdp, tensor, groups, chunks, remat),
+                        _estimate_seconds(config, topology, size, fsdp, tensor, chunks, remat),
                     )
 
 
-def scaling(runner: Runner, config: Config, topology: Topology) -> list[dict[str, Any]]:
+def plan_scaling(runner: PlanRunner, config: Config, topology: Topology) -> list[dict[str, Any]]:
     """From 16 to 1024 chips, the batch growing with them.
 
     Raises:
       UserError: the config's batch cannot be divided as far.
     """
     rows = []
-    for one in _sizes(topology):
-        larger = scaled(config, one.chips / topology.chips)
-        rows.append(row(runner.plan(one, (*batch(larger), "--mesh.data=-1")), f"{larger.data.pairs} pairs"))
+    for one in _scaling_topologies(topology):
+        larger = scale_batch(config, one.chips / topology.chips)
+        rows.append(
+            make_table_row(runner.plan(one, (*batch_overrides(larger), "--mesh.data=-1")), f"{larger.data.pairs} pairs")
+        )
     return rows
 
 
-def batch(config: Config) -> tuple[str, ...]:
+def batch_overrides(config: Config) -> tuple[str, ...]:
     """The size of a config's batch, as overrides."""
     return tuple(f"--data.{key}={getattr(config.data, key)}" for key in ("pairs", "rows", "image_slots"))
 
 
-def _sizes(topology: Topology) -> Iterator[Topology]:
+def _scaling_topologies(topology: Topology) -> Iterator[Topology]:
     chip = topology.chip
     flat = [(4, 4), (8, 8), (16, 16)]
     deep = [(2, 2, 4), (4, 4, 4), (4, 8, 8), (8, 8, 8), (8, 8, 16)]
@@ -180,7 +182,7 @@ def _sizes(topology: Topology) -> Iterator[Topology]:
         yield from (Topology(chip, (16, 16), slices) for slices in (2, 4))
 
 
-def row(plan: dict[str, Any], label: str) -> dict[str, Any]:
+def make_table_row(plan: dict[str, Any], label: str) -> dict[str, Any]:
     """A plan in one line of a table."""
     if not plan["fits"]:
         return {"topology": plan.get("topology", ""), "what": label, "fits": False, "problem": plan["problem"]}
@@ -203,7 +205,7 @@ def row(plan: dict[str, Any], label: str) -> dict[str, Any]:
     }
 
 
-def as_text(rows: list[dict[str, Any]]) -> str:
+def format_table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table of `row`s."""
     lines = [
         "| topology | what | peak GiB | sent GiB | compute / HBM / interconnect ms | MFU overlapped / serial "
@@ -223,7 +225,7 @@ def as_text(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-class _Size(NamedTuple):
+class _ModelSize(NamedTuple):
     """Of a config's model: parameters, those that are trained, and FLOPs of a step and of its forward pass."""
 
     parameters: int
@@ -232,7 +234,7 @@ class _Size(NamedTuple):
     forward: float
 
     @classmethod
-    def of(cls, config: Config) -> "_Size":
+    def of(cls, config: Config) -> "_ModelSize":
         from jfe_jax.models.abstract_model import shapes_of
         from jfe_jax.models.registry import count_parameters, logical_axes
         from jfe_jax.train.optimizer import trained_mask
@@ -243,12 +245,14 @@ class _Size(NamedTuple):
         return cls(
             count_parameters(shapes),
             count_parameters(moving),
-            flops.training_flops(config),
-            flops.embedding_flops(config),
+            flops.count_training_flops(config),
+            flops.count_embedding_flops(config),
         )
 
 
-def _memory(config: Config, size: _Size, fsdp: int, tensor: int, groups: int, chunks: int, remat: str) -> float:
+def _estimate_memory(
+    config: Config, size: _ModelSize, fsdp: int, tensor: int, groups: int, chunks: int, remat: str
+) -> float:
     # Parameters; two moments and the gradients of what is trained; kept activations; one layer at work, its MLP in a
     # few copies.
     text, data = config.model.text, config.data
@@ -260,10 +264,12 @@ def _memory(config: Config, size: _Size, fsdp: int, tensor: int, groups: int, ch
     return state + bytes_each * tokens * (text.depth * kept + 6 * mlp + 8 * width)
 
 
-def _seconds(config: Config, topology: Topology, size: _Size, fsdp: int, tensor: int, chunks: int, remat: str) -> float:
+def _estimate_seconds(
+    config: Config, topology: Topology, size: _ModelSize, fsdp: int, tensor: int, chunks: int, remat: str
+) -> float:
     # Compute and interconnect one after the other: weights gathered for every pass and chunk, gradients scattered.
     chip = topology.chip
-    again = _AGAIN[remat] + (1.0 if chunks > 1 else 0.0)
+    again = _RECOMPUTED_SHARE[remat] + (1.0 if chunks > 1 else 0.0)
     work = (size.step + again * size.forward) / topology.chips / chip.flops
     travelling = size.parameters - config.model.text.vocab_size * config.model.text.width
     gathered = (2 * 2 + 2 * (chunks > 1)) * travelling + 4 * min(size.trained, travelling)

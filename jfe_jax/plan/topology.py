@@ -89,7 +89,7 @@ class Topology:
         return cls(chip, shape, slices)
 
     def devices(self) -> list[Any]:
-        """Stand-ins for the chips, to compile for. `compile.prepare` comes first.
+        """Stand-ins for the chips, to compile for. `aot_compile.configure_libtpu` comes first.
 
         Raises:
           UserError: libtpu is missing or knows no such slice.
@@ -110,7 +110,7 @@ class Topology:
 
 
 @dataclass(frozen=True)
-class Links:
+class GroupLinks:
     """What carries the traffic of a group of chips.
 
     Attributes:
@@ -137,11 +137,11 @@ class Links:
           chips: of the group.
         """
         near = chips // self.slices
-        within = bytes * hops(kind, near) / self.bandwidth if near > 1 else 0.0
-        return within + bytes / near * hops(kind, self.slices) / self.dcn
+        within = bytes * ring_traffic(kind, near) / self.bandwidth if near > 1 else 0.0
+        return within + bytes / near * ring_traffic(kind, self.slices) / self.dcn
 
 
-def hops(kind: str, n: int) -> float:
+def ring_traffic(kind: str, n: int) -> float:
     """Bytes that each of n chips on a ring sends for each byte of the whole array."""
     return {
         "all-gather": (n - 1) / n,
@@ -154,7 +154,7 @@ def hops(kind: str, n: int) -> float:
     }[kind] * (n > 1)
 
 
-def links(topology: Topology, places: Sequence[tuple[int, Sequence[int]]]) -> Links:
+def find_links(topology: Topology, places: Sequence[tuple[int, Sequence[int]]]) -> GroupLinks:
     """The links between chips at `places` (slice number, coordinates).
 
     A chip has two links along an axis on which the group goes all the way round a ring, and one along any other axis
@@ -171,6 +171,6 @@ def links(topology: Topology, places: Sequence[tuple[int, Sequence[int]]]) -> Li
             axes.append("xyz"[axis])
     if len(slices) > 1:
         axes.append("dcn")
-    return Links(
+    return GroupLinks(
         bandwidth or math.inf, "+".join(axes) or "none", len(slices), chip.dcn if len(slices) > 1 else math.inf
     )

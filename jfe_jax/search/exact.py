@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jfe_jax.config import MeshConfig
 from jfe_jax.embedding.row_source import ArrayRows, Rows, largest_norm
 from jfe_jax.errors import UserError
-from jfe_jax.parallel.distributed import together
+from jfe_jax.parallel.distributed import all_or_none
 from jfe_jax.parallel.sharding import group_count, make_mesh
 from jfe_jax.search import bf16_prefilter, topk
 from jfe_jax.search.query_block import QueryBlock
@@ -147,7 +147,7 @@ class Searcher:
             for at in range(0, len(queries), query_block)
         ]
         # A row that is not finite is met by one process only.
-        with together():
+        with all_or_none():
             waiting = None
             for several in self._several(max(part.length for part in parts)) if parts else ():
                 for part in parts:

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from jfe_jax.checkpoint import base_model, model_io
-from jfe_jax.checkpoint.base_model import Base
-from jfe_jax.checkpoint.streaming import stored_names
+from jfe_jax.checkpoint.base_model import BaseModelRef
+from jfe_jax.checkpoint.streaming import read_stored_names
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.models import lora
@@ -26,7 +26,7 @@ class Start(NamedTuple):
     """
 
     params: dict[str, Any]
-    base: Base | None
+    base: BaseModelRef | None
     note: str = ""
 
 
@@ -42,10 +42,10 @@ def start_from(init: str, training: Training) -> Start:
     """
     wanted = training.config.model
 
-    def accept(config: Config, place: Path) -> None:
-        model_io.refuse_other_model(replace(config.model, lora=wanted.lora), wanted, str(place))
+    def validate(config: Config, place: Path) -> None:
+        model_io.check_same_model(replace(config.model, lora=wanted.lora), wanted, str(place))
 
-    loaded = model_io.load_model(init, training.mesh, accept=accept)
+    loaded = model_io.load_model(init, training.mesh, validate=validate)
     own, params = loaded.config.model.lora, nnx.to_pure_dict(loaded.params)
     run = loaded.tokenizer_dir.parent
     place = run / model_io.CHECKPOINTS / str(loaded.step)
@@ -53,14 +53,14 @@ def start_from(init: str, training: Training) -> Start:
         if not own.rank:
             return Start(params, None)
         kept = pytrees.flatten(pytrees.select(training.abstract.params, training.kept))
-        lost = [name for name in stored_names(place / "params") if name not in kept]
+        lost = [name for name in read_stored_names(place / "params") if name not in kept]
         if lost:
             raise UserError(
                 f"{place}: trained {', '.join(lost)}, which this run would not keep; add them to optimizer.train, or "
                 "change model.lora so that they are merged"
             )
-        return Start(params, base_model.read(run), f"{init}: its adapters are trained on")
-    stands_on = Base(place.absolute(), base_model.fingerprint(params)) if wanted.lora.rank else None
+        return Start(params, base_model.read_base_ref(run), f"{init}: its adapters are trained on")
+    base_ref = BaseModelRef(place.absolute(), base_model.fingerprint_params(params)) if wanted.lora.rank else None
     if not own.rank:
-        return Start(params, stands_on)
-    return Start(lora.merge(params, own), stands_on, f"{init}: its adapters are merged into the weights")
+        return Start(params, base_ref)
+    return Start(lora.merge(params, own), base_ref, f"{init}: its adapters are merged into the weights")

@@ -64,7 +64,7 @@ def prepare(config: Config, mesh: Mesh) -> Training:
     require_split(model, mesh)
     optimizer = make_optimizer(config, model.axes)
     shapes = jax.eval_shape(lambda params: _first(config, optimizer, params), model.abstract)
-    rest = sharding.like_parameters(shapes._replace(params={}), {"model": shardings_of(model.abstract)}, mesh)
+    rest = sharding.optimizer_state_shardings(shapes._replace(params={}), {"model": shardings_of(model.abstract)}, mesh)
     shardings = rest._replace(params=shardings_of(model.abstract))
     moves = trained_mask(config, model.axes)["model"]
     kept = moves if config.model.lora.rank else jax.tree.map(lambda _: True, moves)
@@ -88,7 +88,7 @@ def initialise(training: Training, params: dict[str, Any] | None = None) -> Trai
 
     shardings = shardings_of(training.abstract)
     shardings = shardings._replace(params=pytrees.select(shardings.params, lacking))
-    state = sharding.initialise(fresh, shardings, given)
+    state = sharding.init_sharded(fresh, shardings, given)
     return state._replace(params=pytrees.overlay(state.params, given))
 
 

@@ -12,13 +12,13 @@ import jax
 
 from jfe_jax import config as configs
 from jfe_jax.checkpoint import base_model, model_io
-from jfe_jax.checkpoint.manager import RunCheckpoints
+from jfe_jax.checkpoint.manager import CheckpointManager
 from jfe_jax.config import Config
 from jfe_jax.data.pipeline.loader import training_batches
 from jfe_jax.data.pipeline.pair_batcher import empty_batch
 from jfe_jax.errors import UserError
 from jfe_jax.parallel import sharding
-from jfe_jax.parallel.distributed import is_first, together
+from jfe_jax.parallel.distributed import all_or_none, is_process_zero
 from jfe_jax.train import train_state as states
 from jfe_jax.train import validate
 from jfe_jax.train.device_prefetch import Prefetcher
@@ -55,11 +55,11 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
       UserError: the config does not fit the machine, the data or the checkpoint; a checkpoint cannot be written; the
         loss or gradients are not finite for `optimizer.max_skipped_steps` in a row (the last checkpoint is kept).
     """
-    with together():
+    with all_or_none():
         config = with_tokenizer(config)
         run, steps = Path(config.output), config.optimizer.steps
         validate.check(config)
-        done = model_io.latest_step(run)
+        done = model_io.find_latest_step(run)
         if done is not None and resume == "never":
             raise UserError(f"{run}: holds checkpoints up to step {done}; remove it, choose another output, or resume")
         if done is not None and done >= steps:
@@ -72,11 +72,11 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
     one = empty_batch(replace(batches.shape, groups=1))
     compiled = compile_ahead(step, training.abstract, sharding.abstract_batch(one, mesh, config.loss.grad_cache_chunks))
     kept = config.checkpoint
-    checkpoints = RunCheckpoints(run, kept.keep, say, kept.keep_every_steps, kept.keep_best)
+    checkpoints = CheckpointManager(run, kept.keep, say, kept.keep_every_steps, kept.keep_best)
     try:
-        with together():
+        with all_or_none():
             start, state = starting_point(training, checkpoints, batches, say)
-            if is_first():
+            if is_process_zero():
                 model_io.write_run_files(run, config, Path(config.tokens.tokenizer))
         reached = _Run(training, step, compiled, checkpoints, groups, say).go(start, state, batches)
         checkpoints.wait()
@@ -97,12 +97,12 @@ def with_tokenizer(config: Config) -> Config:
         return config
     if not config.init:
         raise UserError("tokens.tokenizer is empty: give a Hugging Face tokenizer's directory")
-    inherited = model_io.tokenizer_of(config.init)
+    inherited = model_io.find_tokenizer(config.init)
     return replace(config, tokens=replace(config.tokens, tokenizer=str(inherited)))
 
 
 def starting_point(
-    training: Training, checkpoints: RunCheckpoints, batches: Any, say: Callable[[str], None]
+    training: Training, checkpoints: CheckpointManager, batches: Any, say: Callable[[str], None]
 ) -> tuple[int, TrainState]:
     """Step and state to go on from: the run's own checkpoint (`batches` is set to its place), `init`, or random.
 
@@ -114,7 +114,7 @@ def starting_point(
     if saved is not None:
         params = saved.params
         if config.model.lora.rank:
-            params = pytrees.overlay(model_io.base_parameters(Path(config.output), training.mesh), params)
+            params = pytrees.overlay(model_io.restore_base_params(Path(config.output), training.mesh), params)
         batches.set_state(saved.data)
         say(f"continuing from step {saved.step}")
         changed = configs.differing_keys(saved.config, config)
@@ -124,9 +124,9 @@ def starting_point(
     if not config.init:
         return 0, states.initialise(training)
     start = start_from(config.init, training)
-    with together():
-        if start.base is not None and is_first():
-            base_model.write(Path(config.output), start.base)
+    with all_or_none():
+        if start.base is not None and is_process_zero():
+            base_model.write_base_ref(Path(config.output), start.base)
     if start.note:
         say(start.note)
     return 0, states.initialise(training, start.params)
@@ -140,7 +140,7 @@ class _Run:
         training: Training,
         step: Any,
         compiled: Future[Any],
-        checkpoints: RunCheckpoints,
+        checkpoints: CheckpointManager,
         groups: int,
         say: Callable[[str], None],
     ):
@@ -153,7 +153,7 @@ class _Run:
     def go(self, start: int, state: TrainState, batches: Any) -> int:
         """Runs from `start`; returns the step reached."""
         steps = self.config.optimizer.steps
-        self.log = MetricsLog(Path(self.config.output) / "logs", start) if is_first() else None
+        self.log = MetricsLog(Path(self.config.output) / "logs", start) if is_process_zero() else None
         self.progress = Progress(steps, start, self.say)
         self.pending: deque[tuple[int, dict[str, jax.Array], dict[str, int]]] = deque()
         self.waited, self.since, self.start, self.last_logged = 0.0, time.monotonic(), start, start

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def ahead(iterator: Generator[T, None, None], depth: int) -> Iterator[T]:
+def prefetch(iterator: Generator[T, None, None], depth: int) -> Iterator[T]:
     """What `iterator` gives, made in a thread of its own, up to `depth` elements before they are asked for.
 
     What it raises is raised when its turn comes. Once this is closed, or no longer wanted, the thread ends.
@@ -36,7 +36,7 @@ def ahead(iterator: Generator[T, None, None], depth: int) -> Iterator[T]:
         finally:
             iterator.close()
 
-    thread = threading.Thread(target=run, name="ahead", daemon=True)
+    thread = threading.Thread(target=run, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:

@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 
 # Seconds between two plain lines.
-EVERY = 10.0
+SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextlib.contextmanager
-def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
+def progress_bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
     """Shows `name` on standard error until the block ends; call what it gives with the number of items just done."""
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -25,7 +25,7 @@ def bar(name: str, total: int) -> Iterator[Callable[[int], None]]:
         nonlocal done, last
         done += count
         now = time.monotonic()
-        if now - last >= EVERY:
+        if now - last >= SECONDS_BETWEEN_LINES:
             last = now
             rate = done / (now - start)
             left = (total - done) / rate

@@ -13,7 +13,7 @@ from pathlib import Path
 _SESSION_START = b"\x08\x01"  # SessionLog {status: START}
 
 
-def _table() -> list[int]:
+def _make_crc_table() -> list[int]:
     table = []
     for byte in range(256):
         for _ in range(8):
@@ -22,7 +22,7 @@ def _table() -> list[int]:
     return table
 
 
-_CRC_TABLE = _table()
+_CRC_TABLE = _make_crc_table()
 
 
 class EventWriter:
@@ -36,14 +36,14 @@ class EventWriter:
         self._file = (directory / (name + next(s for s in suffixes if not (directory / (name + s)).exists()))).open(
             "wb"
         )
-        self._write(_bytes(3, b"brain.Event:2"))
+        self._write(_encode_bytes(3, b"brain.Event:2"))
         if purge_step is not None:
-            self._write(_int(2, purge_step) + _bytes(7, _SESSION_START))
+            self._write(_encode_int(2, purge_step) + _encode_bytes(7, _SESSION_START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """One point of the curve `tag`."""
-        point = _bytes(1, tag.encode()) + b"\x15" + struct.pack("<f", value)
-        self._write(_int(2, step) + _bytes(5, _bytes(1, point)))
+        point = _encode_bytes(1, tag.encode()) + b"\x15" + struct.pack("<f", value)
+        self._write(_encode_int(2, step) + _encode_bytes(5, _encode_bytes(1, point)))
 
     def flush(self) -> None:
         """Hands everything to the system."""
@@ -67,15 +67,15 @@ def _masked_crc(data: bytes) -> bytes:
     return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def _int(field: int, value: int) -> bytes:
-    return bytes([field << 3]) + _varint(value)
+def _encode_int(field: int, value: int) -> bytes:
+    return bytes([field << 3]) + _encode_varint(value)
 
 
-def _bytes(field: int, value: bytes) -> bytes:
-    return bytes([field << 3 | 2]) + _varint(len(value)) + value
+def _encode_bytes(field: int, value: bytes) -> bytes:
+    return bytes([field << 3 | 2]) + _encode_varint(len(value)) + value
 
 
-def _varint(value: int) -> bytes:
+def _encode_varint(value: int) -> bytes:
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)

@@ -9,7 +9,7 @@ from benchmarks import plan as bench
 from benchmarks.common import tables
 from jfe_jax import config as configs
 from jfe_jax.errors import UserError
-from jfe_jax.plan.sweep import Runner
+from jfe_jax.plan.sweep import PlanRunner
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +38,7 @@ def test_settings_are_ranked_and_what_does_not_fit_comes_last(monkeypatch):
             return TOO_LARGE
         return made_up(0.9 if "--model.remat=full" in overrides else 0.7)
 
-    monkeypatch.setattr(Runner, "plan", plan)
+    monkeypatch.setattr(PlanRunner, "plan", plan)
     dots, full = ("--model.remat=dots",), ("--model.remat=full",)
     monkeypatch.setattr(bench, "CHOICES", {"large": dots, "slow": full, "as configured": ()})
     parser = argparse.ArgumentParser()

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from jfe_jax.checkpoint import direct_io
-from jfe_jax.checkpoint.direct_io import Buffer, Stream
+from jfe_jax.checkpoint.direct_io import AlignedBuffer, DirectWriter
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_files_are_as_long_as_what_they_hold(tmp_path, dtype):
-    rng, buffer = np.random.default_rng(0), Buffer()
+    rng, buffer = np.random.default_rng(0), AlignedBuffer()
     # Around a disk's block, and the largest in between: what is left of it must not show.
     for shape in [(3, 1000), (1,), (4096,), (2, 2048), (4097,), ()]:
         array = rng.normal(size=shape).astype(dtype)
@@ -38,7 +38,7 @@ def test_a_file_system_without_direct_writes_is_written_to_all_the_same(tmp_path
             raise OSError(errno.EINVAL, "Invalid argument")
         return really_write(file, data, place)
 
-    buffer = Buffer()
+    buffer = AlignedBuffer()
     buffer.array((5000,), np.dtype(np.int32))[...] = np.arange(5000)
     with monkeypatch.context() as patch:
         patch.setattr(direct_io.os, "open", fake_open)
@@ -48,11 +48,11 @@ def test_a_file_system_without_direct_writes_is_written_to_all_the_same(tmp_path
 
 
 def test_a_stream_is_what_was_given_to_it_in_a_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(direct_io, "_PART", 8192)
+    monkeypatch.setattr(direct_io, "_WRITE_BYTES", 8192)
     rng = np.random.default_rng(0)
     arrays = [rng.normal(size=size).astype(np.float32) for size in (3, 5000, 2045, 0, 4096, 1, 777)]
     for count in range(len(arrays) + 1):
-        with Stream(tmp_path / "file") as stream:
+        with DirectWriter(tmp_path / "file") as stream:
             for array in arrays[:count]:
                 scratch = array.copy()
                 stream.write(scratch)
@@ -62,7 +62,7 @@ def test_a_stream_is_what_was_given_to_it_in_a_row(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_told(tmp_path):
-    buffer = Buffer()
+    buffer = AlignedBuffer()
     buffer.array((100_000,), np.dtype(np.uint8))[...] = 1
     # Files that cannot grow: what a full disk is to a writer, without needing one.
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -70,13 +70,13 @@ def test_a_full_disk_is_told(tmp_path):
     try:
         with pytest.raises(OSError, match="File too large"):
             buffer.write(tmp_path / "file")
-        with pytest.raises(OSError, match="File too large"), Stream(tmp_path / "stream") as stream:
+        with pytest.raises(OSError, match="File too large"), DirectWriter(tmp_path / "stream") as stream:
             stream.write(np.ones(100_000, np.uint8))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_directory_that_is_not_there_cannot_be_waited_for(tmp_path):
-    direct_io.sync(tmp_path)
+    direct_io.sync_file_system(tmp_path)
     with pytest.raises(FileNotFoundError):
-        direct_io.sync(tmp_path / "nowhere")
+        direct_io.sync_file_system(tmp_path / "nowhere")

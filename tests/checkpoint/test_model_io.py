@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from jfe_jax.checkpoint import model_io
-from jfe_jax.checkpoint.manager import RunCheckpoints
+from jfe_jax.checkpoint.manager import CheckpointManager
 from jfe_jax.config import MeshConfig, OptimizerConfig
 from jfe_jax.data.processor import train_tokenizer
 from jfe_jax.errors import UserError
@@ -51,7 +51,7 @@ def rest(state):
 
 
 def save(run, state, steps, said, keep=3):
-    checkpoints = RunCheckpoints(run, keep, said.append)
+    checkpoints = CheckpointManager(run, keep, said.append)
     for step in steps:
         checkpoints.save(step, CONFIG, state.params, rest(state), {"next": step})
     checkpoints.close()
@@ -59,7 +59,7 @@ def save(run, state, steps, said, keep=3):
 
 def restore(run, said, config=CONFIG, sizes=(1, 1, 1)):
     abstract = training(config, sizes).abstract
-    checkpoints = RunCheckpoints(run, 3, said.append)
+    checkpoints = CheckpointManager(run, 3, said.append)
     try:
         return checkpoints.restore(config, abstract.params, rest(abstract))
     finally:
@@ -95,7 +95,7 @@ def test_retention_by_number_by_interval_and_by_loss(tmp_path, state, said):
     losses = {1: 3.0, 2: 0.5, 3: 0.7, 4: 2.0, 5: float("nan"), 6: 0.9, 7: None}
 
     def kept(first, last):
-        checkpoints = RunCheckpoints(tmp_path, 1, said.append, keep_every=4, keep_best=2)
+        checkpoints = CheckpointManager(tmp_path, 1, said.append, keep_every=4, keep_best=2)
         for step in range(first, last + 1):
             checkpoints.save(step, CONFIG, state.params, rest(state), {"next": step}, losses[step])
         checkpoints.wait()
@@ -190,7 +190,7 @@ def test_another_optimizers_state_is_refused_and_not_called_damaged(tmp_path, st
 
 
 def test_a_checkpoint_from_before_steps_were_skipped_has_skipped_none(tmp_path, state, said):
-    checkpoints = RunCheckpoints(tmp_path, 3, said.append)
+    checkpoints = CheckpointManager(tmp_path, 3, said.append)
     old = {name: value for name, value in rest(state).items() if name != "skipped"}
     checkpoints.save(2, CONFIG, state.params, old, {"next": 2})
     checkpoints.close()
@@ -244,7 +244,7 @@ def little_disk(size):
 
 def test_a_full_disk_is_one_line_and_older_checkpoints_stay(tmp_path, state, said):
     save(tmp_path, state, [2], said, keep=1)
-    checkpoints = RunCheckpoints(tmp_path, 1, said.append)
+    checkpoints = CheckpointManager(tmp_path, 1, said.append)
     with little_disk(8000):
         with pytest.raises(UserError, match=r"cannot write the checkpoint .*step 2 is intact") as caught:
             checkpoints.save(4, CONFIG, state.params, rest(state), {"next": 4})

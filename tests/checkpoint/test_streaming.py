@@ -59,8 +59,8 @@ def test_what_is_written_in_pieces_is_read_whole(written):
         part: {rest: jax.ShapeDtypeStruct(arrays[f"{part}.{rest}"].shape, np.float32, sharding=device)}
         for part, rest in map(split, arrays)
     }
-    back = model_io.read_part(place, "params", abstract)
-    stored = streaming.stored_arrays(place / "params")
+    back = model_io.restore_checkpointable(place, "params", abstract)
+    stored = streaming.open_stored_arrays(place / "params")
     for name, array in arrays.items():
         part, rest = split(name)
         np.testing.assert_array_equal(back[part][rest], array.astype(np.float32), name)
@@ -92,12 +92,12 @@ def test_a_damaged_chunk_is_never_read_as_zeros(written, damage):
     place, _ = written({"blocks.norms": np.ones((6, 50), np.float32)})
     (chunk,) = (place / "params" / "blocks.norms").glob("[0-9]*")
     damage(chunk)
-    stored = streaming.stored_arrays(place / "params")["blocks.norms"]
+    stored = streaming.open_stored_arrays(place / "params")["blocks.norms"]
     with pytest.raises(UserError, match=r"params: cannot read blocks\.norms"):
         stored.read((slice(2, 3), slice(0, 50)))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(Exception, match="params"):
-        model_io.read_part(
+        model_io.restore_checkpointable(
             place, "params", {"blocks": {"norms": jax.ShapeDtypeStruct((6, 50), np.float32, sharding=device)}}
         )
 

@@ -12,8 +12,8 @@ from tests.support.tiny_retriever import random_retriever, save
 SCRIPT = """
 import contextlib, io, json, sys
 from pathlib import Path
-from jfe_jax.parallel.distributed import join
-join()
+from jfe_jax.parallel.distributed import initialize_distributed
+initialize_distributed()
 import jax
 from jfe_jax.cli.main import main
 told = {}

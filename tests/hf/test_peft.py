@@ -218,8 +218,8 @@ def test_merging_into_bfloat16_is_said(tmp_path, capsys):
 def test_a_fingerprint_of_what_lies_on_the_disk_is_that_of_what_is_loaded(case, monkeypatch):
     source = case[1]
     # In several parts.
-    monkeypatch.setattr(base_model, "PART", 100)
-    assert base_model.fingerprint_of_stored(open_hf(source).arrays) == base_model.fingerprint(
+    monkeypatch.setattr(base_model, "CHUNK_ELEMENTS", 100)
+    assert base_model.fingerprint_stored(open_hf(source).arrays) == base_model.fingerprint_params(
         nnx.to_pure_dict(load_hf(source)[1])
     )
 
@@ -228,7 +228,7 @@ def test_another_base_is_refused_at_merging_too(case, tmp_path):
     name, source, _, _, run = case
     shutil.copytree(run, tmp_path / "run")
     other = oracle.save(oracle.tiny(**CASES[name][0], seed=9), tmp_path / "other")
-    base_model.write(tmp_path / "run", base_model.read(run)._replace(path=other))
+    base_model.write_base_ref(tmp_path / "run", base_model.read_base_ref(run)._replace(path=other))
     with pytest.raises(UserError, match="other: not the weights that the adapters of"):
         lora_merge.open_whole(tmp_path / "run")
     with pytest.raises(UserError, match="other: not the weights that the adapters of"):

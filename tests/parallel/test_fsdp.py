@@ -10,8 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from jfe_jax.config import MeshConfig
 from jfe_jax.parallel import fsdp, sharding
-from jfe_jax.plan.collectives import collectives
-from jfe_jax.plan.hlo import Module
+from jfe_jax.plan.collectives import find_collectives
+from jfe_jax.plan.hlo import HloModule
 from jfe_jax.train import train_state as states
 from jfe_jax.train.train_step import make_train_step
 from tests.support import tiny_training as tiny
@@ -39,9 +39,11 @@ def inputs():
 
 
 def model(params, ids):
-    if fsdp.inside():
-        x = fsdp.lookup(params["table"], ids, jnp.float32)
-        kernel, bias = (fsdp.whole(params[name], AXES[name], jnp.float32, name) for name in ("kernel", "bias"))
+    if fsdp.in_fsdp_shard_map():
+        x = fsdp.sharded_embedding_lookup(params["table"], ids, jnp.float32)
+        kernel, bias = (
+            fsdp.all_gather_param(params[name], AXES[name], jnp.float32, name) for name in ("kernel", "bias")
+        )
     else:
         x, kernel, bias = jnp.take(params["table"], ids, axis=0, mode="clip"), params["kernel"], params["bias"]
     return jnp.tanh(x @ kernel + bias)
@@ -52,8 +54,8 @@ def test_values_and_gradients_equal_those_of_one_device(mesh):
     weights = np.random.default_rng(1).normal(size=(4, 2, 9, 8)).astype(np.float32)
 
     def loss(params, ids):
-        assert fsdp.divided() == bool(jax.sharding.get_abstract_mesh().axis_names)
-        y = fsdp.by_group(model, params, AXES, ids) if fsdp.divided() else model(params, ids)
+        assert fsdp.uses_batch_axes() == bool(jax.sharding.get_abstract_mesh().axis_names)
+        y = fsdp.fsdp_shard_map(model, params, AXES, ids) if fsdp.uses_batch_axes() else model(params, ids)
         return jnp.sum(y * weights)
 
     alone = jax.jit(jax.value_and_grad(loss))(params, ids)
@@ -69,18 +71,18 @@ def test_gradients_whose_shares_fill_no_tile_are_the_same(mesh, shape, axes):
     weight, weights = rng.normal(size=shape).astype(np.float32), rng.normal(size=(4, *shape)).astype(np.float32)
 
     def apply(weight, weights):
-        whole = fsdp.whole(weight, axes, jnp.float32, "weight") if fsdp.inside() else weight
+        whole = fsdp.all_gather_param(weight, axes, jnp.float32, "weight") if fsdp.in_fsdp_shard_map() else weight
         return jnp.sin(whole) * weights
 
     alone = jax.grad(lambda weight: jnp.sum(apply(weight, weights)))(weight)
     with jax.set_mesh(mesh):
-        spread = jax.jit(jax.grad(lambda weight: jnp.sum(fsdp.by_group(apply, weight, axes, weights))))(weight)
+        spread = jax.jit(jax.grad(lambda weight: jnp.sum(fsdp.fsdp_shard_map(apply, weight, axes, weights))))(weight)
     np.testing.assert_allclose(spread, alone, rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_are_summed_in_float32_though_weights_are_gathered_in_bfloat16(mesh):
     def loss(kernel, x):
-        whole = fsdp.whole(kernel, AXES["kernel"], jnp.bfloat16, "kernel")
+        whole = fsdp.all_gather_param(kernel, AXES["kernel"], jnp.bfloat16, "kernel")
         return jnp.sum((x.astype(jnp.bfloat16) @ whole).astype(jnp.float32) ** 2)[None]
 
     def summed(kernel, x):
@@ -104,7 +106,7 @@ def test_a_step_moves_tokens_not_the_table():
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
     training = states.prepare(config, mesh)
     batch = sharding.put_batch(tiny.batch(config, 8), mesh)
-    moved = collectives(Module(make_train_step(training).lower(training.abstract, batch).compile().as_text()))
+    moved = find_collectives(HloModule(make_train_step(training).lower(training.abstract, batch).compile().as_text()))
     assert max(item.bytes for item in moved) < text.vocab_size * text.width * 4
     assert [item.kind for item in moved if item.what.startswith("table") and item.array.endswith(",8]")] == [
         "all-to-all",

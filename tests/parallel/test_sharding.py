@@ -79,7 +79,7 @@ def test_initialisation_is_in_place_and_the_same_on_every_mesh(sizes, reference)
     config = tiny.config().model
     there = mesh(*sizes)
     shardings = shardings_of(blueprint(config, there).abstract)
-    params = sharding.initialise(lambda: random_parameters(config, 0), shardings)
+    params = sharding.init_sharded(lambda: random_parameters(config, 0), shardings)
     assert jax.tree.map(lambda x: x.sharding, params) == shardings
     down = params["tower"]["blocks"]["down_fd"]
     _, fsdp, tensor = sizes
@@ -116,7 +116,7 @@ def test_optimizer_state_lies_as_its_parameters():
     there = mesh(1, 8, 1)
     plan = blueprint(tiny.config().model, there)
     moments = {"adam": ({"model": plan.abstract}, {"count": jax.ShapeDtypeStruct((), jnp.int32)})}
-    found = sharding.like_parameters(moments, {"model": shardings_of(plan.abstract)}, there)
+    found = sharding.optimizer_state_shardings(moments, {"model": shardings_of(plan.abstract)}, there)
     assert found["adam"][0]["model"] == shardings_of(plan.abstract)
     assert found["adam"][1]["count"].is_fully_replicated
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from jfe_jax.plan.buffer_assignment import Buffers, described
+from jfe_jax.plan.buffer_assignment import BufferAssignment, describe_buffer
 
 NAME = "module_0000.jit_step.after_optimizations"
 MIB = 2**20
@@ -57,18 +57,18 @@ def folder(tmp_path):
 
 
 def test_bytes_are_counted_by_place_while_they_live(folder):
-    buffers = Buffers.read(folder)
+    buffers = BufferAssignment.read(folder)
     # The argument and, of 4 + 4 + 2 MiB of temporaries, those of two places.
     assert buffers.peak(lambda value: value.space == 0) == (14 * MIB, 4)
     assert [value.size // MIB for value in buffers.largest(3)] == [8, 4, 2]
-    assert [described(value) for value in buffers.largest(2)] == [
+    assert [describe_buffer(value) for value in buffers.largest(2)] == [
         "0.01 GiB f32[2,1024,1024] (state.params.tower.norm)",
         "0.00 GiB f32[1024,1024] (tower/lossless)",
     ]
 
 
 def test_the_temporaries_of_a_part_of_the_program(folder):
-    buffers = Buffers.read(folder)
+    buffers = BufferAssignment.read(folder)
     assert buffers.temporaries("loss") == 2 * MIB
     # Not at the same time.
     assert buffers.temporaries("loss", space=1) == 2 * MIB
@@ -78,4 +78,4 @@ def test_the_temporaries_of_a_part_of_the_program(folder):
 
 def test_a_program_without_an_assignment_has_none(folder):
     (folder / f"{NAME}-live-range.txt").unlink()
-    assert Buffers.read(folder) is None
+    assert BufferAssignment.read(folder) is None

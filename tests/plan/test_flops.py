@@ -22,8 +22,8 @@ from jfe_jax.data.pipeline.packer import PackedBatch
 from jfe_jax.models.registry import count_parameters
 from jfe_jax.parallel import sharding
 from jfe_jax.plan import flops
-from jfe_jax.plan.hlo import Module
-from jfe_jax.plan.hlo_costs import work
+from jfe_jax.plan.hlo import HloModule
+from jfe_jax.plan.hlo_costs import count_hlo_costs
 from jfe_jax.train import train_state as states
 from jfe_jax.train.optimizer import trained_mask
 from jfe_jax.train.train_step import encode
@@ -35,7 +35,7 @@ STAGE2 = configs.load(Path(__file__).parents[2] / "configs" / "paligemma_3b" / "
 
 def test_by_hand():
     """16 rows of 32 tokens; 32 images of 4 patches of 4·4·3 pixels; 32 items."""
-    found = {part.name: part for part in flops.parts(mean_pooled())}
+    found = {part.name: part for part in flops.count_module_flops(mean_pooled())}
     # Width 32, 4 heads of 8, 1 kv head, MLP 64: query and output 2·32·32, key and value 2·32·8, MLP 3·32·64.
     tower = found["tower"]
     assert (tower.matrices, tower.attention) == (512 * 2 * (2048 + 512 + 6144), 512 * 2 * 2 * 32 * 32)
@@ -47,7 +47,7 @@ def test_by_hand():
     assert found["patches"].training == 2 * found["patches"].forward == 2 * 128 * 2 * 48 * 16
     assert found["projector"].training == 3 * 128 * 2 * 16 * 32
     # The only layer is the last: keys and values of all tokens, the rest of one token of each item, in rows of 32.
-    last = {part.name: part for part in flops.parts(tiny.config())}
+    last = {part.name: part for part in flops.count_module_flops(tiny.config())}
     assert (last["tower_keys"].matrices, last["tower_keys"].attention) == (512 * 2 * 512, 0)
     assert (last["tower"].matrices, last["tower"].attention) == (32 * 2 * (2048 + 6144), 32 * 2 * 2 * 32 * 32)
 
@@ -59,7 +59,7 @@ def mean_pooled():
 
 def test_six_flops_a_parameter_and_token():
     """The rule of thumb, for the matrices: 2 forward, 4 backward."""
-    tower = next(part for part in flops.parts(STAGE2) if part.name == "tower")
+    tower = next(part for part in flops.count_module_flops(STAGE2) if part.name == "tower")
     training = states.prepare(STAGE2, sharding.make_mesh(MeshConfig(data=1)))
     blocks = training.abstract.params["tower"]["blocks"]
     matrices = count_parameters({k: v for k, v in blocks.items() if "norm" not in k})
@@ -72,7 +72,7 @@ def test_six_flops_a_parameter_and_token():
 
 def test_what_is_frozen_costs_less():
     def total(*freeze):
-        return {p.name: p for p in flops.parts(replace(STAGE2, optimizer=OptimizerConfig(freeze=freeze)))}
+        return {p.name: p for p in flops.count_module_flops(replace(STAGE2, optimizer=OptimizerConfig(freeze=freeze)))}
 
     everything, some = total(), total("vision")
     assert some["vision"].training == everything["vision"].forward
@@ -93,7 +93,7 @@ def test_the_formula_is_what_is_compiled():
         return encode(there, params, packed).sum()
 
     program = jax.jit(jax.grad(total)).lower(there.abstract.params, batch.packed).compile().as_text()
-    assert work(Module(program)).flops == pytest.approx(flops.training_flops(config), rel=0.01)
+    assert count_hlo_costs(HloModule(program)).flops == pytest.approx(flops.count_training_flops(config), rel=0.01)
 
 
 def test_adapters_train_instead_of_their_kernels():
@@ -101,9 +101,11 @@ def test_adapters_train_instead_of_their_kernels():
     some = replace(base.model, lora=LoraConfig(rank=4, targets=("attention.query",)))
     found = {
         part.name: part
-        for part in flops.parts(replace(base, model=some, optimizer=replace(base.optimizer, train=("projector",))))
+        for part in flops.count_module_flops(
+            replace(base, model=some, optimizer=replace(base.optimizer, train=("projector",)))
+        )
     }
-    whole = {part.name: part for part in flops.parts(base)}
+    whole = {part.name: part for part in flops.count_module_flops(base)}
     # A is 32·4 and B 4·32.
     adapters = 512 * 2 * (32 * 4 + 4 * 32)
     tower = found["tower"]
@@ -170,22 +172,28 @@ def test_the_formula_is_what_xla_counts(config):
         return encode(there, pytrees.overlay(params, moving), packed).sum()
 
     counted = jax.jit(jax.grad(total)).lower(moving, there.abstract.params, packed).cost_analysis()["flops"]
-    assert 1 < counted / flops.training_flops(config) < 1.02
+    assert 1 < counted / flops.count_training_flops(config) < 1.02
 
 
 def test_items_that_fill_rows_cost_what_the_rows_do():
     config = mean_pooled()
     rows, row_tokens, slots = config.data.rows, config.data.row_tokens, config.data.image_slots
-    whole = flops.of_items([row_tokens] * rows, slots)
-    assert flops.training_flops(config, whole) == flops.training_flops(config)
+    whole = flops.items_workload([row_tokens] * rows, slots)
+    assert flops.count_training_flops(config, whole) == flops.count_training_flops(config)
     # Half as long: half of the matrices' work, a quarter of attention's.
-    half = {part.name: part for part in flops.parts(config, flops.of_items([row_tokens // 2] * rows, slots))}
-    full = {part.name: part for part in flops.parts(config)}
+    half = {
+        part.name: part
+        for part in flops.count_module_flops(config, flops.items_workload([row_tokens // 2] * rows, slots))
+    }
+    full = {part.name: part for part in flops.count_module_flops(config)}
     assert half["tower"].matrices == full["tower"].matrices / 2
     assert half["tower"].attention == full["tower"].attention / 4
     assert half["vision"] == full["vision"]
     # What is pooled attends to its own item, in a row to all of it.
     config = replace(config, model=tiny.config().model)
     pairs = config.data.pairs
-    one, other = (flops.parts(config, load)[-1] for load in (None, flops.of_items([row_tokens // 4] * 2 * pairs, 0)))
+    one, other = (
+        flops.count_module_flops(config, load)[-1]
+        for load in (None, flops.items_workload([row_tokens // 4] * 2 * pairs, 0))
+    )
     assert (one.name, other.matrices, other.attention) == ("tower", one.matrices, one.attention / 4)

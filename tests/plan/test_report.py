@@ -10,11 +10,11 @@ from jfe_jax.cli.main import main
 from jfe_jax.errors import UserError
 from jfe_jax.plan import aot_compile as compiling
 from jfe_jax.plan import sweep
-from jfe_jax.plan.buffer_assignment import Buffers, Value
+from jfe_jax.plan.buffer_assignment import BufferAssignment, BufferValue
 from jfe_jax.plan.collectives import Collective
-from jfe_jax.plan.hlo_costs import Work
-from jfe_jax.plan.roofline import roofline
-from jfe_jax.plan.topology import Links, Topology
+from jfe_jax.plan.hlo_costs import HloCosts
+from jfe_jax.plan.roofline import compute_roofline
+from jfe_jax.plan.topology import GroupLinks, Topology
 
 STAGE2 = Path(__file__).parents[2] / "configs" / "paligemma_3b" / "stage2.yaml"
 # As libtpu 0.0.42.1 says it.
@@ -26,7 +26,7 @@ REFUSED = (
 
 def test_what_does_not_fit_names_the_largest_buffers():
     values = [
-        Value(
+        BufferValue(
             f"bf16[{size},1024]",
             "jit(step)/jvp()/tower/while/body/dot_general",
             0,
@@ -39,23 +39,25 @@ def test_what_does_not_fit_names_the_largest_buffers():
         )
         for at, size in enumerate((3, 700000, 900000, 800000))
     ]
-    error = compiling._explained(REFUSED, Buffers(values))
-    assert isinstance(error, compiling.DoesNotFit)
+    error = compiling._explain_compile_error(REFUSED, BufferAssignment(values))
+    assert isinstance(error, compiling.OutOfMemory)
     assert (error.needed, error.available) == (int(22.12 * 2**30), int(15.75 * 2**30))
     assert error.largest == tuple(
         f"{size} GiB {array} (tower)"
         for size, array in (("1.72", "bf16[900000,1024]"), ("1.53", "bf16[800000,1024]"), ("1.34", "bf16[700000,1024]"))
     )
     assert str(error).startswith("does not fit: 22.12 GiB of 15.75 GiB; the largest buffers where it is fullest: 1.72")
-    assert str(compiling._explained(REFUSED, None)) == "does not fit: 22.12 GiB of 15.75 GiB"
-    assert "refused the step: INTERNAL: no" in str(compiling._explained("INTERNAL: no\nmore", None))
+    assert str(compiling._explain_compile_error(REFUSED, None)) == "does not fit: 22.12 GiB of 15.75 GiB"
+    assert "refused the step: INTERNAL: no" in str(compiling._explain_compile_error("INTERNAL: no\nmore", None))
 
 
 def test_the_roofline_by_hand():
     """197 TFLOP, 409.5 GB of memory traffic and 9 GB sent on two links of 4.5e10: 1 s, 0.5 s and 0.1 s."""
     topology = Topology.parse("v5e:4x4")
     moved = [Collective("all-gather", "bf16[1]", "", 1, 18e9, (0, 1), 9e9)]
-    line = roofline(topology, Work(197e12, 409.5e9), moved, lambda _: Links(9e10, "x"), 0.8 * 16 * 197e12)
+    line = compute_roofline(
+        topology, HloCosts(197e12, 409.5e9), moved, lambda _: GroupLinks(9e10, "x"), 0.8 * 16 * 197e12
+    )
     assert (line.compute, line.hbm, line.interconnect) == pytest.approx((1.0, 0.5, 0.1))
     assert (line.bound, line.overlapped, line.serial) == ("compute", pytest.approx(1.0), pytest.approx(1.1))
     assert (line.mfu_overlapped, line.mfu_serial) == pytest.approx((0.8, 0.8 / 1.1))
@@ -63,7 +65,7 @@ def test_the_roofline_by_hand():
 
 def test_a_search_tries_only_what_divides_and_prefers_what_fits():
     config, topology = configs.load(STAGE2), Topology.parse("v5e:16x16")
-    found = list(sweep.settings(config, topology))
+    found = list(sweep.enumerate_settings(config, topology))
     assert any("--mesh.fsdp=16" in one.overrides and "--loss.grad_cache_chunks=8" in one.overrides for one in found)
     # SigLIP's 1152 has no divisor 256.
     assert not any("--mesh.fsdp=256" in one.overrides for one in found)
@@ -82,9 +84,9 @@ def test_a_search_tries_only_what_divides_and_prefers_what_fits():
 
 def test_a_batch_grows_with_the_chips():
     config = configs.load(STAGE2)
-    assert compiling.scaled(config, 0.0625).data.pairs == config.data.pairs // 16
+    assert compiling.scale_batch(config, 0.0625).data.pairs == config.data.pairs // 16
     with pytest.raises(UserError, match=r"data.pairs: 4096 times 0.0001 is no whole number"):
-        compiling.scaled(config, 0.0001)
+        compiling.scale_batch(config, 0.0001)
 
 
 def test_results_of_a_search_are_kept(tmp_path, monkeypatch):
@@ -95,7 +97,7 @@ def test_results_of_a_search_are_kept(tmp_path, monkeypatch):
         return subprocess.CompletedProcess([], 0, '{"fits": false, "problem": "too large", "topology": "v5e:4x4"}', "")
 
     monkeypatch.setattr(sweep.subprocess, "run", run)
-    runner = sweep.Runner(str(STAGE2), [], tmp_path, 10, lambda line: None)
+    runner = sweep.PlanRunner(str(STAGE2), [], tmp_path, 10, lambda line: None)
     for _ in range(2):
         assert runner.plan(Topology.parse("v5e:4x4"), ("--mesh.fsdp=8",))["problem"] == "too large"
     assert len(runs) == 1 and "--mesh.fsdp=8" in runs[0]

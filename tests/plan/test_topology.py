@@ -5,7 +5,7 @@ import math
 import pytest
 
 from jfe_jax.errors import UserError
-from jfe_jax.plan.topology import Topology, links
+from jfe_jax.plan.topology import Topology, find_links
 
 LINK = 4.5e10
 
@@ -50,19 +50,19 @@ def test_what_is_no_topology_is_said(text, slices, says):
     ],
 )
 def test_rings_have_two_links_and_lines_one(name, places, bandwidth, axes):
-    found = links(Topology.parse(name), places)
+    found = find_links(Topology.parse(name), places)
     assert (found.bandwidth, found.axes, found.slices) == (bandwidth, axes, 1)
 
 
 @pytest.mark.parametrize("kind, times", [("all-gather", 1), ("reduce-scatter", 1), ("all-reduce", 2)])
 def test_a_collective_takes_its_ring_and_what_crosses_between_slices(kind, times):
     topology = Topology.parse("v5e:16x16", 2)
-    ring = links(topology, row(16))
+    ring = find_links(topology, row(16))
     assert ring.seconds(kind, 16e9, 16) == pytest.approx(times * 15e9 / (2 * LINK))
-    both = links(topology, [*row(16), *((1, place) for _, place in row(16))])
+    both = find_links(topology, [*row(16), *((1, place) for _, place in row(16))])
     assert (both.axes, both.slices) == ("y+dcn", 2)
     # Of 16 GB each chip has 1 GB to exchange with its counterpart, half of it a byte's way.
     crossing = times * 0.5e9 / 3.125e9
     assert both.seconds(kind, 16e9, 32) == pytest.approx(times * 15e9 / (2 * LINK) + crossing)
-    pair = links(topology, [(0, (0, 0, 0)), (1, (0, 0, 0))])
+    pair = find_links(topology, [(0, (0, 0, 0)), (1, (0, 0, 0))])
     assert pair.seconds(kind, 1e9, 2) == pytest.approx(times * 0.5e9 / 3.125e9)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from jfe_jax.checkpoint import base_model, model_io
-from jfe_jax.checkpoint.streaming import stored_names
+from jfe_jax.checkpoint.streaming import read_stored_names
 from jfe_jax.config import CheckpointConfig, LoraConfig, MeshConfig, OptimizerConfig
 from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.packer import pack
@@ -70,7 +70,7 @@ def test_only_adapters_and_chosen_parts_move_and_are_kept(adapted, whole):
     assert all(leaf.any() for name, leaf in after.items() if lora.is_adapter(name))
     assert len([name for name in moved if lora.is_adapter(name)]) == 2 * (4 + 3 + 2)
     place = whole / "checkpoints" / "4"
-    assert set(stored_names(place / "params")) == moved
+    assert set(read_stored_names(place / "params")) == moved
     # A tenth of the parameters here; of a real model it is a hundredth.
     kept, count = sum(after[name].size for name in moved), sum(leaf.size for leaf in before.values())
     assert kept < count / 4
@@ -114,7 +114,7 @@ def test_stopped_it_continues_to_the_bit(adapted, whole, tmp_path):
 
 def test_both_directories_may_move_together(adapted, whole, tmp_path):
     shutil.copytree(whole.parent, tmp_path / "moved")
-    file = tmp_path / "moved" / "whole" / base_model.FILE
+    file = tmp_path / "moved" / "whole" / base_model.BASE_REF_FILE
     file.write_text(file.read_text().replace(str(whole.parent), "/nowhere"))
     np.testing.assert_equal(parameters(tmp_path / "moved" / "whole"), parameters(whole))
 
@@ -131,14 +131,14 @@ def test_another_base_is_refused_and_a_missing_one_named(adapted, whole, tmp_pat
     )
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    found = base_model.read(run)
-    base_model.write(run, found._replace(path=tmp_path / "other" / "checkpoints" / "0"))
+    found = base_model.read_base_ref(run)
+    base_model.write_base_ref(run, found._replace(path=tmp_path / "other" / "checkpoints" / "0"))
     with pytest.raises(UserError, match=r"other/checkpoints/0: not the weights that the adapters of .*run were"):
         model_io.load_model(run)
     more = replace(adapted, output=str(run), optimizer=replace(adapted.optimizer, steps=6))
     with pytest.raises(UserError, match="not the weights"):
         train(more, "auto", lambda line: None)
-    base_model.write(run, found._replace(path=tmp_path / "gone"))
+    base_model.write_base_ref(run, found._replace(path=tmp_path / "gone"))
     with pytest.raises(UserError, match=r"gone: not there; the adapters of .*base\.json"):
         model_io.load_model(run)
 
@@ -154,7 +154,7 @@ def test_stage_two_trains_the_same_adapters_on(adapted, whole):
     second = replace(adapted, init=str(whole))
     _, start = started(second, "trained on")
     np.testing.assert_equal(pytrees.flatten(jax.device_get(start.params)), parameters(whole))
-    assert start.base == base_model.read(whole)
+    assert start.base == base_model.read_base_ref(whole)
     with pytest.raises(UserError, match=r"trained tower\.norm\.scale_d, which this run would not keep"):
         started(replace(second, optimizer=replace(second.optimizer, train=())), "")
 
@@ -175,8 +175,8 @@ def test_stage_two_with_other_adapters_merges_the_first(adapted, whole, rank, tm
     if rank:
         # What the new adapters stand on is the first run, adapters included; it is found and merged again.
         (tmp_path / "two").mkdir()
-        base_model.write(tmp_path / "two", start.base)
-        again = pytrees.flatten(model_io.base_parameters(tmp_path / "two", there.mesh))
+        base_model.write_base_ref(tmp_path / "two", start.base)
+        again = pytrees.flatten(model_io.restore_base_params(tmp_path / "two", there.mesh))
         np.testing.assert_equal(jax.device_get(again), jax.device_get(pytrees.flatten(start.params)))
     else:
         assert start.base is None
@@ -208,14 +208,14 @@ def test_a_fingerprint_is_the_same_on_every_mesh():
     model = tiny.config().model
     meshes = (sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1])) for sizes in ((1, 1), (2, 4)))
     one, other = (
-        sharding.initialise(
+        sharding.init_sharded(
             lambda: random_parameters(model, 0), jax.tree.map(lambda x: x.sharding, blueprint(model, mesh).abstract)
         )
         for mesh in meshes
     )
-    assert base_model.fingerprint(one) == base_model.fingerprint(other)
+    assert base_model.fingerprint_params(one) == base_model.fingerprint_params(other)
     other["tower"]["norm"]["scale_d"] = other["tower"]["norm"]["scale_d"].at[3].add(1e-7)
-    assert base_model.fingerprint(one) != base_model.fingerprint(other)
+    assert base_model.fingerprint_params(one) != base_model.fingerprint_params(other)
 
 
 @pytest.mark.parametrize(

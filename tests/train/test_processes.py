@@ -24,14 +24,14 @@ PROGRAM = """
 import os, signal, sys
 import jax
 from jfe_jax.cli.main import main
-from jfe_jax.checkpoint.manager import RunCheckpoints
+from jfe_jax.checkpoint.manager import CheckpointManager
 event, step_of_it, *arguments = sys.argv[1:]
-save = RunCheckpoints.save
+save = CheckpointManager.save
 def save_and_die(self, step, *rest):
     save(self, step, *rest)
     if event == "kill" and step == int(step_of_it) and jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-RunCheckpoints.save = save_and_die
+CheckpointManager.save = save_and_die
 sys.exit(main(arguments))
 """
 
@@ -91,7 +91,7 @@ def test_processes_train_as_one_and_one_may_be_killed(config, whole, tmp_path, p
     run = tmp_path / "run"
     status, said = start(config, run, processes, "kill", step=4)
     assert status == 128 + signal.SIGKILL, said
-    assert model_io.latest_step(run) in (2, 4)
+    assert model_io.find_latest_step(run) in (2, 4)
     status, said = start(config, run, again)
     assert status == 0, said
     assert "continuing from step" in said and f"{run}: finished at step {STEPS}" in said

@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 from jfe_jax.checkpoint import model_io
-from jfe_jax.checkpoint.manager import RunCheckpoints
+from jfe_jax.checkpoint.manager import CheckpointManager
 from jfe_jax.config import CheckpointConfig, to_yaml
 from jfe_jax.errors import UserError
 from jfe_jax.parallel import sharding
@@ -49,7 +49,7 @@ def parameters(run):
 
 def assert_same_run(one, other):
     assert lines(one) == lines(other)
-    assert model_io.latest_step(one) == model_io.latest_step(other)
+    assert model_io.find_latest_step(one) == model_io.find_latest_step(other)
     np.testing.assert_equal(parameters(one), parameters(other))
 
 
@@ -77,13 +77,13 @@ def test_a_finished_run_is_left_as_it_is(config, whole):
 KILLED = """
 import os, signal, sys
 from jfe_jax.cli.main import main
-from jfe_jax.checkpoint.manager import RunCheckpoints
-save = RunCheckpoints.save
+from jfe_jax.checkpoint.manager import CheckpointManager
+save = CheckpointManager.save
 def save_and_die(self, step, *rest):
     save(self, step, *rest)
     if step == 6:
         os.kill(os.getpid(), signal.SIGKILL)
-RunCheckpoints.save = save_and_die
+CheckpointManager.save = save_and_die
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -167,7 +167,7 @@ def test_a_loss_that_stays_not_finite_stops_and_keeps_what_was_there(config, bro
     mine = replace(config, output=str(run), init=str(broken), optimizer=optimizer)
     with pytest.raises(UserError, match=r"step 2: loss nan, .*not finite for 2 steps; stopped, there is no checkpoint"):
         train(mine, "auto", said.append)
-    assert model_io.latest_step(run) is None
+    assert model_io.find_latest_step(run) is None
     assert any(line.startswith("warning: step 1 is skipped: loss nan") for line in said)
     assert json.loads((run / "logs" / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
 
@@ -211,7 +211,7 @@ def test_stage_two_starts_from_stage_one_and_inherits_its_tokenizer(config, whol
     second = with_tokenizer(second)
     assert second.tokens.tokenizer == str(whole / "tokenizer")
     training = states.prepare(second, sharding.make_mesh(second.mesh))
-    checkpoints = RunCheckpoints(tmp_path / "two", 1, lambda line: None)
+    checkpoints = CheckpointManager(tmp_path / "two", 1, lambda line: None)
     step, state = starting_point(training, checkpoints, None, lambda line: None)
     checkpoints.close()
     assert step == state.step == 0
@@ -249,4 +249,4 @@ def test_what_cannot_work_is_one_line_and_leaves_nothing(config, tmp_path, chang
     with pytest.raises(UserError, match=says) as caught:
         train(wrong, "auto", lambda line: None)
     assert "\n" not in str(caught.value)
-    assert model_io.latest_step(tmp_path / "run") is None
+    assert model_io.find_latest_step(tmp_path / "run") is None

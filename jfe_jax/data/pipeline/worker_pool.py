@@ -20,7 +20,7 @@ from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.batch_builder import EncodedPair
 from jfe_jax.data.pipeline.pair_dataset import BadPair
 from jfe_jax.errors import UserError
-from jfe_jax.utils.background_iterator import ahead
+from jfe_jax.utils.background_iterator import prefetch
 
 # Pairs that a worker reads and sends at once; of each worker, what waits here.
 _CHUNK, _AHEAD = 8, 4
@@ -71,7 +71,7 @@ class _Worker:
         self._process.start()
         # From here on the pipe ends when the process does.
         theirs.close()
-        self.chunks = ahead(self._read(), _AHEAD)
+        self.chunks = prefetch(self._read(), _AHEAD)
 
     def _read(self) -> Generator[list[Pair], None, None]:
         while True:

@@ -11,7 +11,7 @@ import jax
 from jfe_jax.config import ModelConfig
 from jfe_jax.errors import UserError
 from jfe_jax.models.layers import blocks
-from jfe_jax.parallel.shard_kernel import per_device
+from jfe_jax.parallel.shard_kernel import shard_kernel
 from jfe_jax.parallel.sharding import activation_spec
 
 # The lanes of a TPU's vector unit: rows are split into blocks of a multiple of it.
@@ -117,7 +117,7 @@ def _on_device(window: int, softcap: float, *args: jax.Array) -> jax.Array:
             f"model.attention: splash needs mesh.tensor to divide model.text.num_kv_heads, {args[1].shape[3]}; take xla"
         )
     # The compiler cannot split a kernel: every device runs it on its own groups and heads.
-    return per_device(choose, (heads, kv_heads, kv_heads, ("group", None, None)), heads)(*args)
+    return shard_kernel(choose, (heads, kv_heads, kv_heads, ("group", None, None)), heads)(*args)
 
 
 def _rows(

@@ -110,7 +110,7 @@ def embed_groups(
       packed: PackedBatch.
       dtype: of the computation.
     """
-    if not fsdp.divided():
+    if not fsdp.uses_batch_axes():
         return method(model, packed)
     graphdef, params = nnx.split(model)
 
@@ -118,12 +118,12 @@ def embed_groups(
         axes = _axes(path)
         if "table_vd" in _keys(path) or (_stacked(path) and len(axes) > 1):
             return leaf
-        return fsdp.whole(leaf, axes, dtype, _weight_name(path), stacked=_stacked(path))
+        return fsdp.all_gather_param(leaf, axes, dtype, _weight_name(path), stacked=_stacked(path))
 
     def own(params: nnx.State, packed: Any) -> jax.Array:
         return method(nnx.merge(graphdef, jax.tree_util.tree_map_with_path(one, params)), packed)
 
-    return fsdp.by_group(own, params, logical_axes(params), packed)
+    return fsdp.fsdp_shard_map(own, params, logical_axes(params), packed)
 
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], rngs: nnx.Rngs, depth: int) -> nnx.Module:
@@ -171,7 +171,7 @@ def run_stack(
       last: what is done with the last block and its input in place of calling it; the result is returned.
     """
     graphdef, params = nnx.split(blocks)
-    if not fsdp.inside():
+    if not fsdp.in_fsdp_shard_map():
         # Once a step: the loop would read float32 in the forward pass, again where it is recomputed and in the backward
         # pass, and stack float32 gradients of what it multiplied in `x`'s type.
         params = jax.tree_util.tree_map_with_path(
@@ -180,10 +180,10 @@ def run_stack(
     groups = ("group", *[None] * (x.ndim - 1))
 
     def block(params: nnx.State) -> nnx.Module:
-        if fsdp.inside():
+        if fsdp.in_fsdp_shard_map():
             params = jax.tree_util.tree_map_with_path(
                 lambda path, leaf: (
-                    fsdp.whole(leaf, _axes(path), x.dtype, _weight_name(path)) if leaf.ndim > 1 else leaf
+                    fsdp.all_gather_param(leaf, _axes(path), x.dtype, _weight_name(path)) if leaf.ndim > 1 else leaf
                 ),
                 params,
             )

@@ -262,8 +262,8 @@ class Embedder(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """int32 [G, R, S] → [G, R, S, D]; ids past the vocabulary (an image placeholder may be) give its last row."""
-        if fsdp.inside():
-            x = fsdp.lookup(self.table_vd[...], tokens, self.dtype)
+        if fsdp.in_fsdp_shard_map():
+            x = fsdp.sharded_embedding_lookup(self.table_vd[...], tokens, self.dtype)
         else:
             x = jnp.take(self.table_vd[...], tokens, axis=0, mode="clip").astype(self.dtype)
         return x * jnp.asarray(x.shape[-1] ** 0.5, self.dtype)
