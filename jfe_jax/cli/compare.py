@@ -2,6 +2,7 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    import json
-
     from jfe_jax.errors import UserError
-    from jfe_jax.reports import comparison_report, figures
     from jfe_jax.reports.comparison import compare, load_models
+    from jfe_jax.utils.output_lock import output_lock
 
     named = {}
     for word in args.models:
@@ -44,6 +43,15 @@ def run(args: argparse.Namespace) -> None:
     metric = args.metric or f"hit@{k}"
     models = load_models(named)
     told = compare(models, metric=metric, replicates=args.replicates)
+    with output_lock(args.out, "jfe compare"):
+        _write(args, models, told, metric)
+
+
+def _write(args: argparse.Namespace, models: Any, told: dict[str, Any], metric: str) -> None:
+    import json
+
+    from jfe_jax.reports import comparison_report, figures
+
     args.out.mkdir(parents=True, exist_ok=True)
     table = comparison_report.markdown(told)
     (args.out / "table.md").write_text(table, encoding="utf-8")

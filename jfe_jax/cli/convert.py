@@ -49,26 +49,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _from_hf(args: argparse.Namespace) -> None:
     from jfe_jax.hf.convert import from_hf
+    from jfe_jax.utils.output_lock import output_lock
 
-    print(f"{args.target}: checkpoint of {from_hf(args.source, args.target, args.dtype, args.base):,} parameters")
+    with output_lock(args.target, "jfe convert from-hf"):
+        parameters = from_hf(args.source, args.target, args.dtype, args.base)
+    print(f"{args.target}: checkpoint of {parameters:,} parameters")
 
 
 def _to_hf(args: argparse.Namespace) -> None:
     from jfe_jax.errors import UserError
     from jfe_jax.hf.convert import parse_bytes, to_hf
+    from jfe_jax.utils.output_lock import output_lock
 
     try:
         shard_bytes = parse_bytes(args.max_shard_size)
     except ValueError as error:
         raise UserError(f"--max-shard-size: {error}") from error
-    parameters = to_hf(
-        args.source,
-        args.target,
-        args.dtype,
-        shard_bytes,
-        args.layout,
-        args.merge,
-        args.base,
-        lambda line: print(line, file=sys.stderr),
-    )
+    with output_lock(args.target, "jfe convert to-hf"):
+        parameters = to_hf(
+            args.source,
+            args.target,
+            args.dtype,
+            shard_bytes,
+            args.layout,
+            args.merge,
+            args.base,
+            lambda line: print(line, file=sys.stderr),
+        )
     print(f"{args.target}: Hugging Face directory of {parameters:,} parameters")

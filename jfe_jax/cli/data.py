@@ -7,6 +7,7 @@ from pathlib import Path
 from jfe_jax.cli import data_emoji
 from jfe_jax.errors import UserError
 from jfe_jax.utils import progress
+from jfe_jax.utils.output_lock import output_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +84,11 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    with output_lock(args.out, "jfe data prepare"):
+        _prepare_locked(args)
+
+
+def _prepare_locked(args: argparse.Namespace) -> None:
     from jfe_jax.data.formats.mbeir import Mbeir
     from jfe_jax.data.prepare.prepare import prepare
 

@@ -14,10 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from jfe_jax.datasets import emoji
+    from jfe_jax.utils.output_lock import output_lock
 
-    counts = emoji.write(
-        args.out, args.size, args.seed, args.fold, progress=lambda line: print(line, file=sys.stderr, flush=True)
-    )
+    with output_lock(args.out, "jfe data emoji"):
+        counts = emoji.write(
+            args.out, args.size, args.seed, args.fold, progress=lambda line: print(line, file=sys.stderr, flush=True)
+        )
     splits: Counter[str] = Counter()
     for name, count in counts.items():
         splits[name.partition("/")[0]] += count

@@ -22,14 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from jfe_jax.embedding.items_jsonl import ItemsFile
+    from jfe_jax.cli.locked_output import locked_output
     from jfe_jax.errors import UserError
-    from jfe_jax.parallel.distributed import all_or_none, initialize_distributed, is_process_zero
-    from jfe_jax.utils.progress import progress_bar
+    from jfe_jax.parallel.distributed import initialize_distributed
 
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     initialize_distributed()
+    with locked_output(args.out, "embed"):
+        _embed(args)
+
+
+def _embed(args: argparse.Namespace) -> None:
+    from jfe_jax.embedding.items_jsonl import ItemsFile
+    from jfe_jax.parallel.distributed import all_or_none, is_process_zero
+    from jfe_jax.utils.progress import progress_bar
+
     # The whole file is checked before the model is opened: a bad line shows at once.
     with all_or_none():
         source = ItemsFile(args.items)

@@ -54,11 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from jfe_jax.cli.locked_output import locked_output
     from jfe_jax.embedding.shard_store import DTYPES
     from jfe_jax.errors import UserError
-    from jfe_jax.evaluation.load import read_questions
-    from jfe_jax.parallel.distributed import all_or_none, initialize_distributed, is_process_zero
-    from jfe_jax.utils.progress import progress_bar
+    from jfe_jax.parallel.distributed import initialize_distributed
 
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype}: it is {', '.join(DTYPES)}")
@@ -67,6 +66,15 @@ def run(args: argparse.Namespace) -> None:
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     initialize_distributed()
+    with locked_output(args.out, "eval"):
+        _evaluate(args)
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    from jfe_jax.evaluation.load import read_questions
+    from jfe_jax.parallel.distributed import all_or_none, is_process_zero
+    from jfe_jax.utils.progress import progress_bar
+
     # The data first: what is wrong with it is known before a model is loaded.
     with all_or_none():
         questions = read_questions(

@@ -2,6 +2,10 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jfe_jax.mining.select_negatives import Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from jfe_jax.data.formats.mbeir import Mbeir
+    from jfe_jax.cli.locked_output import locked_output
     from jfe_jax.embedding.shard_store import DTYPES
     from jfe_jax.errors import UserError
-    from jfe_jax.parallel.distributed import all_or_none, initialize_distributed, is_process_zero
-    from jfe_jax.utils.progress import progress_bar
+    from jfe_jax.parallel.distributed import initialize_distributed
 
     first, colon, last = args.ranks.partition(":")
     if not (colon and first.isdecimal() and last.isdecimal()):
@@ -69,8 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     initialize_distributed()
-    from jfe_jax.embedding.retriever import Retriever
-    from jfe_jax.mining.miner import Settings, mine
+    from jfe_jax.mining.miner import Settings
 
     settings = Settings(
         negatives=args.negatives,
@@ -87,6 +89,17 @@ def run(args: argparse.Namespace) -> None:
         dtype=args.dtype,
     )
     units = [name.strip() for name in args.units.split(",") if name.strip()]
+    with locked_output(args.out, "mine"):
+        _mine(args, settings, units)
+
+
+def _mine(args: argparse.Namespace, settings: "Settings", units: list[str]) -> None:
+    from jfe_jax.data.formats.mbeir import Mbeir
+    from jfe_jax.embedding.retriever import Retriever
+    from jfe_jax.mining.miner import mine
+    from jfe_jax.parallel.distributed import all_or_none, is_process_zero
+    from jfe_jax.utils.progress import progress_bar
+
     with all_or_none():
         mbeir = Mbeir(args.data)
         retriever = Retriever.load(args.checkpoint)

@@ -34,14 +34,18 @@ def run(args: argparse.Namespace) -> None:
     if args.print_config:
         print(configs.to_yaml(config), end="")
         return
+    from jfe_jax.cli.locked_output import locked_output
     from jfe_jax.parallel.distributed import initialize_distributed, is_process_zero
+    from jfe_jax.utils.local_paths import require_checkpoint_path
 
+    require_checkpoint_path(config.output, "output")
     initialize_distributed()
     from jfe_jax.train.trainer import train
 
     # Of many processes one speaks: all have the same to say.
     speaks = is_process_zero()
-    outcome = train(config, args.resume, lambda line: speaks and print(line, file=sys.stderr, flush=True))
+    with locked_output(config.output, "train"):
+        outcome = train(config, args.resume, lambda line: speaks and print(line, file=sys.stderr, flush=True))
     if speaks:
         print(outcome.note)
     if outcome.step < config.optimizer.steps and args.stopped_status:
