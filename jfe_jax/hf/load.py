@@ -5,6 +5,7 @@ files than that part.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from jfe_jax.hf.safetensors_io import DTYPES, INDEX, SINGLE, tensor_starts
 from jfe_jax.hf.settings import read_config
 from jfe_jax.models.abstract_model import blueprint, named_leaves, shapes_of
 from jfe_jax.parallel.sharding import make_mesh, path_name
+
+_LOG = logging.getLogger(__name__)
 
 
 class HfWeights(NamedTuple):
@@ -131,29 +134,48 @@ def load_hf(directory: str | Path, mesh: Mesh | None = None) -> tuple[Config, nn
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a directory.
+    """Lists the safetensors files that hold a directory's weights, by transformers' precedence.
+
+    A single `model.safetensors` comes before an index of shards. Weights that are passed over are logged.
 
     Raises:
-      UserError: there is none, or one that the index names is missing.
+      UserError: There is none, or one that the index names is missing.
     """
+    files = _weight_files(directory)
+    unused = sorted({path.name for path in directory.glob("*.safetensors")} - {path.name for path in files})
+    if unused:
+        _LOG.warning(
+            "%s: the weights are those of %s, which transformers loads too; not read: %s",
+            directory,
+            files[0].name if len(files) == 1 else INDEX,
+            _shortened(unused),
+        )
+    return files
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    if (directory / SINGLE).is_file():
+        return [directory / SINGLE]
     if (directory / INDEX).exists():
         try:
             names = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{directory / INDEX}: not an index of safetensors ({error})") from error
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
-            raise UserError(f"{directory}: {INDEX} names files that are not there: {', '.join(missing)}")
+            raise UserError(f"{directory}: {INDEX} names files that are not there: {_shortened(missing)}")
         return [directory / name for name in names]
-    if (directory / SINGLE).exists():
-        return [directory / SINGLE]
     pickles = sorted(path.name for path in directory.glob("*.bin"))
     if pickles:
         raise UserError(
-            f"{directory}: only pickled weights ({', '.join(pickles)}), and opening those can run any code; "
+            f"{directory}: only pickled weights ({_shortened(pickles)}), and opening those can run any code; "
             "save them as safetensors with transformers' save_pretrained"
         )
     raise UserError(f"{directory}: no {SINGLE} and no {INDEX}")
+
+
+def _shortened(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def parameter_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
