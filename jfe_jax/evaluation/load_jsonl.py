@@ -3,7 +3,7 @@
     queries.jsonl       {"id", "instruction", "text", "image"} a line; all but the id may be left out or null
     candidates.jsonl    {"id", "text", "image"} a line
     qrels.txt           TREC's `query 0 candidate relevance` a line
-      or qrels.tsv      BEIR's `query candidate relevance`, behind a line of headings
+      or qrels.tsv      BEIR's `query candidate relevance`, with or without a line of headings
 
 Image paths are relative to the directory. Texts are taken as they are.
 """
@@ -77,19 +77,33 @@ def _read_qrels(path: Path) -> dict[str, dict[str, int]]:
         said = "both" if files else "neither"
         raise UserError(f"{path}: there is {said} of qrels.txt and qrels.tsv; one of them is wanted")
     (file,) = files
-    headed = file.suffix == ".tsv"
+    columns = 3 if file.suffix == ".tsv" else 4
+    form = "query, candidate, relevance" if columns == 3 else "query 0 candidate relevance"
     relevant: dict[str, dict[str, int]] = {}
     for number, line in read_lines(file):
-        if headed and number == 1:
-            continue
-        parts = line.split()
-        if len(parts) != (3 if headed else 4) or not re.fullmatch(r"-?\d{1,9}", parts[-1]):
-            form = "query, candidate, relevance" if headed else "query 0 candidate relevance"
+        fields = line.split()
+        relevance = _relevance(fields[-1]) if len(fields) == columns else None
+        if relevance is None:
+            # BEIR's files begin with headings; a first line that ends in a number is a judgement.
+            if number == 1 and columns == len(fields) == 3 and not re.match(r"[-+.]?[0-9]", fields[-1]):
+                continue
             raise UserError(f"{file}:{number}: a line is `{form}`, not {line[:80]!r}")
-        relevant.setdefault(parts[0], {})[parts[-2]] = int(parts[-1])
+        query, candidate = fields[0], fields[-2]
+        known = relevant.setdefault(query, {}).setdefault(candidate, relevance)
+        if known != relevance:
+            raise UserError(
+                f"{file}:{number}: candidate {candidate} of query {query} is judged twice, {known} and {relevance}; "
+                "leave one of the lines out"
+            )
     if not relevant:
         raise UserError(f"{file}: no judgements")
     return relevant
+
+
+def _relevance(text: str) -> int | None:
+    """The integer that a field holds, also as `1.0`; None for anything else."""
+    match = re.fullmatch(r"(-?[0-9]{1,9})(\.0{1,9})?", text)
+    return int(match[1]) if match else None
 
 
 def _plain(name: str, file: Path) -> str:

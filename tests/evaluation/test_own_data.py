@@ -81,6 +81,33 @@ def test_beirs_qrels_are_the_same_judgements(own):
     assert [one.relevant for one in read_questions(own).units[0].asked] == [one.relevant for one in first]
 
 
+@pytest.mark.parametrize("suffix", [".0", ".00", ""])
+@pytest.mark.parametrize("headings", ["query-id\tcorpus-id\tscore\n", ""])
+def test_the_first_judgement_of_a_file_without_headings_counts(own, headings, suffix):
+    first = read_questions(own).units[0].asked
+    lines = (own / "qrels.txt").read_text().splitlines()
+    rows = ["\t".join(np.array(line.split())[[0, 2, 3]]) + suffix for line in lines]
+    (own / "qrels.txt").unlink()
+    (own / "qrels.tsv").write_text(headings + "\n".join(rows) + "\n")
+    assert [one.relevant for one in read_questions(own).units[0].asked] == [one.relevant for one in first]
+
+
+@pytest.mark.parametrize(
+    "lines, says",
+    [
+        ("q1 i1 0.5\nq2 i2 1", r"qrels\.tsv:1: a line is"),
+        ("q1 0 i1 1\nq2 0 i2 1", r"qrels\.tsv:1: a line is"),
+        ("query corpus score\nquery corpus score", r"qrels\.tsv:2: a line is"),
+        ("q1 i1 1\nq1 i1 1\nq1 i1 2", r"qrels\.tsv:3: candidate i1 of query q1 is judged twice, 1 and 2"),
+    ],
+)
+def test_judgements_that_cannot_be_meant_are_named(own, lines, says):
+    (own / "qrels.txt").unlink()
+    (own / "qrels.tsv").write_text(lines + "\n")
+    with pytest.raises(UserError, match=says):
+        read_questions(own)
+
+
 @pytest.mark.parametrize(
     "file, line, says",
     [
