@@ -203,9 +203,19 @@ def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction
       UserError: there are fewer prompts.
     """
     qrels = mbeir.qrels(split, unit)
-    asked, unjudged, task, known = [], 0, unit.task, set()
+    asked, unjudged, task, repeated = [], 0, unit.task, 0
+    known: dict[str, int] = {}
     for query in mbeir.iter_queries(split, unit):
-        known.add(query.qid)
+        content = hash((query.text, query.image, query.modality))
+        if query.qid in known:
+            if known[query.qid] != content:
+                raise UserError(
+                    f"{mbeir.query_file(split, unit)}: query {query.qid} is there twice, with different contents; "
+                    "give one of the two another qid"
+                )
+            repeated += 1
+            continue
+        known[query.qid] = content
         relevant = {did: gain for did, gain in qrels.get(query.qid, {}).items() if gain > 0}
         if not relevant:
             unjudged += 1
@@ -237,7 +247,9 @@ def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction
             for number in (numbers if prompts else [None])
         ]
     warnings = []
-    if strange := qrels.keys() - known:
+    if repeated:
+        warnings.append(f"{unit.name}: {repeated} rows repeat a query that is there already; each query counts once")
+    if strange := qrels.keys() - known.keys():
         warnings.append(not_asked(unit.name, strange))
     if instruction is not None and any(one.instruction is None for one in asked):
         warnings.append(f"{unit.name}: the data has no instructions for it; queries were given none")
