@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 
 from jfe_jax.data.formats.mbeir_records import read_rows
 from jfe_jax.data.formats.mbeir_writer import Content, Pair, both_ways
-from jfe_jax.data.storage.image_source import Archives, Files, ImageSource
+from jfe_jax.data.storage.image_source import Archives, Files, ImageSource, member_prefix
 from jfe_jax.data.storage.tar_archive import Archive
 from jfe_jax.errors import UserError
 
@@ -55,7 +55,8 @@ def triplets(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSo
 def webdataset(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
     """Tar shards of samples."""
     archives = [Archive([file]) for file in _files(source, "*.tar", "*.tar.gz")]
-    return _webdataset_pairs(archives), Archives(archives, prefixed=True)
+    root = _folder(source)
+    return _webdataset_pairs(archives, root), Archives(archives, root)
 
 
 def tfds_captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
@@ -129,11 +130,15 @@ def _triplet_pairs(source: Path) -> Iterator[Pair]:
         yield Pair(place, anchor[0] if anchor else Content(), positives, negatives)
 
 
-def _webdataset_pairs(archives: list[Archive]) -> Iterator[Pair]:
+def _webdataset_pairs(archives: list[Archive], root: Path) -> Iterator[Pair]:
     for archive in archives:
-        shard = archive.parts[0].name
+        prefix, members = member_prefix(archive, root), set()
         key, image, found = "", "", []
         for name, read in archive.files():
+            if name in members:
+                # Images are known by name: both captions would get the picture that comes first.
+                raise UserError(f"{archive}: {name} is there twice; rewrite the shard with a key for each sample")
+            members.add(name)
             folder, _, file = name.rpartition("/")
             stem, _, suffix = file.partition(".")
             if (this := f"{folder}/{stem}") != key:
@@ -141,7 +146,7 @@ def _webdataset_pairs(archives: list[Archive]) -> Iterator[Pair]:
                     yield from both_ways(f"{archive}: {key}", image, found)
                 key, image, found = this, "", []
             if suffix.lower() in _IMAGE_SUFFIXES:
-                image = f"{shard}/{name}"
+                image = f"{prefix}{name}"
             elif suffix in ("txt", "caption"):
                 found = found or _texts(read())
             elif suffix == "json" and not found:

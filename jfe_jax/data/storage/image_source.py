@@ -55,24 +55,33 @@ class Files:
 
 
 class Archives:
-    """All files of tar archives. `prefixed` puts the archive's file name before a member's: "00.tar/000000012.jpg"."""
+    """Reads all files of tar archives.
+
+    With a `root`, a member's name begins with its archive's path below that directory, as "a/00.tar/000000012.jpg":
+    archives in different folders often share file names, and so do their members.
+    """
 
     in_order = True
 
-    def __init__(self, archives: Sequence[Archive], prefixed: bool = False):
-        self._archives, self._prefixed = archives, prefixed
+    def __init__(self, archives: Sequence[Archive], root: Path | None = None):
+        self._archives, self._root = archives, root
 
     def __str__(self) -> str:
         return ", ".join(map(str, self._archives[:2])) + (" …" if len(self._archives) > 2 else "")
 
     def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
         for archive in self._archives:
-            prefix = f"{archive.parts[0].name}/" if self._prefixed else ""
+            prefix = "" if self._root is None else member_prefix(archive, self._root)
             for name, read in archive.files():
                 yield prefix + name, read
 
     def where(self, name: str) -> str:
         return f"{name} in {self}"
+
+
+def member_prefix(archive: Archive, root: Path) -> str:
+    """Returns the prefix of an archive's members: its path below `root`, and a slash."""
+    return f"{archive.parts[0].relative_to(root).as_posix()}/"
 
 
 def of_mbeir(root: Path) -> ImageSource:

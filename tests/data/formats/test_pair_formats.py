@@ -240,3 +240,28 @@ def test_names_and_numbers_are_checked(tmp_path, capsys):
     assert "from 0 to 213" in capsys.readouterr().err
     assert main([*words[:2], str(tmp_path / "gone"), *words[3:], "--name", "two"]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def write_tar(path, members):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def test_shards_of_one_file_name_in_different_folders_keep_their_own_images(tmp_path):
+    for folder, number in (("a", 1), ("b", 2), ("b/c", 3)):
+        members = [("000.png", picture(number)), ("000.txt", f"number {number}".encode())]
+        write_tar(tmp_path / "in" / folder / "00000.tar", members)
+    assert prepare(tmp_path / "in", tmp_path / "out", "webdataset") == 0
+    found = {text: positives[0][1] for (text, _), positives, _ in read_back(tmp_path / "out")["mine_task0"]}
+    assert found == {f"Number {number}.": picture(number) for number in (1, 2, 3)}
+
+
+def test_a_member_that_is_there_twice_is_refused(tmp_path, capsys):
+    members = [("0.png", picture(1)), ("0.txt", b"one"), ("1.png", picture(2)), ("1.txt", b"two")]
+    write_tar(tmp_path / "in" / "x.tar", [*members, ("0.png", picture(3)), ("0.txt", b"three")])
+    assert prepare(tmp_path / "in", tmp_path / "out", "webdataset") == 1
+    assert "x.tar: 0.png is there twice" in capsys.readouterr().err
