@@ -21,8 +21,8 @@ from benchmarks.common import memory
 from benchmarks.common.result import Progress, Result, table
 from benchmarks.data import synthetic_mbeir
 from jfe_jax.config import Config, from_dict
-from jfe_jax.data.formats.candidate_ids import PER_DATASET
 from jfe_jax.data.formats.mbeir import Candidate
+from jfe_jax.data.ids import PER_DATASET
 from jfe_jax.data.pipeline.loader import training_batches
 from jfe_jax.data.prepare import tfds_builder
 from jfe_jax.data.processor import train_tokenizer

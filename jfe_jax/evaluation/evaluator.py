@@ -14,9 +14,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jfe_jax.data.formats.candidate_ids import image_id
 from jfe_jax.data.formats.candidate_table import content_id
 from jfe_jax.data.formats.mbeir import Mbeir
+from jfe_jax.data.ids import image_id
 from jfe_jax.data.item import Item
 from jfe_jax.data.storage.image_store import Images, Unpacked, open_images, opened
 from jfe_jax.embedding.embed import SHARD

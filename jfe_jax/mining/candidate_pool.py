@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jfe_jax.data.formats.candidate_ids import image_id
 from jfe_jax.data.formats.candidate_table import read_catalogue
 from jfe_jax.data.formats.mbeir import MODALITIES, Candidate, Mbeir
+from jfe_jax.data.ids import image_id
 from jfe_jax.data.item import Item
 from jfe_jax.data.storage.image_store import Images, opened
 from jfe_jax.embedding.embed import embed

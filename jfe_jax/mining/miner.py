@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jfe_jax.data.formats.candidate_ids import image_id
 from jfe_jax.data.formats.mbeir import Mbeir
+from jfe_jax.data.ids import image_id
 from jfe_jax.data.storage.image_store import open_images
 from jfe_jax.embedding.embed import SHARD, embed
 from jfe_jax.embedding.retriever import Retriever

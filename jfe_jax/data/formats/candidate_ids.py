@@ -4,7 +4,6 @@ A candidate takes some 20 bytes here, so that millions fit: ids are kept as 64-b
 """
 
 import hashlib
-import os
 from array import array
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,11 +13,8 @@ import numpy as np
 from jfe_jax.data.formats.line_index import filled_lines
 from jfe_jax.data.formats.mbeir import MODALITIES, Candidate, Mbeir, dataset_id
 from jfe_jax.data.formats.mbeir_records import decode_row, iter_rows, parse_candidate
+from jfe_jax.data.ids import MAX_DATASET, PER_DATASET, image_id
 from jfe_jax.errors import UserError
-
-PER_DATASET = 10_000_000
-# 214·10⁷ is beyond int32.
-MAX_DATASET = 213
 
 
 class CandidateIndex:
@@ -161,20 +157,3 @@ class CandidateIndices:
         for index in known.values():
             index.close()
         return known
-
-
-def image_name(image: Path, root: Path) -> str:
-    """An image's path as its row spells it: relative to the directory."""
-    # Millions of times: slicing is ten times as fast as relpath.
-    return os.fspath(image)[len(os.fspath(root)) + 1 :]
-
-
-def name_id(name: str) -> int:
-    """int64 that stands for an image's name; never 0, which means no image."""
-    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True) or 1
-
-
-def image_id(image: Path | None, root: Path) -> int:
-    """`name_id` of an image's name, 0 without an image."""
-    return 0 if image is None else name_id(image_name(image, root))

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jfe_jax.data.formats.candidate_ids import image_id, image_name, name_id
 from jfe_jax.data.formats.line_index import filled_lines
 from jfe_jax.data.formats.mbeir import MODALITIES, Candidate
+from jfe_jax.data.ids import image_id, image_name, name_id
 from jfe_jax.errors import UserError
 
 # A line, its file and its number → the candidate; UserError if it is wrong.

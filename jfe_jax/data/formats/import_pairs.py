@@ -6,10 +6,10 @@ import re
 import shutil
 from pathlib import Path
 
-from jfe_jax.data.formats.candidate_ids import MAX_DATASET
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.formats.mbeir_writer import write_pairs
 from jfe_jax.data.formats.pair_formats import FORMATS, tfds_place
+from jfe_jax.data.ids import MAX_DATASET
 from jfe_jax.data.storage.image_source import ImageSource
 from jfe_jax.errors import UserError
 

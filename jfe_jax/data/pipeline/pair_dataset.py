@@ -11,8 +11,8 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from jfe_jax.data.formats.candidate_ids import PER_DATASET
 from jfe_jax.data.formats.mbeir import MODALITIES
+from jfe_jax.data.ids import PER_DATASET
 from jfe_jax.data.image_transforms import shift
 from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.batch_builder import EncodedPair

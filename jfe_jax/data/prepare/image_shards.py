@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from jfe_jax.data.formats.candidate_ids import name_id
+from jfe_jax.data.ids import name_id
 from jfe_jax.data.image_transforms import decode
 from jfe_jax.data.storage.image_source import ImageSource
 from jfe_jax.data.storage.shard_writer import ShardWriter

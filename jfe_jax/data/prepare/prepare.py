@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from jfe_jax.data.formats.candidate_ids import CandidateIndices, image_id, image_name
+from jfe_jax.data.formats.candidate_ids import CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir, Unit
+from jfe_jax.data.ids import image_id, image_name
 from jfe_jax.data.prepare.image_shards import ImagePart, write_images
 from jfe_jax.data.prepare.tfds_builder import (
     CandidatesConfig,

@@ -30,8 +30,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
-from jfe_jax.data.formats.candidate_ids import CandidateIndex, CandidateIndices, image_id
+from jfe_jax.data.formats.candidate_ids import CandidateIndex, CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, dataset_id
+from jfe_jax.data.ids import image_id
 from jfe_jax.data.storage.prepared_dataset import VERSION
 from jfe_jax.data.storage.shard_writer import Record, Shard, ShardWriter, write_all
 from jfe_jax.errors import UserError

@@ -26,7 +26,7 @@ from typing import Protocol
 
 import numpy as np
 
-from jfe_jax.data.formats.candidate_ids import image_id, name_id
+from jfe_jax.data.ids import image_id, name_id
 from jfe_jax.data.item import Item
 from jfe_jax.data.storage.tar_archive import Archive, find_archives
 from jfe_jax.errors import UserError

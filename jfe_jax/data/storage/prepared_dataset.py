@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_data_source
 
-from jfe_jax.data.formats.candidate_ids import PER_DATASET
+from jfe_jax.data.ids import PER_DATASET
 from jfe_jax.data.storage.tf_example import Example
 from jfe_jax.errors import UserError
 

@@ -10,8 +10,9 @@ from PIL import Image
 
 from benchmarks.data import synthetic_mbeir
 from jfe_jax import config as configs
-from jfe_jax.data.formats.candidate_ids import PER_DATASET, CandidateIndices
+from jfe_jax.data.formats.candidate_ids import CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir
+from jfe_jax.data.ids import PER_DATASET
 from jfe_jax.data.image_transforms import to_pixels
 from jfe_jax.data.pipeline import mixture
 from jfe_jax.data.pipeline.loader import training_batches

@@ -10,8 +10,9 @@ import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 
-from jfe_jax.data.formats.candidate_ids import PER_DATASET, CandidateIndices
+from jfe_jax.data.formats.candidate_ids import CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir
+from jfe_jax.data.ids import PER_DATASET
 from jfe_jax.data.image_transforms import decode
 from jfe_jax.data.prepare.prepare import prepare
 from jfe_jax.data.storage import shard_writer

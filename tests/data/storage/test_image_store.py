@@ -7,8 +7,8 @@ import tarfile
 import numpy as np
 import pytest
 
-from jfe_jax.data.formats.candidate_ids import image_id
 from jfe_jax.data.formats.mbeir import Mbeir
+from jfe_jax.data.ids import image_id
 from jfe_jax.data.image_transforms import to_pixels
 from jfe_jax.data.item import Item
 from jfe_jax.data.prepare.prepare import prepare
