@@ -19,11 +19,13 @@ from jfe_jax.data.item import Item
 from jfe_jax.embedding.index import IDS, MANIFEST, Index, Manifest
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.embedding.row_source import require_finite
-from jfe_jax.embedding.shard_store import DTYPES, Storage, clear, remove
+from jfe_jax.embedding.shard_store import DTYPES, EMBEDDINGS, PLAN, SCALES, Storage, clear, remove
 from jfe_jax.errors import UserError
 from jfe_jax.parallel.distributed import all_or_none, is_process_zero, on_process_zero
 
 SHARD = 8192
+# Names that people give to files of their own, too.
+_OWN_FILES = (EMBEDDINGS, SCALES, IDS)
 # A process that fails leaves this file, so that the others do not go on for hours.
 _FAILED = "failed"
 
@@ -129,9 +131,15 @@ def _begin(storage: Storage, overwrite: bool) -> bool:
     if overwrite:
         (out / MANIFEST).unlink(missing_ok=True)
         remove(out)
+        (out / IDS).unlink(missing_ok=True)
     if (out / MANIFEST).exists():
         _require_finished(out, storage.plan)
         return True
+    if not (out / PLAN).exists() and (foreign := [name for name in _OWN_FILES if (out / name).exists()]):
+        raise UserError(
+            f"{out}: holds {' and '.join(foreign)} but no {MANIFEST}, so `jfe embed` did not write it; choose another "
+            "--out, or replace it with --overwrite"
+        )
     storage.begin()
     (out / _FAILED).unlink(missing_ok=True)
     return False

@@ -10,10 +10,10 @@ Once all shards are there the parts get their names.
 Axes: B items, E embedding.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,9 +201,16 @@ def remove(folder: Path) -> None:
 
 
 def clear(folder: Path) -> None:
-    """Takes away what only an unfinished file needs; the plan first, so that nothing is taken for a begun one."""
+    """Removes the files that only unfinished embeddings need, and nobody else's.
+
+    The plan goes first, so that what is left is not taken for unfinished embeddings.
+    """
     (folder / PLAN).unlink(missing_ok=True)
-    shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    for file in (folder / SHARDS).glob("*.json*"):
+        if file.name.partition(".")[0].isdecimal():
+            file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        (folder / SHARDS).rmdir()
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -224,3 +224,21 @@ def test_no_file_and_no_items(tmp_path):
     (tmp_path / "items.jsonl").write_bytes(b'{"id": "\xff"}\n')
     with pytest.raises(UserError, match=r"items\.jsonl:1: not UTF-8"):
         ItemsFile(tmp_path / "items.jsonl")
+
+
+@pytest.mark.parametrize("name", ["embeddings.npy", "ids.txt", "scales.npy", "manifest.json", "plan.json"])
+def test_files_of_other_programs_are_not_overwritten(retriever, source, tmp_path, name):
+    (tmp_path / name).write_bytes(b"somebody else's")
+    with pytest.raises(UserError, match=str(tmp_path)):
+        embed(retriever, source, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == {name: b"somebody else's"}
+    embed(retriever, source, tmp_path, overwrite=True)
+    assert len(Index.open(tmp_path).ids) == len(source)
+
+
+def test_folders_of_other_programs_stay(retriever, source, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/00000.tar").write_bytes(b"data")
+    for overwrite in (False, True):
+        embed(retriever, source, tmp_path, overwrite=overwrite)
+    assert [file.name for file in (tmp_path / "shards").iterdir()] == ["00000.tar"]
