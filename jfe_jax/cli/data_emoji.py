@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> None:
     from jfe_jax.utils.output_lock import output_lock
 
     with output_lock(args.out, "jfe data emoji"):
-        counts = emoji.write(
+        counts = emoji.write_benchmark(
             args.out, args.size, args.seed, args.fold, progress=lambda line: print(line, file=sys.stderr, flush=True)
         )
     splits: Counter[str] = Counter()

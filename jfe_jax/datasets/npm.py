@@ -24,7 +24,7 @@ _TIMEOUT_S = 900
 
 
 @dataclass(frozen=True, kw_only=True)
-class Package:
+class NpmPackage:
     """A package of the npm registry.
 
     Attributes:
@@ -37,8 +37,8 @@ class Package:
     name: str
     version: str
     integrity: str
-    wanted: str
-    licence: str
+    member_pattern: str
+    license: str
     notice: str
 
     @property
@@ -51,7 +51,7 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfe_jax"
 
 
-def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Package]) -> dict[str, Path]:
+def fetch_packages(cache: Path, progress: Callable[[str], None], packages: dict[str, NpmPackage]) -> dict[str, Path]:
     """Directory of each package's files, fetched where it is not in `cache` yet.
 
     A directory appears in the cache only when it is complete, so a fetch that was broken off is simply repeated.
@@ -75,7 +75,7 @@ def fetch(cache: Path, progress: Callable[[str], None], packages: dict[str, Pack
     return found
 
 
-def _fetch_one(package: Package, place: Path, npm: tuple[list[str], dict[str, str]]) -> None:
+def _fetch_one(package: NpmPackage, place: Path, npm: tuple[list[str], dict[str, str]]) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{package.folder}-", dir=place.parent) as scratch:
         archive = _download(package, Path(scratch), npm)
         files = Path(scratch) / "files"
@@ -89,7 +89,7 @@ def _fetch_one(package: Package, place: Path, npm: tuple[list[str], dict[str, st
                 raise
 
 
-def _download(package: Package, scratch: Path, npm: tuple[list[str], dict[str, str]]) -> Path:
+def _download(package: NpmPackage, scratch: Path, npm: tuple[list[str], dict[str, str]]) -> Path:
     program, environment = npm
     command = [*program, "pack", f"{package.name}@{package.version}", "--ignore-scripts", "--loglevel=error"]
     try:
@@ -110,12 +110,12 @@ def _download(package: Package, scratch: Path, npm: tuple[list[str], dict[str, s
     return archives[0]
 
 
-def _extract(package: Package, archive: Path, place: Path) -> None:
-    wanted = re.compile(rf"{package.wanted}|package/(?:LICENSE|README\.md)")
+def _extract(package: NpmPackage, archive: Path, place: Path) -> None:
+    member_pattern = re.compile(rf"{package.member_pattern}|package/(?:LICENSE|README\.md)")
     with tarfile.open(archive, "r|gz") as members:
         for member in members:
             # The whole name has to match, and only its last part is used: no member can name a place outside.
-            if member.isfile() and wanted.fullmatch(member.name):
+            if member.isfile() and member_pattern.fullmatch(member.name):
                 with members.extractfile(member) as content:
                     (place / member.name.rsplit("/", 1)[1]).write_bytes(content.read())
 

@@ -15,7 +15,7 @@ from jfe_jax.datasets import emoji
 from jfe_jax.datasets.emoji import tasks
 from jfe_jax.datasets.emoji.images import find_images, read_gallery
 from jfe_jax.datasets.emoji.labels import read_labels
-from jfe_jax.datasets.emoji.splits import SPLITS, split
+from jfe_jax.datasets.emoji.splits import SPLITS, make_split_views
 from jfe_jax.datasets.emoji.tasks import SPECS
 from jfe_jax.errors import UserError
 from tests.support import emoji_packages
@@ -34,15 +34,15 @@ def packages(tmp_path_factory) -> dict[str, Path]:
 def few():
     """Fewer queries than the real benchmark has."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, most in (("train", 600), ("test", 300)):
-            patch.setitem(tasks.MOST, name, most)
+        for name, max_queries in (("train", 600), ("test", 300)):
+            patch.setitem(tasks.MAX_QUERIES, name, max_queries)
         yield
 
 
 @pytest.fixture(scope="module")
 def root(packages, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("data") / "emoji"
-    emoji.write(out, size=32, seed=3, fold=1, packages=packages, vocab_size=512)
+    emoji.write_benchmark(out, size=32, seed=3, fold=1, packages=packages, vocab_size=512)
     return out
 
 
@@ -239,7 +239,7 @@ def test_look_alikes_are_one_candidate_and_one_group(root, packages):
     flags = [picture for picture in gallery.pictures if picture.emoji.label.startswith("flag")]
     assert len({picture.image for picture in flags}) == 2  # one per vendor
     for fold in range(5):
-        views = split(gallery, 0, fold)
+        views = make_split_views(gallery, 0, fold)
         assert len([name for name in ("train", "val", "test") if flags[0].image in views[name].sources]) <= 1
     pool = Mbeir(root).pool("train", Mbeir(root).units("train")[0], "global")
     assert all(one.src_content.count("flag") in (0, 2) for one in pool if one.image)
@@ -247,7 +247,7 @@ def test_look_alikes_are_one_candidate_and_one_group(root, packages):
 
 def test_folds_part_the_groups_and_spread_the_toned_ones(packages):
     gallery = _gallery(packages)
-    parts = [split(gallery, 7, fold)["test"].groups for fold in range(5)]
+    parts = [make_split_views(gallery, 7, fold)["test"].groups for fold in range(5)]
     assert (
         sum(map(len, parts))
         == len(set().union(*parts))
@@ -255,11 +255,11 @@ def test_folds_part_the_groups_and_spread_the_toned_ones(packages):
     )
     toned = [len(part & set(emoji_packages.ROLES)) for part in parts]
     assert toned == [2] * 5
-    assert parts != [split(gallery, 8, fold)["test"].groups for fold in range(5)]
+    assert parts != [make_split_views(gallery, 8, fold)["test"].groups for fold in range(5)]
 
 
 def test_two_runs_give_the_same_bytes(root, packages, tmp_path):
-    emoji.write(tmp_path / "again", size=32, seed=3, fold=1, packages=packages, vocab_size=512)
+    emoji.write_benchmark(tmp_path / "again", size=32, seed=3, fold=1, packages=packages, vocab_size=512)
     assert _digests(tmp_path / "again") == _digests(root)
 
 
@@ -276,24 +276,24 @@ def test_images_and_tokenizer(root):
 def test_a_finished_directory_is_kept_and_a_foreign_one_refused(root, packages, tmp_path):
     settings = dict(size=32, seed=3, fold=1, packages=packages, vocab_size=512)
     before = _digests(root)
-    assert emoji.write(root, **settings)["test/emoji_task0"] > 0
+    assert emoji.write_benchmark(root, **settings)["test/emoji_task0"] > 0
     with pytest.raises(UserError, match="was made with"):
-        emoji.write(root, **{**settings, "seed": 4})
+        emoji.write_benchmark(root, **{**settings, "seed": 4})
     assert _digests(root) == before
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="not made by this command"):
-        emoji.write(tmp_path, **settings)
+        emoji.write_benchmark(tmp_path, **settings)
     with pytest.raises(UserError, match="folds are 0 to 4"):
-        emoji.write(tmp_path / "new", fold=5, packages=packages)
+        emoji.write_benchmark(tmp_path / "new", fold=5, packages=packages)
 
 
 def test_nothing_is_left_of_a_run_that_fails(packages, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(emoji, "write_images", full)
+    monkeypatch.setattr(emoji, "write_emoji_images", full)
     with pytest.raises(UserError, match="No space left"):
-        emoji.write(tmp_path / "out", packages=packages, vocab_size=512)
+        emoji.write_benchmark(tmp_path / "out", packages=packages, vocab_size=512)
     assert not list(tmp_path.iterdir())
 
 
@@ -306,7 +306,7 @@ def test_a_broken_image_is_named(packages, tmp_path):
     victim = sorted(broken["google"].glob("*.png"))[3]
     victim.write_bytes(victim.read_bytes()[:60])
     with pytest.raises(UserError, match=victim.name):
-        emoji.write(tmp_path / "out", packages=broken, vocab_size=512)
+        emoji.write_benchmark(tmp_path / "out", packages=broken, vocab_size=512)
 
 
 def _gallery(packages):

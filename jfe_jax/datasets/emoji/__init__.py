@@ -21,15 +21,15 @@ from pathlib import Path
 
 from jfe_jax.data.formats.mbeir import format_string
 from jfe_jax.data.processor import train_tokenizer
-from jfe_jax.datasets.emoji.images import find_images, read_gallery, write_images
+from jfe_jax.datasets.emoji.images import find_images, read_gallery, write_emoji_images
 from jfe_jax.datasets.emoji.labels import read_labels
-from jfe_jax.datasets.emoji.mbeir_layout import Layout
+from jfe_jax.datasets.emoji.mbeir_layout import MbeirLayout
 from jfe_jax.datasets.emoji.packages import PACKAGES
 from jfe_jax.datasets.emoji.phrases import PROMPTS, STYLES
-from jfe_jax.datasets.emoji.query_spec import World, text_of
-from jfe_jax.datasets.emoji.splits import FOLDS, SPLITS, split
-from jfe_jax.datasets.emoji.tasks import SPECS, make
-from jfe_jax.datasets.npm import cache_directory, fetch
+from jfe_jax.datasets.emoji.query_spec import SceneIndex, text_of
+from jfe_jax.datasets.emoji.splits import FOLDS, SPLITS, make_split_views
+from jfe_jax.datasets.emoji.tasks import SPECS, make_task_data
+from jfe_jax.datasets.npm import cache_directory, fetch_packages
 from jfe_jax.errors import UserError
 
 # Raised when the same settings give other data.
@@ -38,7 +38,7 @@ VOCAB_SIZE = 2048
 _MANIFEST = "emoji.json"
 
 
-def write(
+def write_benchmark(
     out: str | Path,
     size: int = 64,
     seed: int = 0,
@@ -71,8 +71,8 @@ def write(
         raise UserError(f"size {size}, fold {fold}: images need 8 pixels or more, and folds are 0 to {FOLDS - 1}")
     settings = {"version": VERSION, "size": size, "seed": seed, "fold": fold, "vocab_size": vocab_size}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return _kept(out, settings)
-    packages = fetch(cache_directory(), progress, PACKAGES) if packages is None else packages
+        return _check_existing(out, settings)
+    packages = fetch_packages(cache_directory(), progress, PACKAGES) if packages is None else packages
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
@@ -86,7 +86,7 @@ def write(
     return counts
 
 
-def _kept(out: Path, settings: dict[str, int]) -> dict[str, int]:
+def _check_existing(out: Path, settings: dict[str, int]) -> dict[str, int]:
     try:
         manifest = json.loads((out / _MANIFEST).read_text(encoding="utf-8"))
         there, counts = manifest["settings"], manifest["queries"]
@@ -104,20 +104,20 @@ def _write(
     files = {style: find_images(packages[style]) for style in STYLES}
     emoji = read_labels(packages["emojibase"], {code for of_style in files.values() for code in of_style})
     gallery = read_gallery(emoji, files)
-    world = World(gallery)
-    views = split(gallery, settings["seed"], settings["fold"])
-    layout = Layout(root, world)
+    scenes = SceneIndex(gallery)
+    views = make_split_views(gallery, settings["seed"], settings["fold"])
+    layout = MbeirLayout(root, scenes)
     counts: Counter[str] = Counter()
     texts: list[str] = []
     for name in SPLITS:
         progress(f"making the queries of {name}")
         for spec in SPECS:
             if name in spec.splits:
-                made = make(spec, world, views[name], name, settings["seed"])
-                layout.add_unit(spec.unit, name, made.asks, made.negatives, made.pool)
-                counts[f"{name}/{spec.unit.name}"] = len(made.asks)
+                made = make_task_data(spec, scenes, views[name], name, settings["seed"])
+                layout.add_unit(spec.unit, name, made.queries, made.negatives, made.pool)
+                counts[f"{name}/{spec.unit.name}"] = len(made.queries)
                 if name == "train":
-                    texts += [ask.text for ask in made.asks if ask.text]
+                    texts += [query.text for query in made.queries if query.text]
                     texts += [text for key in made.pool if (text := text_of(key)) is not None]
     layout.finish()
     progress("training the tokenizer")
@@ -126,21 +126,21 @@ def _write(
     prompts *= max(1, len(texts) // len(prompts))
     train_tokenizer([*prompts, *texts, *map(format_string, texts)], settings["vocab_size"], root / "tokenizer")
     progress(f"writing {len(gallery.pixels)} images")
-    write_images(gallery, root, settings["size"])
-    _write_licences(root, packages)
+    write_emoji_images(gallery, root, settings["size"])
+    _write_licenses(root, packages)
     manifest = {"settings": settings, "queries": dict(counts)}
     (root / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return dict(counts)
 
 
-def _write_licences(root: Path, packages: dict[str, Path]) -> None:
+def _write_licenses(root: Path, packages: dict[str, Path]) -> None:
     lines = ["# Licences of what this directory is made from", ""]
     for key, package in PACKAGES.items():
-        lines += [f"- {package.name} {package.version} (npm): {package.licence}. {package.notice}"]
-        licence = packages[key] / "LICENSE"
-        if licence.is_file():
+        lines += [f"- {package.name} {package.version} (npm): {package.license}. {package.notice}"]
+        license_file = packages[key] / "LICENSE"
+        if license_file.is_file():
             (root / "licences").mkdir(exist_ok=True)
-            shutil.copyfile(licence, root / "licences" / f"{package.name}.txt")
+            shutil.copyfile(license_file, root / "licences" / f"{package.name}.txt")
     lines += [
         "",
         "Changes: images are drawn on white, scaled where the size asks for it, and joined with the texts.",

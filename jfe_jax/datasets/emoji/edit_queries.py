@@ -9,78 +9,78 @@ from collections.abc import Callable, Iterator
 from jfe_jax.datasets.emoji.images import Picture
 from jfe_jax.datasets.emoji.labels import FEMALE, MALE
 from jfe_jax.datasets.emoji.phrases import GENDERS, MODIFY, QUESTIONS, RELATIVE, STYLES, TONES
-from jfe_jax.datasets.emoji.query_spec import Ask, Key, World
+from jfe_jax.datasets.emoji.query_spec import Key, QuerySpec, SceneIndex
 
 _OTHER_GENDER = {MALE: FEMALE, FEMALE: MALE}
 _STEPS = {"darker": 1, "lighter": -1, "two_darker": 2, "two_lighter": -2}
 # What a changed picture is, with the values that the text names and the foil; a change that leads nowhere is None.
-_Change = tuple[dict[str, str], Picture | None, Picture | None]
+Change = tuple[dict[str, str], Picture | None, Picture | None]
 
 
-def modify(world: World, images: list[int], rng: random.Random) -> Iterator[Ask]:
+def modify(scenes: SceneIndex, images: list[int], rng: random.Random) -> Iterator[QuerySpec]:
     """Image + named value → image."""
     for edit in MODIFY:
-        yield from _changed(world, images, rng, edit, "additive", MODIFY[edit], _named(edit))
+        yield from _edit_queries(scenes, images, rng, edit, "additive", MODIFY[edit], _named_changes(edit))
 
 
-def relative(world: World, images: list[int], rng: random.Random) -> Iterator[Ask]:
+def relative(scenes: SceneIndex, images: list[int], rng: random.Random) -> Iterator[QuerySpec]:
     """Image + relation to its own value → image."""
     for edit in RELATIVE:
-        yield from _changed(world, images, rng, edit, "relational", RELATIVE[edit], _related(edit))
+        yield from _edit_queries(scenes, images, rng, edit, "relational", RELATIVE[edit], _relative_changes(edit))
 
 
-def questions(world: World, images: list[int], rng: random.Random) -> Iterator[Ask]:
+def questions(scenes: SceneIndex, images: list[int], rng: random.Random) -> Iterator[QuerySpec]:
     """Image + question → text."""
     for edit, texts in QUESTIONS.items():
         if edit.startswith("name_"):
             change = edit.removeprefix("name_")
             named = change in MODIFY
-            changes = _named(change) if named else _related(change)
+            changes = _named_changes(change) if named else _relative_changes(change)
             kind = "additive" if named else "relational"
-            for ask in _changed(world, images, rng, edit, kind, texts, changes):
-                labels = tuple(world.labels_of(answer for answer in ask.answers if isinstance(answer, int)))
-                foils = world.labels_of([ask.foil]) if isinstance(ask.foil, int) else [None]
+            for query in _edit_queries(scenes, images, rng, edit, kind, texts, changes):
+                labels = tuple(scenes.labels_of(answer for answer in query.answers if isinstance(answer, int)))
+                foils = scenes.labels_of([query.foil]) if isinstance(query.foil, int) else [None]
                 foil = None if foils[0] in labels else foils[0]
-                yield _ask(ask.source, ask.text, labels, ask.group, kind, edit, foil)
+                yield _make_query(query.source, query.text, labels, query.group, kind, edit, foil)
         else:
-            yield from _about(world, images, rng, edit, texts)
+            yield from _attribute_queries(scenes, images, rng, edit, texts)
 
 
-def changed_words(world: World, picture: Picture, rng: random.Random) -> Iterator[tuple[str, Picture]]:
+def describe_edits(scenes: SceneIndex, picture: Picture, rng: random.Random) -> Iterator[tuple[str, Picture]]:
     """Words of a change, one for every edit that applies, and what a picture is after it."""
-    for table, changes in ((MODIFY, _named), (RELATIVE, _related)):
+    for table, changes in ((MODIFY, _named_changes), (RELATIVE, _relative_changes)):
         for edit, texts in table.items():
-            found = [(slots, target) for slots, target, _ in changes(edit)(world, picture) if target is not None]
+            found = [(slots, target) for slots, target, _ in changes(edit)(scenes, picture) if target is not None]
             if found:
                 slots, target = rng.choice(found)
                 yield rng.choice(texts).format(**slots), target
 
 
-def answers() -> list[str]:
+def list_attribute_answers() -> list[str]:
     """Every text that answers a question about tone, gender and style, whatever the pictures."""
     found: dict[str, None] = {}
     for gender in GENDERS:
         for tone in TONES:
             for style in STYLES:
                 for edit in ("tone", "gender_tone", "tone_style", "gender_tone_style"):
-                    found[_values(edit, gender, tone, style)] = None
+                    found[_attribute_text(edit, gender, tone, style)] = None
     return list(found)
 
 
-def _changed(
-    world: World,
+def _edit_queries(
+    scenes: SceneIndex,
     images: list[int],
     rng: random.Random,
     edit: str,
     kind: str,
     texts: tuple[str, ...],
-    changes: Callable[[World, Picture], Iterator[_Change]],
-) -> Iterator[Ask]:
+    changes: Callable[[SceneIndex, Picture], Iterator[Change]],
+) -> Iterator[QuerySpec]:
     for image in images:
         # An image that is drawn for several emoji has the answers of all of them.
         found: dict[tuple, tuple[dict[int, None], Key | None]] = {}
-        for picture in world.of_image[image]:
-            for slots, target, foil in changes(world, picture):
+        for picture in scenes.pictures_of_image[image]:
+            for slots, target, foil in changes(scenes, picture):
                 if target is not None:
                     targets, _ = found.setdefault(tuple(slots.items()), ({}, foil and foil.image))
                     targets[target.image] = None
@@ -88,17 +88,19 @@ def _changed(
             # The change that cannot be seen is none.
             if image not in targets:
                 text = rng.choice(texts).format(**dict(slots))
-                yield _ask(image, text, tuple(targets), world.group_of_image(image), kind, edit, foil)
+                yield _make_query(image, text, tuple(targets), scenes.group_of_image(image), kind, edit, foil)
 
 
-def _named(edit: str) -> Callable[[World, Picture], Iterator[_Change]]:
+def _named_changes(edit: str) -> Callable[[SceneIndex, Picture], Iterator[Change]]:
     parts = edit.split("_")
 
-    def changes(world: World, picture: Picture) -> Iterator[_Change]:
+    def changes(scenes: SceneIndex, picture: Picture) -> Iterator[Change]:
         emoji = picture.emoji
         if ("tone" in parts and not isinstance(emoji.tone, int)) or ("gender" in parts and emoji.gender is None):
             return
-        tones = [tone for tone in world.tones(emoji.concept) if tone != emoji.tone] if "tone" in parts else [emoji.tone]
+        tones = (
+            [tone for tone in scenes.tones(emoji.concept) if tone != emoji.tone] if "tone" in parts else [emoji.tone]
+        )
         genders = [one for one in GENDERS if one != emoji.gender] if "gender" in parts else [emoji.gender]
         styles = [one for one in STYLES if one != picture.style] if "style" in parts else [picture.style]
         for tone in tones:
@@ -106,25 +108,25 @@ def _named(edit: str) -> Callable[[World, Picture], Iterator[_Change]]:
                 for style in styles:
                     words = {"tone": TONES[tone] if "tone" in parts else "", "gender": gender, "style": STYLES[style]}
                     slots = {name: words[name] for name in parts}
-                    yield slots, world.beside(picture, tone=tone, gender=gender, style=style), picture
+                    yield slots, scenes.find_variant(picture, tone=tone, gender=gender, style=style), picture
 
     return changes
 
 
-def _related(edit: str) -> Callable[[World, Picture], Iterator[_Change]]:
+def _relative_changes(edit: str) -> Callable[[SceneIndex, Picture], Iterator[Change]]:
     step = _STEPS.get(edit.removesuffix("_gender_swap").removesuffix("_style_swap"), 0)
     swaps_gender, swaps_style = "gender" in edit, "style" in edit
 
-    def changes(world: World, picture: Picture) -> Iterator[_Change]:
+    def changes(scenes: SceneIndex, picture: Picture) -> Iterator[Change]:
         values: dict[str, object] = {}
         foil: Picture | None = picture
         if step:
-            tone = _stepped(picture.emoji.tone, step)
+            tone = _step_tone(picture.emoji.tone, step)
             if tone is None:
                 return
             values["tone"] = tone
             # The answer to the opposite step, with all other changes, where there is one.
-            back = _stepped(picture.emoji.tone, -step)
+            back = _step_tone(picture.emoji.tone, -step)
         if swaps_gender:
             if picture.emoji.gender not in _OTHER_GENDER:
                 return
@@ -132,30 +134,32 @@ def _related(edit: str) -> Callable[[World, Picture], Iterator[_Change]]:
         if swaps_style:
             values["style"] = next(style for style in STYLES if style != picture.style)
         if step and back is not None:
-            foil = world.beside(picture, **{**values, "tone": back})
-        yield {}, world.beside(picture, **values), foil
+            foil = scenes.find_variant(picture, **{**values, "tone": back})
+        yield {}, scenes.find_variant(picture, **values), foil
 
     return changes
 
 
-def _stepped(tone: object, step: int) -> int | None:
+def _step_tone(tone: object, step: int) -> int | None:
     # Yellow is not on the scale from light to dark.
     if isinstance(tone, int) and tone and 1 <= tone + step <= 5:
         return tone + step
     return None
 
 
-def _about(world: World, images: list[int], rng: random.Random, edit: str, texts: tuple[str, ...]) -> Iterator[Ask]:
+def _attribute_queries(
+    scenes: SceneIndex, images: list[int], rng: random.Random, edit: str, texts: tuple[str, ...]
+) -> Iterator[QuerySpec]:
     kind = "relational" if edit.startswith("step_") else "selective"
     for image in images:
-        found = {_answer(edit, picture) for picture in world.of_image[image]}
+        found = {_attribute_answer(edit, picture) for picture in scenes.pictures_of_image[image]}
         # An image that is drawn for several emoji has no one answer.
         if len(found) == 1 and None not in found:
             answer, foil = found.pop()
-            yield _ask(image, rng.choice(texts), (answer,), world.group_of_image(image), kind, edit, foil)
+            yield _make_query(image, rng.choice(texts), (answer,), scenes.group_of_image(image), kind, edit, foil)
 
 
-def _answer(edit: str, picture: Picture) -> tuple[str, str | None] | None:
+def _attribute_answer(edit: str, picture: Picture) -> tuple[str, str | None] | None:
     emoji = picture.emoji
     if edit == "category":
         return emoji.category, None
@@ -163,15 +167,15 @@ def _answer(edit: str, picture: Picture) -> tuple[str, str | None] | None:
         return None
     if edit.startswith("step_"):
         step = _STEPS[edit.removeprefix("step_")]
-        tone, back = _stepped(emoji.tone, step), _stepped(emoji.tone, -step)
+        tone, back = _step_tone(emoji.tone, step), _step_tone(emoji.tone, -step)
         foil = back if back is not None else emoji.tone
-        return None if tone is None else (_values("tone", "", tone, ""), _values("tone", "", foil, ""))
+        return None if tone is None else (_attribute_text("tone", "", tone, ""), _attribute_text("tone", "", foil, ""))
     # Right but for the tone.
     foil = (emoji.tone + 3) % len(TONES)
-    return tuple(_values(edit, emoji.gender, tone, picture.style) for tone in (emoji.tone, foil))
+    return tuple(_attribute_text(edit, emoji.gender, tone, picture.style) for tone in (emoji.tone, foil))
 
 
-def _values(edit: str, gender: str | None, tone: int, style: str) -> str:
+def _attribute_text(edit: str, gender: str | None, tone: int, style: str) -> str:
     parts = edit.split("_")
     words = [gender] if "gender" in parts else []
     words.append(f"{TONES[tone]} skin tone")
@@ -180,7 +184,7 @@ def _values(edit: str, gender: str | None, tone: int, style: str) -> str:
     return ", ".join(words)
 
 
-def _ask(
+def _make_query(
     source: int | None, text: str | None, answers: tuple[Key, ...], group: str, kind: str, edit: str, foil: Key | None
-) -> Ask:
-    return Ask(source=source, text=text, answers=answers, group=group, kind=kind, edit=edit, foil=foil)
+) -> QuerySpec:
+    return QuerySpec(source=source, text=text, answers=answers, group=group, kind=kind, edit=edit, foil=foil)

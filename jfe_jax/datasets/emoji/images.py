@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from jfe_jax.datasets.emoji.labels import Emoji, plain_code
+from jfe_jax.datasets.emoji.labels import Emoji, normalize_code
 from jfe_jax.errors import UserError
 
 DIRECTORY = "mbeir_images/emoji_images"
@@ -48,7 +48,7 @@ class Gallery:
 
 def find_images(directory: Path) -> dict[str, Path]:
     """Image file of each code (see `plain_code`)."""
-    return {plain_code(path.stem): path for path in sorted(directory.glob("*.png"))}
+    return {normalize_code(path.stem): path for path in sorted(directory.glob("*.png"))}
 
 
 def read_gallery(emoji: list[Emoji], files: dict[str, dict[str, Path]]) -> Gallery:
@@ -63,7 +63,7 @@ def read_gallery(emoji: list[Emoji], files: dict[str, dict[str, Path]]) -> Galle
         for one in emoji:
             if one.code not in of_style:
                 continue
-            content = _on_white(of_style[one.code])
+            content = _flatten_on_white(of_style[one.code])
             image = known.setdefault(content.tobytes(), len(pixels))
             if image == len(pixels):
                 pixels.append(content)
@@ -72,7 +72,7 @@ def read_gallery(emoji: list[Emoji], files: dict[str, dict[str, Path]]) -> Galle
     return Gallery(pictures, pixels, paths)
 
 
-def write_images(gallery: Gallery, root: Path, size: int) -> None:
+def write_emoji_images(gallery: Gallery, root: Path, size: int) -> None:
     """Writes every distinct image as a PNG of `size` by `size` under `root`."""
     for style in {picture.style for picture in gallery.pictures}:
         (root / DIRECTORY / style).mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,7 @@ def write_images(gallery: Gallery, root: Path, size: int) -> None:
         image.save(root / path, compress_level=6)
 
 
-def look_alikes(gallery: Gallery) -> dict[int, list[Picture]]:
+def pictures_by_image(gallery: Gallery) -> dict[int, list[Picture]]:
     """The pictures of each image."""
     found = defaultdict(list)
     for picture in gallery.pictures:
@@ -91,7 +91,7 @@ def look_alikes(gallery: Gallery) -> dict[int, list[Picture]]:
     return dict(found)
 
 
-def _on_white(file: Path) -> np.ndarray:
+def _flatten_on_white(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             drawn = image.convert("RGBA")

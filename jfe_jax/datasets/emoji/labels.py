@@ -79,7 +79,7 @@ class Emoji:
     category: str
 
 
-def plain_code(code: str) -> str:
+def normalize_code(code: str) -> str:
     """Code points as the packages' file names and emojibase spell them → one spelling."""
     return code.upper().replace("-FE0F", "")
 
@@ -94,15 +94,15 @@ def read_labels(emojibase: Path, codes: Collection[str]) -> list[Emoji]:
         entries = json.loads((emojibase / "data.json").read_text(encoding="utf-8"))
         messages = json.loads((emojibase / "messages.json").read_text(encoding="utf-8"))
         meta = json.loads((emojibase / "groups.json").read_text(encoding="utf-8"))
-        found = _emoji(entries, _categories(messages, meta), set(codes))
+        found = _parse_emoji(entries, _parse_categories(messages, meta), set(codes))
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{emojibase}: not emojibase's English data ({error!r}); delete it to fetch it again"
         ) from error
-    return _without_lone_genders(found)
+    return _drop_unpaired_genders(found)
 
 
-def _emoji(entries: list[dict[str, Any]], categories: dict[tuple[int, int], str], codes: set[str]) -> list[Emoji]:
+def _parse_emoji(entries: list[dict[str, Any]], categories: dict[tuple[int, int], str], codes: set[str]) -> list[Emoji]:
     people = {entry["label"] for entry in entries if entry.get("group") == _PEOPLE}
     # "cook" is the neutral form because there is a "man cook".
     roles = {match[2] for label in people if (match := _REGULAR.fullmatch(label.removesuffix(_FACING)))}
@@ -111,10 +111,14 @@ def _emoji(entries: list[dict[str, Any]], categories: dict[tuple[int, int], str]
         if "group" not in entry:
             continue
         label = entry["label"]
-        group, concept, gender = _place(label, roles) if entry["group"] == _PEOPLE else (label, label, None)
-        toned = any(isinstance(skin["tone"], int) and plain_code(skin["hexcode"]) in codes for skin in _skins(entry))
-        for one in [entry, *_skins(entry)]:
-            code, tone = plain_code(one["hexcode"]), one.get("tone")
+        group, concept, gender = (
+            _parse_person_label(label, roles) if entry["group"] == _PEOPLE else (label, label, None)
+        )
+        toned = any(
+            isinstance(skin["tone"], int) and normalize_code(skin["hexcode"]) in codes for skin in _skins_of(entry)
+        )
+        for one in [entry, *_skins_of(entry)]:
+            code, tone = normalize_code(one["hexcode"]), one.get("tone")
             if code not in codes:
                 continue
             found.append(
@@ -133,7 +137,7 @@ def _emoji(entries: list[dict[str, Any]], categories: dict[tuple[int, int], str]
     return found
 
 
-def _place(label: str, roles: set[str]) -> tuple[str, str, str | None]:
+def _parse_person_label(label: str, roles: set[str]) -> tuple[str, str, str | None]:
     """Group, concept and gender of a picture of people or of a part of the body."""
     base = label.removesuffix(_FACING)
     facing = label[len(base) :]
@@ -150,18 +154,18 @@ def _place(label: str, roles: set[str]) -> tuple[str, str, str | None]:
     return concept, concept + facing, gender
 
 
-def _without_lone_genders(found: list[Emoji]) -> list[Emoji]:
+def _drop_unpaired_genders(found: list[Emoji]) -> list[Emoji]:
     genders = defaultdict(set)
     for emoji in found:
         genders[emoji.concept].add(emoji.gender)
     return [replace(emoji, gender=None) if len(genders[emoji.concept]) < 2 else emoji for emoji in found]
 
 
-def _skins(entry: dict[str, Any]) -> list[dict[str, Any]]:
+def _skins_of(entry: dict[str, Any]) -> list[dict[str, Any]]:
     return entry.get("skins", [])
 
 
-def _categories(messages: dict[str, Any], meta: dict[str, Any]) -> dict[tuple[int, int], str]:
+def _parse_categories(messages: dict[str, Any], meta: dict[str, Any]) -> dict[tuple[int, int], str]:
     groups = {one["key"]: one["message"] for one in messages["groups"]}
     subgroups = {one["key"]: one["message"] for one in messages["subgroups"]}
     return {

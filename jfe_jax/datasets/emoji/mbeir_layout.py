@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jfe_jax.datasets.emoji.phrases import PROMPTS, STYLES
-from jfe_jax.datasets.emoji.query_spec import Ask, Key, World, image_of, text_of
+from jfe_jax.datasets.emoji.query_spec import Key, QuerySpec, SceneIndex, image_of, text_of
 
 DATASETS = {"emoji": 10, "emojimodify": 11, "emojirelative": 12, "emojiselect": 13, "emojicaption": 14, "emojitext": 15}
 _COLUMNS = ("query_modality", "cand_modality", "dataset_name", "dataset_id", *(f"prompt_{i}" for i in range(1, 5)))
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unit:
+class EmojiUnit:
     """One dataset's queries of one of M-BEIR's tasks."""
 
     dataset: str
@@ -29,29 +29,31 @@ class Unit:
         return f"{self.dataset}_task{self.task}"
 
 
-class Layout:
+class MbeirLayout:
     """An M-BEIR directory in the making."""
 
-    def __init__(self, root: Path, world: World):
+    def __init__(self, root: Path, scenes: SceneIndex):
         self._root = root
-        self._world = world
+        self._scenes = scenes
         self._dids: dict[Key, str] = {}
-        self._asked = dict.fromkeys(DATASETS, 0)
+        self._query_counts = dict.fromkeys(DATASETS, 0)
         self._pools: dict[str, dict[Key, None]] = {}
 
-    def add_unit(self, unit: Unit, split: str, asks: Iterable[Ask], negatives: list[list[Key]], pool: Iterable[Key]):
+    def add_unit(
+        self, unit: EmojiUnit, split: str, queries: Iterable[QuerySpec], negatives: list[list[Key]], pool: Iterable[Key]
+    ):
         """Writes a unit's queries, judgements and local pool, and adds the pool to the split's global one."""
         pool = dict.fromkeys(pool)
         self._pools.setdefault(split, {}).update(pool)
-        queries, judgements = [], []
-        for ask, wrong in zip(asks, negatives, strict=True):
-            self._asked[unit.dataset] += 1
-            qid = f"{DATASETS[unit.dataset]}:{self._asked[unit.dataset]}"
-            right = [self._did(key) for key in ask.answers]
-            queries.append(self._query(qid, unit, ask, right, [self._did(key) for key in wrong]))
+        rows, judgements = [], []
+        for query, wrong in zip(queries, negatives, strict=True):
+            self._query_counts[unit.dataset] += 1
+            qid = f"{DATASETS[unit.dataset]}:{self._query_counts[unit.dataset]}"
+            right = [self._did(key) for key in query.answers]
+            rows.append(self._query(qid, unit, query, right, [self._did(key) for key in wrong]))
             judgements += [f"{qid} 0 {did} 1 {unit.task}" for did in right]
         stem = f"mbeir_{unit.name}_{split}"
-        _write(self._root / f"query/{split}/{stem}.jsonl", map(_line, queries))
+        _write(self._root / f"query/{split}/{stem}.jsonl", map(_line, rows))
         _write(self._root / f"qrels/{split}/{stem}_qrels.txt", judgements)
         _write(self._root / f"cand_pool/local/{stem}_cand_pool.jsonl", (_line(self._candidate(key)) for key in pool))
 
@@ -68,17 +70,17 @@ class Layout:
     def _did(self, key: Key) -> str:
         return self._dids.setdefault(key, f"{DATASETS['emoji']}:{len(self._dids) + 1}")
 
-    def _query(self, qid: str, unit: Unit, ask: Ask, right: list[str], wrong: list[str]) -> dict:
-        source = {"group": ask.group, "kind": ask.kind, "edit": ask.edit}
-        if ask.source is not None:
-            source["shows"] = self._names(ask.source)
-        if ask.foil is not None:
-            source["foil"] = self._did(ask.foil)
+    def _query(self, qid: str, unit: EmojiUnit, query: QuerySpec, right: list[str], wrong: list[str]) -> dict:
+        source = {"group": query.group, "kind": query.kind, "edit": query.edit}
+        if query.source is not None:
+            source["shows"] = self._names(query.source)
+        if query.foil is not None:
+            source["foil"] = self._did(query.foil)
         return {
             "qid": qid,
-            "query_txt": ask.text,
-            "query_img_path": None if ask.source is None else self._world.gallery.paths[ask.source],
-            "query_modality": _modality(ask.source, ask.text),
+            "query_txt": query.text,
+            "query_img_path": None if query.source is None else self._scenes.gallery.paths[query.source],
+            "query_modality": _modality(query.source, query.text),
             "query_src_content": json.dumps(source, ensure_ascii=False),
             "pos_cand_list": right,
             "neg_cand_list": wrong,
@@ -90,13 +92,13 @@ class Layout:
         return {
             "did": self._did(key),
             "txt": text,
-            "img_path": None if image is None else self._world.gallery.paths[image],
+            "img_path": None if image is None else self._scenes.gallery.paths[image],
             "modality": _modality(image, text),
             "src_content": None if image is None else self._names(image),
         }
 
     def _names(self, image: int) -> str:
-        pictures = self._world.of_image[image]
+        pictures = self._scenes.pictures_of_image[image]
         return f"{' / '.join(dict.fromkeys(p.emoji.label for p in pictures))} ({STYLES[pictures[0].style]})"
 
 

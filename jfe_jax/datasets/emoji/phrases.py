@@ -31,7 +31,7 @@ _GENDER_SWAP = ("the other gender", "swap the gender", "the same but of the othe
 _STYLE_SWAP = ("in the other style", "the same in the other style", "switch the style", "drawn in the other style")
 
 
-def _both(ones: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
+def _combine_phrases(ones: tuple[str, ...], others: tuple[str, ...]) -> tuple[str, ...]:
     pairs = tuple(zip(ones, others, strict=False))
     return tuple(f"{one}, {other}" for one, other in pairs) + tuple(f"{other} and {one}" for one, other in pairs)
 
@@ -60,11 +60,11 @@ RELATIVE = {
     **_STEPS,
     "gender_swap": _GENDER_SWAP,
     "style_swap": _STYLE_SWAP,
-    "darker_gender_swap": _both(_STEPS["darker"], _GENDER_SWAP),
-    "lighter_gender_swap": _both(_STEPS["lighter"], _GENDER_SWAP),
-    "darker_style_swap": _both(_STEPS["darker"], _STYLE_SWAP),
-    "lighter_style_swap": _both(_STEPS["lighter"], _STYLE_SWAP),
-    "gender_style_swap": _both(_GENDER_SWAP, _STYLE_SWAP),
+    "darker_gender_swap": _combine_phrases(_STEPS["darker"], _GENDER_SWAP),
+    "lighter_gender_swap": _combine_phrases(_STEPS["lighter"], _GENDER_SWAP),
+    "darker_style_swap": _combine_phrases(_STEPS["darker"], _STYLE_SWAP),
+    "lighter_style_swap": _combine_phrases(_STEPS["lighter"], _STYLE_SWAP),
+    "gender_style_swap": _combine_phrases(_GENDER_SWAP, _STYLE_SWAP),
 }
 
 SELECT = {

@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from jfe_jax.datasets.emoji.images import Gallery, Picture, look_alikes
-from jfe_jax.datasets.emoji.splits import View, group_of
+from jfe_jax.datasets.emoji.images import Gallery, Picture, pictures_by_image
+from jfe_jax.datasets.emoji.splits import SplitView, map_split_groups
 
 # A candidate: an image's number, a text, or both.
 Key = int | str | tuple[int, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Ask:
+class QuerySpec:
     """What a query shows and says, and what is right.
 
     Attributes:
@@ -37,7 +37,7 @@ class Ask:
     foil: Key | None = None
 
 
-class World:
+class SceneIndex:
     """Pictures by what they show.
 
     Attributes:
@@ -51,13 +51,13 @@ class World:
 
     def __init__(self, gallery: Gallery):
         self.gallery = gallery
-        self.of_image = look_alikes(gallery)
-        self.at = {place(picture): picture for picture in gallery.pictures}
-        self.of_label: dict[str, list[Picture]] = defaultdict(list)
+        self.pictures_of_image = pictures_by_image(gallery)
+        self.at = {picture_key(picture): picture for picture in gallery.pictures}
+        self.pictures_of_label: dict[str, list[Picture]] = defaultdict(list)
         for picture in gallery.pictures:
-            self.of_label[picture.emoji.label].append(picture)
-        self.labels = list(self.of_label)
-        self.group = group_of(gallery)
+            self.pictures_of_label[picture.emoji.label].append(picture)
+        self.labels = list(self.pictures_of_label)
+        self.group = map_split_groups(gallery)
         self._genders = defaultdict(dict)
         self._tones = defaultdict(dict)
         self._images: dict[str, dict[int, None]] = defaultdict(dict)
@@ -74,60 +74,62 @@ class World:
         """Skin tones that a concept comes in, those of one person only."""
         return [tone for tone in self._tones[concept] if isinstance(tone, int)]
 
-    def beside(self, picture: Picture, **values) -> Picture | None:
+    def find_variant(self, picture: Picture, **values) -> Picture | None:
         """The picture that differs in the given values (gender, tone, style) only, if there is one."""
-        concept, gender, tone, style = place(picture)
+        concept, gender, tone, style = picture_key(picture)
         return self.at.get(
             (concept, values.get("gender", gender), values.get("tone", tone), values.get("style", style))
         )
 
     def group_of_image(self, image: int) -> str:
-        return self.group[self.of_image[image][0].emoji.group]
+        return self.group[self.pictures_of_image[image][0].emoji.group]
 
-    def near(self, image: int) -> list[int]:
+    def other_images_of_concept(self, image: int) -> list[int]:
         """The other images of its concept."""
-        concept = self.of_image[image][0].emoji.concept
+        concept = self.pictures_of_image[image][0].emoji.concept
         return [one for one in self._images[concept] if one != image]
 
     def labels_of(self, images: Iterable[int]) -> list[str]:
         """Labels of all that the images show, each once, in order."""
-        return list(dict.fromkeys(p.emoji.label for image in images for p in self.of_image[image]))
+        return list(dict.fromkeys(p.emoji.label for image in images for p in self.pictures_of_image[image]))
 
     def pairs_of(self, images: Iterable[int]) -> list[tuple[int, str]]:
         """The images with each of their labels."""
         return [(image, label) for image in images for label in self.labels_of([image])]
 
 
-def place(picture: Picture) -> tuple[str, str | None, object, str]:
+def picture_key(picture: Picture) -> tuple[str, str | None, object, str]:
     return picture.emoji.concept, picture.emoji.gender, picture.emoji.tone, picture.style
 
 
-def within(asks: Iterable[Ask], pool: set[Key], view: View, strict: bool) -> Iterator[Ask]:
+def restrict_to_split(
+    queries: Iterable[QuerySpec], pool: set[Key], view: SplitView, strict: bool
+) -> Iterator[QuerySpec]:
     """The asks that a split may use: source and answers allowed, answers outside taken away.
 
     Args:
       strict: all images among the answers must be targets of the view, or the ask is dropped.
     """
-    for ask in asks:
-        if ask.source is not None and ask.source not in view.sources:
+    for query in queries:
+        if query.source is not None and query.source not in view.sources:
             continue
-        images = [image for answer in ask.answers if (image := image_of(answer)) is not None]
+        images = [image for answer in query.answers if (image := image_of(answer)) is not None]
         if strict and not view.targets.issuperset(images):
             continue
         answers = tuple(
             answer
-            for answer in ask.answers
+            for answer in query.answers
             if answer in pool and ((image := image_of(answer)) is None or image in view.targets)
         )
         if answers:
-            foil = ask.foil if ask.foil in pool and ask.foil not in answers else None
-            yield Ask(
-                source=ask.source,
-                text=ask.text,
+            foil = query.foil if query.foil in pool and query.foil not in answers else None
+            yield QuerySpec(
+                source=query.source,
+                text=query.text,
                 answers=answers,
-                group=ask.group,
-                kind=ask.kind,
-                edit=ask.edit,
+                group=query.group,
+                kind=query.kind,
+                edit=query.edit,
                 foil=foil,
             )
 
@@ -146,25 +148,25 @@ def text_of(key: Key) -> str | None:
     return key if isinstance(key, str) else None
 
 
-def balanced(asks: Iterable[Ask], most: int, rng: random.Random) -> list[Ask]:
+def sample_balanced(queries: Iterable[QuerySpec], max_queries: int, rng: random.Random) -> list[QuerySpec]:
     """At most `most` asks, in turn from every edit, and in each edit in turn from every group; duplicates left out."""
-    by_edit: dict[str, dict[str, list[Ask]]] = defaultdict(lambda: defaultdict(list))
-    for ask in asks:
-        by_edit[ask.edit][ask.group].append(ask)
+    by_edit: dict[str, dict[str, list[QuerySpec]]] = defaultdict(lambda: defaultdict(list))
+    for query in queries:
+        by_edit[query.edit][query.group].append(query)
     queues = []
     for edit in sorted(by_edit):
         groups = [by_edit[edit][group] for group in sorted(by_edit[edit])]
         for group in groups:
             rng.shuffle(group)
         rng.shuffle(groups)
-        queues.append(_in_turn(groups))
-    chosen: dict[tuple, Ask] = {}
-    for ask in _in_turn(queues):
-        if len(chosen) == most:
+        queues.append(_round_robin(groups))
+    chosen: dict[tuple, QuerySpec] = {}
+    for query in _round_robin(queues):
+        if len(chosen) == max_queries:
             break
-        chosen.setdefault((ask.source, ask.text, ask.answers), ask)
+        chosen.setdefault((query.source, query.text, query.answers), query)
     return list(chosen.values())
 
 
-def _in_turn(queues: Iterable[Iterable[Ask]]) -> Iterator[Ask]:
-    return (ask for turn in zip_longest(*queues) for ask in turn if ask is not None)
+def _round_robin(queues: Iterable[Iterable[QuerySpec]]) -> Iterator[QuerySpec]:
+    return (query for turn in zip_longest(*queues) for query in turn if query is not None)

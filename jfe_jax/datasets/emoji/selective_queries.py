@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from jfe_jax.datasets.emoji.images import Picture
 from jfe_jax.datasets.emoji.labels import NEUTRAL
 from jfe_jax.datasets.emoji.phrases import GENDERS, SELECT, STYLES, TONES
-from jfe_jax.datasets.emoji.query_spec import Ask, World
-from jfe_jax.datasets.emoji.splits import View
+from jfe_jax.datasets.emoji.query_spec import QuerySpec, SceneIndex
+from jfe_jax.datasets.emoji.splits import SplitView
 
 _KEPT = ("gender", "tone", "style")
 
 
-def select(world: World, view: View, rng: random.Random, draws: int) -> Iterator[Ask]:
+def select(scenes: SceneIndex, view: SplitView, rng: random.Random, draws: int) -> Iterator[QuerySpec]:
     """Image + what to keep of it + what to take instead of the rest → image.
 
     Except for `keep_concept`, what the text names is a picture of `view.named`: the wanted thing's words were seen in
@@ -24,71 +24,71 @@ def select(world: World, view: View, rng: random.Random, draws: int) -> Iterator
     """
     for edit in SELECT:
         if edit == "keep_concept":
-            yield from _keep_concept(world, view, rng, draws)
+            yield from _keep_concept(scenes, view, rng, draws)
         else:
-            yield from _keep_values(world, view, rng, draws, edit)
+            yield from _keep_values(scenes, view, rng, draws, edit)
 
 
-def _keep_values(world: World, view: View, rng: random.Random, draws: int, edit: str) -> Iterator[Ask]:
+def _keep_values(scenes: SceneIndex, view: SplitView, rng: random.Random, draws: int, edit: str) -> Iterator[QuerySpec]:
     kept = [name for name in _KEPT if name in edit.split("_")]
     sources = defaultdict(list)
     for image in sorted(view.sources):
-        pictures = world.of_image[image]
-        values = {_values(picture, kept) for picture in pictures}
+        pictures = scenes.pictures_of_image[image]
+        values = {_kept_values(picture, kept) for picture in pictures}
         # Of an image with two meanings nobody can say which value to keep.
         if len(values) == 1 and None not in values:
             sources[values.pop()].append(pictures[0])
-    for target in _pictures(world, view.named):
-        values, name = _values(target, kept), _name(world, target, kept)
+    for target in _pictures(scenes, view.named):
+        values, name = _kept_values(target, kept), _source_free_name(scenes, target, kept)
         if values is None or name is None:
             continue
         for _ in range(draws):
             source = rng.choice(sources[values]) if sources[values] else None
-            if source is None or world.group[source.emoji.group] == world.group[target.emoji.group]:
+            if source is None or scenes.group[source.emoji.group] == scenes.group[target.emoji.group]:
                 continue
             text = rng.choice(SELECT[edit]).format(name=name, tone=TONES[target.emoji.tone], style=STYLES[target.style])
-            foil = _other(world, target, rng.choice(kept), rng)
-            yield Ask(
+            foil = _foil_picture(scenes, target, rng.choice(kept), rng)
+            yield QuerySpec(
                 source=source.image,
                 text=text,
                 answers=(target.image,),
-                group=world.group[source.emoji.group],
+                group=scenes.group[source.emoji.group],
                 kind="selective",
                 edit=edit,
                 foil=foil and foil.image,
             )
 
 
-def _keep_concept(world: World, view: View, rng: random.Random, draws: int) -> Iterator[Ask]:
-    for source in _pictures(world, view.sources):
+def _keep_concept(scenes: SceneIndex, view: SplitView, rng: random.Random, draws: int) -> Iterator[QuerySpec]:
+    for source in _pictures(scenes, view.sources):
         emoji = source.emoji
         if not isinstance(emoji.tone, int):
             continue
         for _ in range(draws):
             gender = rng.choice(GENDERS) if emoji.gender else None
             values = {"gender": gender, "tone": rng.choice(list(TONES)), "style": rng.choice(list(STYLES))}
-            targets = [world.beside(picture, **values) for picture in world.of_image[source.image]]
+            targets = [scenes.find_variant(picture, **values) for picture in scenes.pictures_of_image[source.image]]
             images = dict.fromkeys(target.image for target in targets if target is not None)
             if not images or source.image in images:
                 continue
             who = " ".join(([gender] if gender else []) + [f"with {TONES[values['tone']]} skin"])
             text = rng.choice(SELECT["keep_concept"]).format(who=who, style=STYLES[values["style"]])
-            yield Ask(
+            yield QuerySpec(
                 source=source.image,
                 text=text,
                 answers=tuple(images),
-                group=world.group[emoji.group],
+                group=scenes.group[emoji.group],
                 kind="selective",
                 edit="keep_concept",
                 foil=source.image,
             )
 
 
-def _pictures(world: World, images: frozenset[int]) -> Iterator[Picture]:
-    return (world.of_image[image][0] for image in sorted(images))
+def _pictures(scenes: SceneIndex, images: frozenset[int]) -> Iterator[Picture]:
+    return (scenes.pictures_of_image[image][0] for image in sorted(images))
 
 
-def _values(picture: Picture, kept: list[str]) -> tuple | None:
+def _kept_values(picture: Picture, kept: list[str]) -> tuple | None:
     """The kept values of a picture that has a skin tone, and a gender if that is kept."""
     emoji = picture.emoji
     if not isinstance(emoji.tone, int) or ("gender" in kept and emoji.gender is None):
@@ -97,15 +97,15 @@ def _values(picture: Picture, kept: list[str]) -> tuple | None:
     return tuple(values[name] for name in kept)
 
 
-def _name(world: World, picture: Picture, kept: list[str]) -> str | None:
+def _source_free_name(scenes: SceneIndex, picture: Picture, kept: list[str]) -> str | None:
     """What the text calls a picture: without a gender where the image gives it, None if there is no such name."""
     if "gender" not in kept:
         return picture.emoji.name
-    return world.genders(picture.emoji.concept).get(NEUTRAL)
+    return scenes.genders(picture.emoji.concept).get(NEUTRAL)
 
 
-def _other(world: World, picture: Picture, kept: str, rng: random.Random) -> Picture | None:
+def _foil_picture(scenes: SceneIndex, picture: Picture, kept: str, rng: random.Random) -> Picture | None:
     """The same with another value of what the image supplies."""
     values = {"gender": GENDERS, "tone": tuple(TONES), "style": tuple(STYLES)}[kept]
     own = {"gender": picture.emoji.gender, "tone": picture.emoji.tone, "style": picture.style}[kept]
-    return world.beside(picture, **{kept: rng.choice([value for value in values if value != own])})
+    return scenes.find_variant(picture, **{kept: rng.choice([value for value in values if value != own])})

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jfe_jax.datasets.emoji.images import Gallery, Picture, look_alikes
+from jfe_jax.datasets.emoji.images import Gallery, Picture, pictures_by_image
 
 FOLDS = 5
 SPLITS = ("train", "val", "test", "combo")
@@ -23,7 +23,7 @@ _HELD_OUT_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
+class SplitView:
     """What one split may use.
 
     Attributes:
@@ -41,7 +41,7 @@ class View:
     groups: frozenset[str]
 
 
-def group_of(gallery: Gallery) -> dict[str, str]:
+def map_split_groups(gallery: Gallery) -> dict[str, str]:
     """Group of an emoji → the group it is split with: groups that share an image are one."""
     leader: dict[str, str] = {}
 
@@ -50,37 +50,37 @@ def group_of(gallery: Gallery) -> dict[str, str]:
             name = leader[name]
         return name
 
-    for pictures in look_alikes(gallery).values():
+    for pictures in pictures_by_image(gallery).values():
         first, *others = sorted({find(picture.emoji.group) for picture in pictures})
         leader.update(dict.fromkeys(others, first))
     return {picture.emoji.group: find(picture.emoji.group) for picture in gallery.pictures}
 
 
-def split(gallery: Gallery, seed: int, fold: int) -> dict[str, View]:
+def make_split_views(gallery: Gallery, seed: int, fold: int) -> dict[str, SplitView]:
     """The view of each of SPLITS, a function of the pictures, `seed` and `fold` alone."""
-    base = group_of(gallery)
+    base = map_split_groups(gallery)
     members = defaultdict(list)
     for picture in gallery.pictures:
         members[base[picture.emoji.group]].append(picture)
-    roles = _roles(members, seed, fold)
+    roles = _assign_roles(members, seed, fold)
     images = {role: _images(members, groups) for role, groups in roles.items()}
     held_out = frozenset(
-        picture.image for group in sorted(roles["combo"]) for picture in _held_out(members[group], seed)
+        picture.image for group in sorted(roles["combo"]) for picture in _hold_out(members[group], seed)
     )
     seen = _images(members, roles["train"]) - held_out
     distractors = images["distractor"]
 
-    def unseen(role: str) -> View:
+    def unseen(role: str) -> SplitView:
         own = images[role]
-        return View(
+        return SplitView(
             sources=own, targets=own | distractors, named=distractors, pool=own | distractors, groups=roles[role]
         )
 
     return {
-        "train": View(sources=seen, targets=seen, named=seen, pool=seen, groups=roles["train"]),
+        "train": SplitView(sources=seen, targets=seen, named=seen, pool=seen, groups=roles["train"]),
         "val": unseen("val"),
         "test": unseen("test"),
-        "combo": View(
+        "combo": SplitView(
             sources=images["combo"],
             targets=held_out,
             named=held_out,
@@ -90,7 +90,7 @@ def split(gallery: Gallery, seed: int, fold: int) -> dict[str, View]:
     }
 
 
-def stratum(pictures: Sequence[Picture]) -> str:
+def split_stratum(pictures: Sequence[Picture]) -> str:
     """What is spread evenly over the folds: groups with tones and genders, with one of them, or of a category."""
     tones = any(isinstance(picture.emoji.tone, int) for picture in pictures)
     genders = any(picture.emoji.gender for picture in pictures)
@@ -99,18 +99,18 @@ def stratum(pictures: Sequence[Picture]) -> str:
     return pictures[0].emoji.category.split(":")[0]
 
 
-def _roles(members: dict[str, list[Picture]], seed: int, fold: int) -> dict[str, frozenset[str]]:
+def _assign_roles(members: dict[str, list[Picture]], seed: int, fold: int) -> dict[str, frozenset[str]]:
     strata = defaultdict(list)
     for group, pictures in members.items():
-        strata[stratum(pictures)].append(group)
+        strata[split_stratum(pictures)].append(group)
     roles: dict[str, set[str]] = {role: set() for role in ("train", "val", "test", "combo", "distractor")}
     dealt = 0
     for name in sorted(strata):
-        ordered = _shuffled(strata[name], f"fold/{seed}")
+        ordered = _hash_order(strata[name], f"fold/{seed}")
         # Dealing on where the last stratum stopped keeps the folds of one size.
         test = {group for i, group in enumerate(ordered) if (i + dealt) % FOLDS == fold}
         dealt += len(ordered)
-        rest = _shuffled([group for group in ordered if group not in test], f"roles/{seed}/{fold}")
+        rest = _hash_order([group for group in ordered if group not in test], f"roles/{seed}/{fold}")
         kind = "tones" if "tones=True" in name else "plain"
         shares = (_VAL_SHARE[kind], _COMBO_SHARE, _DISTRACTOR_SHARE[kind])
         val, combo, distractor = (round(len(rest) * share) for share in shares)
@@ -122,14 +122,14 @@ def _roles(members: dict[str, list[Picture]], seed: int, fold: int) -> dict[str,
     return {role: frozenset(groups) for role, groups in roles.items()}
 
 
-def _held_out(pictures: Sequence[Picture], seed: int) -> list[Picture]:
+def _hold_out(pictures: Sequence[Picture], seed: int) -> list[Picture]:
     if len(pictures) == 2:
         # One vendor's drawing of a single emoji stays in training, so that the emoji is seen.
-        return _shuffled(pictures, f"combo/{seed}", _spelt)[:1]
-    return _shuffled(pictures, f"combo/{seed}", _spelt)[: round(len(pictures) * _HELD_OUT_SHARE)]
+        return _hash_order(pictures, f"combo/{seed}", _picture_key)[:1]
+    return _hash_order(pictures, f"combo/{seed}", _picture_key)[: round(len(pictures) * _HELD_OUT_SHARE)]
 
 
-def _spelt(picture: Picture) -> str:
+def _picture_key(picture: Picture) -> str:
     return f"{picture.emoji.code}/{picture.style}"
 
 
@@ -137,6 +137,6 @@ def _images(members: dict[str, list[Picture]], groups: Iterable[str]) -> frozens
     return frozenset(picture.image for group in groups for picture in members[group])
 
 
-def _shuffled(things, salt: str, key=str) -> list:
+def _hash_order(things, salt: str, key=str) -> list:
     """An order that depends on each thing's name and the salt, not on its neighbours."""
     return sorted(things, key=lambda thing: hashlib.sha256(f"{salt}/{key(thing)}".encode()).digest())
