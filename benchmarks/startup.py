@@ -20,7 +20,7 @@ from benchmarks.common.interleaved import by_turns
 from benchmarks.common.result import Progress, Result, ratios, table
 from benchmarks.data import synthetic_mbeir
 from jfe_jax.data.formats.mbeir import Mbeir
-from jfe_jax.data.prepare.prepare import prepare
+from jfe_jax.data.prepare.prepare import prepare_dataset
 from jfe_jax.data.processor import train_tokenizer
 
 ROWS, VOCABULARY = 1000, 4096
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
 def make_run(folder: Path, progress: Progress) -> Path:
     """A prepared directory in M-BEIR's format, a tokenizer, and a config of one step on both; returns its file."""
     synthetic_mbeir.write(folder / "raw", ROWS)
-    for _ in prepare(Mbeir(folder / "raw"), folder / "prepared", progress=progress):
+    for _ in prepare_dataset(Mbeir(folder / "raw"), folder / "prepared", progress=progress):
         pass
     train_tokenizer(synthetic_mbeir.vocabulary(np.random.default_rng(0)).tolist(), VOCABULARY, folder / "tokenizer")
     vision = {"image_size": 56, "patch_size": 14, "width": 192, "depth": 4, "mlp_dim": 768, "num_heads": 3}

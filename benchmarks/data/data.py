@@ -26,8 +26,8 @@ from jfe_jax.data.ids import PER_DATASET
 from jfe_jax.data.pipeline.loader import training_batches
 from jfe_jax.data.prepare import tfds_builder
 from jfe_jax.data.processor import train_tokenizer
-from jfe_jax.data.storage.prepared_dataset import CANDIDATES, IMAGES, QUERIES, Prepared
-from jfe_jax.data.storage.shard_writer import SHARD_RECORDS
+from jfe_jax.data.storage.prepared_dataset import CANDIDATES, IMAGES, QUERIES, PreparedDataset
+from jfe_jax.data.storage.shard_writer import MIN_RECORDS_PER_SHARD
 
 # Runs a command line in this process and says what it took, to the last line of standard error.
 _MEASURED = """
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         if own:
             part("check --images all", *_measure("data", "check", raw, "--images", "all"), "")
         # Among the candidates, or among their images, which then are what takes long.
-        seconds, whole = _killed(raw, out, IMAGES if own else CANDIDATES, max(10, count // SHARD_RECORDS // 3))
+        seconds, whole = _killed(raw, out, IMAGES if own else CANDIDATES, max(10, count // MIN_RECORDS_PER_SHARD // 3))
         part("prepare, killed", seconds, None, None, f"{whole} finished shards")
         kept = {file.stat().st_ino for file in out.rglob("*") if file.suffix == ".shard" or "array_record" in file.name}
         took = _measure("data", "prepare", raw, "--out", out)
@@ -211,7 +211,7 @@ def _memory(out: Path, candidates: int) -> tuple[float, float, str]:
             staging=out / part / "unfinished",
             expected=candidates // datasets,
         )
-        tfds_builder.build(tfds_builder.MbeirCandidates, config, out, part)
+        tfds_builder.build_part(tfds_builder.MbeirCandidates, config, out, part)
     (out / QUERIES).mkdir()
     code = f"from benchmarks.data.data import read_some; read_some({str(out)!r}, {datasets}, {candidates // datasets})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -222,7 +222,7 @@ def _memory(out: Path, candidates: int) -> tuple[float, float, str]:
 def read_some(out: str, datasets: int, count: int) -> None:
     """Reads candidates at random; prints peak memory before and after in KiB, and seconds each."""
     before = memory.peak()
-    prepared, rng = Prepared(out), np.random.default_rng(0)
+    prepared, rng = PreparedDataset(out), np.random.default_rng(0)
     numbers = rng.integers(0, datasets, 50_000) * PER_DATASET + rng.integers(0, count, 50_000)
     start = time.monotonic()
     for number in numbers.tolist():

@@ -27,7 +27,7 @@ from jfe_jax.config import Config, from_dict
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.item import Item
 from jfe_jax.data.pipeline.loader import training_batches
-from jfe_jax.data.prepare.prepare import prepare
+from jfe_jax.data.prepare.prepare import prepare_dataset
 from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.datasets.npm import cache_directory
 from jfe_jax.errors import UserError
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "mbeir", Path(folder) / "prepared"
         synthetic_mbeir.write(raw, ROWS)
-        for _ in prepare(Mbeir(raw), out, progress=progress):
+        for _ in prepare_dataset(Mbeir(raw), out, progress=progress):
             pass
         pairs = _items(raw)
         # Each gives a stream of batches' items. Ours is endless and goes on in the next round; theirs is an epoch.

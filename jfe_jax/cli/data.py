@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _check(args: argparse.Namespace) -> None:
     from jfe_jax.data.prepare import validate
 
-    report = validate.check(args.dir, images=args.images)
+    report = validate.validate_mbeir(args.dir, images=args.images)
     print(json.dumps(report.as_dict(), ensure_ascii=False, indent=2) if args.json else report.as_text())
     if report.errors:
         first = next(defect for defect in report.defects if defect.severity == "error")
@@ -90,7 +90,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 def _prepare_locked(args: argparse.Namespace) -> None:
     from jfe_jax.data.formats.mbeir import Mbeir
-    from jfe_jax.data.prepare.prepare import prepare
+    from jfe_jax.data.prepare.prepare import prepare_dataset
 
     images = None
     if args.format == "mbeir":
@@ -103,14 +103,14 @@ def _prepare_locked(args: argparse.Namespace) -> None:
         mbeir, images = import_pairs(
             args.dir, args.out, kind=args.format, name=args.name, number=args.number, images=args.images
         )
-    parts = prepare(
+    parts = prepare_dataset(
         mbeir,
         args.out,
         images=images,
         splits=args.splits,
         units=args.units,
         short_side=args.short_side,
-        max_bad=args.max_bad_share,
+        max_bad_share=args.max_bad_share,
         progress=progress.progress_bar,
     )
     for part in parts:

@@ -18,7 +18,7 @@ from jfe_jax.data.formats.candidate_table import content_id
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.ids import image_id
 from jfe_jax.data.item import Item
-from jfe_jax.data.storage.image_store import Images, Unpacked, open_images, opened
+from jfe_jax.data.storage.image_store import DirectoryImages, ImageLookup, open_images, resolve_image
 from jfe_jax.embedding.embed import SHARD
 from jfe_jax.embedding.embedding_cache import Stored, Stores, Wanted
 from jfe_jax.embedding.retriever import Retriever
@@ -53,7 +53,7 @@ class Evaluation:
     results: dict
     answers: list[Answers]
     questions: Questions
-    images: Images
+    images: ImageLookup
 
     @property
     def pools(self) -> Pools:
@@ -154,7 +154,7 @@ def ask(
         "model": retriever.config.model.kind,
         "parameters": retriever.parameters,
         "data": str(questions.path),
-        "images": None if isinstance(images, Unpacked) else str(place),
+        "images": None if isinstance(images, DirectoryImages) else str(place),
         "split": questions.split,
         "instruction": questions.instruction,
         "given": list(given),
@@ -182,7 +182,7 @@ def _jobs(questions: Questions, given: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def _stores(retriever: Retriever, folder: Path, images: Images, keep: Keep) -> Stores:
+def _stores(retriever: Retriever, folder: Path, images: ImageLookup, keep: Keep) -> Stores:
     return Stores(folder, retriever, form=images.form, overwrite=keep.overwrite, shard=keep.shard)
 
 
@@ -199,7 +199,7 @@ class _Candidates:
 
     kind = "candidates"
 
-    def __init__(self, questions: Questions, images: Images):
+    def __init__(self, questions: Questions, images: ImageLookup):
         self._images, self._known, self.path = images, questions.table.candidates, questions.path
         self.contents, self.files, self.names = self._known.contents, self._known.files, self._known.names
 
@@ -207,7 +207,7 @@ class _Candidates:
         return self._known.did(number)
 
     def item(self, number: int) -> Item:
-        return opened(self._known[number].item(), self._images)
+        return resolve_image(self._known[number].item(), self._images)
 
 
 class _Queries:
@@ -215,7 +215,7 @@ class _Queries:
 
     kind = "queries"
 
-    def __init__(self, questions: Questions, images: Images, jobs: list[Job]):
+    def __init__(self, questions: Questions, images: ImageLookup, jobs: list[Job]):
         self._images, self._jobs, self.path = images, jobs, questions.path
         self._firsts = [job.first for job in jobs]
         root = questions.table.candidates.root
@@ -232,17 +232,17 @@ class _Queries:
 
     def item(self, number: int) -> Item:
         job, asked = self._at(number)
-        return opened(asked.item(job.given), self._images)
+        return resolve_image(asked.item(job.given), self._images)
 
     def _at(self, number: int) -> tuple[Job, Asked]:
         job = self._jobs[bisect.bisect_right(self._firsts, number) - 1]
         return job, job.asked[number - job.first]
 
 
-def _images(questions: Questions, jobs: list[Job], place: Path, progress: Progress) -> Images:
+def _images(questions: Questions, jobs: list[Job], place: Path, progress: Progress) -> ImageLookup:
     """Where the images are; those of the other protocols were found when their rows were read."""
     if questions.protocol is not MBEIR:
-        return Unpacked()
+        return DirectoryImages()
     known = questions.table.candidates
     shown = {one.query.image for job in jobs for one in job.asked} - {None}
 
@@ -255,7 +255,7 @@ def _images(questions: Questions, jobs: list[Job], place: Path, progress: Progre
         return images or open_images(questions.path, place, wanted, copies=False)
 
 
-def _require_images(jobs: list[Job], images: Images) -> None:
+def _require_images(jobs: list[Job], images: ImageLookup) -> None:
     """Before hours of embedding: the queries' images are there."""
     wanted = {one.item(job.given).image: one.query.qid for job in jobs for one in job.asked}
     wanted.pop(None, None)

@@ -13,7 +13,7 @@ from jfe_jax.data.formats.candidate_table import read_catalogue
 from jfe_jax.data.formats.mbeir import MODALITIES, Candidate, Mbeir
 from jfe_jax.data.ids import image_id
 from jfe_jax.data.item import Item
-from jfe_jax.data.storage.image_store import Images, opened
+from jfe_jax.data.storage.image_store import ImageLookup, resolve_image
 from jfe_jax.embedding.embed import embed
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.embedding.row_source import Rows, RowsPart
@@ -37,7 +37,7 @@ class PoolFile:
       UserError: a row is wrong, two rows give one id to different candidates, or there is none with its image.
     """
 
-    def __init__(self, mbeir: Mbeir, path: Path, images: Images):
+    def __init__(self, mbeir: Mbeir, path: Path, images: ImageLookup):
         self.path, self.images, lost = path, images, array("q")
 
         def parse(line: bytes, file: Path, number: int) -> Candidate:
@@ -81,7 +81,7 @@ class PoolFile:
     def items(self, start: int, stop: int) -> list[Item]:
         """As embed.Source."""
         stop = min(stop, len(self._rows))
-        return [opened(self.candidate(position).item(), self.images) for position in range(start, stop)]
+        return [resolve_image(self.candidate(position).item(), self.images) for position in range(start, stop)]
 
 
 class Pool:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from jfe_jax.data.formats.mbeir import Candidate
 from jfe_jax.data.image_transforms import decode
-from jfe_jax.data.storage.image_store import Images, StoredImage, Unpacked
+from jfe_jax.data.storage.image_store import DirectoryImages, ImageLookup, StoredImage
 
 _SIDE = 16
 # Of 768 bytes each.
@@ -30,8 +30,8 @@ class Duplicates:
       images: where they are; files if not given.
     """
 
-    def __init__(self, image_difference: float, images: Images | None = None):
-        self._difference, self._images = image_difference, images or Unpacked()
+    def __init__(self, image_difference: float, images: ImageLookup | None = None):
+        self._difference, self._images = image_difference, images or DirectoryImages()
         self._hashes: collections.OrderedDict[Path, np.ndarray] = collections.OrderedDict()
 
     def same(self, one: Candidate, other: Candidate) -> bool:

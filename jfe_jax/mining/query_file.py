@@ -15,7 +15,7 @@ from jfe_jax.data.formats.line_index import filled_lines, lines_at
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir, Query, Unit
 from jfe_jax.data.formats.mbeir_records import decode_row, parse_query
 from jfe_jax.data.item import Item
-from jfe_jax.data.storage.image_store import opened
+from jfe_jax.data.storage.image_store import resolve_image
 from jfe_jax.embedding.string_table import NamesRead
 from jfe_jax.errors import UserError
 from jfe_jax.mining.candidate_pool import PoolFile
@@ -72,7 +72,7 @@ class QueryFile:
         lines = self._lines(self.numbers[start:stop].tolist())
         # What was read once is read without an error.
         items = (self._item(self._query(line, 0), MODALITIES[self._kinds[at]]) for at, line in enumerate(lines, start))
-        return [opened(item, self._pool.images) for item in items]
+        return [resolve_image(item, self._pool.images) for item in items]
 
     def asked(self, start: int, stop: int) -> list[Asked]:
         """Of the queries asked, those from `start` to `stop` - 1."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from jfe_jax.data.formats.line_index import filled_lines
 from jfe_jax.data.formats.mbeir import Candidate, Mbeir
 from jfe_jax.data.formats.mbeir_records import decode_row
-from jfe_jax.data.storage.image_store import Images, Unpacked, open_images
+from jfe_jax.data.storage.image_store import DirectoryImages, ImageLookup, open_images
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation.eval_set import ALL_PROMPTS, Asked
 from jfe_jax.evaluation.load import read_questions
@@ -33,16 +33,16 @@ def cards(models: dict[str, list[Run]], pool: str, other: str | None) -> tuple[l
         return [], f'<p class="note">No gallery: {text(error)}</p>'
 
 
-def images(models: dict[str, list[Run]]) -> Images:
+def images(models: dict[str, list[Run]]) -> ImageLookup:
     """Where the images of the first run are."""
     results = next(iter(models.values()))[0].results
     if not results.get("images"):
-        return Unpacked()
+        return DirectoryImages()
     try:
         return open_images(Path(results["data"]), Path(results["images"]), list, copies=False)
     except (UserError, OSError):
         # They have gone since: a page without pictures.
-        return Unpacked()
+        return DirectoryImages()
 
 
 def _pick(runs: list[Run], names: list[str], pool: str) -> list[Card]:

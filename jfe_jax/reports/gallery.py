@@ -12,7 +12,7 @@ from PIL import Image
 
 from jfe_jax.data.formats.mbeir import Candidate
 from jfe_jax.data.image_transforms import decode
-from jfe_jax.data.storage.image_store import Images
+from jfe_jax.data.storage.image_store import ImageLookup
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation.eval_set import Asked
 from jfe_jax.reports.html import text
@@ -42,7 +42,7 @@ class Card:
     right: Candidate | None
 
 
-def gallery(cards: Sequence[Card], outcomes: Sequence[str], images: Images) -> str:
+def gallery(cards: Sequence[Card], outcomes: Sequence[str], images: ImageLookup) -> str:
     """Cards with filters by unit and outcome; empty without cards."""
     if not cards:
         return ""
@@ -98,7 +98,7 @@ def _picture(path: Path, thumbnails: _Thumbnails, name: str) -> str:
 class _Thumbnails(dict[Path, str]):
     """Images as data URLs, made when they are asked for."""
 
-    def __init__(self, images: Images):
+    def __init__(self, images: ImageLookup):
         self._images = images
 
     def __missing__(self, path: Path) -> str:

@@ -10,7 +10,7 @@ from PIL import Image
 from jfe_jax.cli.main import main
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.item import Item
-from jfe_jax.data.storage.prepared_dataset import Prepared, parse_query
+from jfe_jax.data.storage.prepared_dataset import PreparedDataset, parse_query
 from jfe_jax.embedding.retriever import Retriever
 from tests.support.mbeir_directory import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 from tests.support.tiny_retriever import picture, random_retriever, save, tiny_config
@@ -161,7 +161,7 @@ def test_mined_negatives_are_what_training_reads(mbeir, runs, tmp_path, capsys):
     )
     assert "shapes_task7: 12 negatives for 4 queries" in capsys.readouterr().out
     assert main(["data", "prepare", str(tmp_path / "mined"), "--out", str(tmp_path / "prepared")]) == 0
-    prepared = Prepared(tmp_path / "prepared")
+    prepared = PreparedDataset(tmp_path / "prepared")
     records = prepared.queries("shapes_task7", "train")
     read = [parse_query(records[number]) for number in range(len(records))]
     queries = Mbeir(tmp_path / "mined").queries("train", Mbeir(mbeir).unit("train", "shapes_task7"))

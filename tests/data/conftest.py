@@ -7,7 +7,7 @@ import pytest
 
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data.formats.mbeir import Mbeir
-from jfe_jax.data.prepare.prepare import prepare
+from jfe_jax.data.prepare.prepare import prepare_dataset
 from tests.support.mbeir_directory import IMAGE_TOKEN, VOCAB_SIZE, make_mbeir
 
 
@@ -24,7 +24,7 @@ def mbeir_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def prepared_dir(mbeir_dir, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("prepared")
-    list(prepare(Mbeir(mbeir_dir), out, progress=silent))
+    list(prepare_dataset(Mbeir(mbeir_dir), out, progress=silent))
     return out
 
 

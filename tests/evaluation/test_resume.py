@@ -14,7 +14,7 @@ import pytest
 
 from jfe_jax.cli.main import main
 from jfe_jax.data.formats.mbeir import Mbeir
-from jfe_jax.data.prepare.prepare import prepare
+from jfe_jax.data.prepare.prepare import prepare_dataset
 from jfe_jax.embedding.embedding_cache import Stored, StoredRows, Stores
 from jfe_jax.embedding.row_source import FileRows
 from jfe_jax.embedding.shard_store import encode
@@ -206,7 +206,7 @@ def test_prepared_images_of_another_size_are_not_mixed_in(shapes_retriever, mbei
     keep = {"folder": tmp_path / "out", "embeddings": tmp_path / "shared"}
     ask(shapes_retriever, mbeir_path, Keep(**keep), pools=["local"])
     mbeir = Mbeir(mbeir_path)
-    list(prepare(mbeir, tmp_path / "small", splits=["test"], units=UNITS, short_side=16, progress=quiet))
+    list(prepare_dataset(mbeir, tmp_path / "small", splits=["test"], units=UNITS, short_side=16, progress=quiet))
     with pytest.raises(UserError, match=r"images in another form \(as published, not short side 16 at most\)"):
         ask(shapes_retriever, mbeir_path, Keep(**keep, images=tmp_path / "small"), pools=["local"])
 

@@ -20,8 +20,8 @@ import tensorflow_datasets as tfds
 
 from jfe_jax.data.formats.mbeir_records import read_rows
 from jfe_jax.data.formats.mbeir_writer import Content, Pair, both_ways
-from jfe_jax.data.storage.image_source import Archives, Files, ImageSource, member_prefix
-from jfe_jax.data.storage.tar_archive import Archive
+from jfe_jax.data.storage.image_source import FileImageSource, ImageSource, TarImageSource, member_prefix
+from jfe_jax.data.storage.tar_archive import TarArchive
 from jfe_jax.errors import UserError
 
 # sentence-transformers, SimCSE's NLI file, premise and hypotheses, FlagEmbedding.
@@ -39,24 +39,24 @@ _IMAGE_MARK = re.compile(r"<\|image_\d+\|>\s*")
 
 def mmeb(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
     """Rows in MMEB-train's shape; image paths are relative to `images`, by default where the rows are."""
-    return _mmeb_pairs(source), Files(images or _folder(source))
+    return _mmeb_pairs(source), FileImageSource(images or _folder(source))
 
 
 def captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
     """Rows with an image's path and its captions."""
-    return _caption_pairs(source), Files(images or _folder(source))
+    return _caption_pairs(source), FileImageSource(images or _folder(source))
 
 
 def triplets(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
     """Texts with a hard negative."""
-    return _triplet_pairs(source), Files(_folder(source))
+    return _triplet_pairs(source), FileImageSource(_folder(source))
 
 
 def webdataset(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
     """Tar shards of samples."""
-    archives = [Archive([file]) for file in _files(source, "*.tar", "*.tar.gz")]
+    archives = [TarArchive([file]) for file in _files(source, "*.tar", "*.tar.gz")]
     root = _folder(source)
-    return _webdataset_pairs(archives, root), Archives(archives, root)
+    return _webdataset_pairs(archives, root), TarImageSource(archives, root)
 
 
 def tfds_captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
@@ -130,7 +130,7 @@ def _triplet_pairs(source: Path) -> Iterator[Pair]:
         yield Pair(place, anchor[0] if anchor else Content(), positives, negatives)
 
 
-def _webdataset_pairs(archives: list[Archive], root: Path) -> Iterator[Pair]:
+def _webdataset_pairs(archives: list[TarArchive], root: Path) -> Iterator[Pair]:
     for archive in archives:
         prefix, members = member_prefix(archive, root), set()
         key, image, found = "", "", []
@@ -161,7 +161,7 @@ def _webdataset_pairs(archives: list[Archive], root: Path) -> Iterator[Pair]:
 class _Tfds:
     """A TFDS data set as pairs and as a source of images, named "SPLIT/INDEX.img"."""
 
-    in_order = False
+    sequential_only = False
 
     def __init__(self, source: Path):
         places = [source, *sorted(source.glob("*/")), *sorted(source.glob("*/*/"))]

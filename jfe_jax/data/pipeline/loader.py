@@ -24,7 +24,7 @@ from jfe_jax.data.pipeline.pair_batcher import PairBatches
 from jfe_jax.data.pipeline.pair_dataset import Caches, EncodePair, UnitQueries
 from jfe_jax.data.pipeline.pair_reader import PairReader
 from jfe_jax.data.processor import ItemEncoder
-from jfe_jax.data.storage.prepared_dataset import Prepared
+from jfe_jax.data.storage.prepared_dataset import PreparedDataset
 from jfe_jax.errors import UserError
 
 # Batches made ahead of the step.
@@ -73,7 +73,7 @@ def training_batches(
             f"data.{key}: {room} is less than the longest item, {encoder.longest} tokens; raise it or lower "
             "tokens.max_text_tokens"
         )
-    prepared = Prepared(Path(cfg.data.path) if cfg.data.path else "")
+    prepared = PreparedDataset(Path(cfg.data.path) if cfg.data.path else "")
     sizes = {name: len(prepared.queries(name, split)) for name in prepared.units(split)}
     shares = weights(cfg.data, sizes, str(prepared.path))
     caches = Caches(cfg.data.image_cache_mib << 20)

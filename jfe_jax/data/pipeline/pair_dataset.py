@@ -18,7 +18,7 @@ from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.batch_builder import EncodedPair
 from jfe_jax.data.pipeline.lru_cache import ByteCache
 from jfe_jax.data.processor import ItemEncoder
-from jfe_jax.data.storage.prepared_dataset import Prepared, QueryRecord, RawRecords, parse_query
+from jfe_jax.data.storage.prepared_dataset import PreparedDataset, QueryRecord, RawRecords, parse_query
 from jfe_jax.errors import UserError
 
 # What an entry of a cache costs besides its array.
@@ -92,7 +92,7 @@ class EncodePair(grain.transforms.MapWithIndex):
       image_shift: each image is moved by up to so many pixels.
     """
 
-    prepared: Prepared
+    prepared: PreparedDataset
     encoder: ItemEncoder
     caches: Caches
     seed: int

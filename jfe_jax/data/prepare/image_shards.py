@@ -15,7 +15,7 @@ from PIL import Image
 from jfe_jax.data.ids import name_id
 from jfe_jax.data.image_transforms import decode
 from jfe_jax.data.storage.image_source import ImageSource
-from jfe_jax.data.storage.shard_writer import ShardWriter
+from jfe_jax.data.storage.shard_writer import RecordShardWriter
 from jfe_jax.errors import UserError
 
 _AT_ONCE = 64
@@ -42,7 +42,7 @@ class ImagePart:
 
     def open(self) -> None:
         """Finds out what is there from a run that was killed."""
-        self.writer = ShardWriter(self.staging, self.fingerprint, len(self.ids))
+        self.writer = RecordShardWriter(self.staging, self.fingerprint, len(self.ids))
         finished = [self._ids_file(number) for number in range(len(self.writer.finished))]
         # Numbers of eight bytes: there are millions.
         self.written = array("q")
@@ -56,17 +56,17 @@ class ImagePart:
         self.written.append(key)
         self.writer.write({"image_id": key, "image": content})
 
-    def fail(self, problem: str, max_bad: float) -> None:
+    def fail(self, problem: str, max_bad_share: float) -> None:
         """Notes what cannot be had.
 
         Raises:
-          UserError: that is more than the share `max_bad` of all.
+          UserError: that is more than the share `max_bad_share` of all.
         """
         self.missing.append(problem)
-        if len(self.missing) > max_bad * len(self.ids):
+        if len(self.missing) > max_bad_share * len(self.ids):
             raise UserError(
                 f"{problem}; {len(self.missing)} of the {len(self.ids)} images of {self.name} cannot be had, more than "
-                f"the share of {max_bad:g} that --max-bad-share allows"
+                f"the share of {max_bad_share:g} that --max-bad-share allows"
             )
 
     def _ids_file(self, number: int) -> Path:
@@ -84,14 +84,14 @@ class _Job(NamedTuple):
     parts: list[int]
 
 
-def write_images(
-    parts: list[ImagePart], source: ImageSource, *, short_side: int, max_bad: float, tick: Callable[[int], None]
+def write_image_shards(
+    parts: list[ImagePart], source: ImageSource, *, short_side: int, max_bad_share: float, tick: Callable[[int], None]
 ) -> None:
     """Writes what the parts want into their staging directories; what is in finished shards is not read again.
 
     Args:
       short_side: an image whose shorter side is longer is made so small and written as JPEG; 0 leaves all as they are.
-      max_bad: the share of a part's images that may be missing or unreadable.
+      max_bad_share: the share of a part's images that may be missing or unreadable.
       tick: called with the number of images just done.
 
     Raises:
@@ -111,11 +111,11 @@ def write_images(
             yield from part.names()
 
     def finish(jobs: list[_Job]) -> None:
-        results = pool.map(lambda job: _encoded(job, source.where(job.name), short_side), jobs)
+        results = pool.map(lambda job: _encode_image(job, source.where(job.name), short_side), jobs)
         for job, (content, problem) in zip(jobs, results, strict=True):
             for number in job.parts:
                 if content is None:
-                    parts[number].fail(problem, max_bad)
+                    parts[number].fail(problem, max_bad_share)
                 else:
                     parts[number].add(job.key, content)
                 tick(1)
@@ -130,7 +130,7 @@ def write_images(
             if start == end or found[start]:
                 continue
             found[start:end] = True
-            if source.in_order:
+            if source.sequential_only:
                 content = read()
                 read = lambda content=content: content  # noqa: E731
             jobs.append(_Job(key, name, read, owners[start:end].tolist()))
@@ -141,12 +141,12 @@ def write_images(
         gone = {int(key) for key in ids[~found]}
         for part in parts:
             for name in dict.fromkeys(name for name in part.names() if name_id(name) in gone):
-                part.fail(f"{name}: not in {source}", max_bad)
+                part.fail(f"{name}: not in {source}", max_bad_share)
     for part in parts:
         part.writer.close()
 
 
-def _encoded(job: _Job, where: str, short_side: int) -> tuple[bytes | None, str]:
+def _encode_image(job: _Job, where: str, short_side: int) -> tuple[bytes | None, str]:
     try:
         content = job.read()
         image = decode(content, where)

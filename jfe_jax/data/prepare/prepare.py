@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from jfe_jax.data.formats.candidate_ids import CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir, Unit
 from jfe_jax.data.ids import image_id, image_name
-from jfe_jax.data.prepare.image_shards import ImagePart, write_images
+from jfe_jax.data.prepare.image_shards import ImagePart, write_image_shards
 from jfe_jax.data.prepare.tfds_builder import (
     CandidatesConfig,
     ImagesConfig,
@@ -20,9 +20,9 @@ from jfe_jax.data.prepare.tfds_builder import (
     MbeirImages,
     MbeirQueries,
     QueriesConfig,
-    build,
+    build_part,
 )
-from jfe_jax.data.storage.image_source import ImageSource, of_mbeir
+from jfe_jax.data.storage.image_source import ImageSource, find_image_source
 from jfe_jax.data.storage.prepared_dataset import CANDIDATES, IMAGES, QUERIES, VERSION
 from jfe_jax.errors import UserError
 
@@ -30,7 +30,7 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int]
 
 
 @dataclass(frozen=True)
-class Part:
+class PartResult:
     """What became of one part: "written", "kept" (it was finished before), or "empty" (nothing to write).
 
     Attributes:
@@ -45,7 +45,7 @@ class Part:
     missing: int = 0
 
 
-def prepare(
+def prepare_dataset(
     mbeir: Mbeir,
     out: Path,
     *,
@@ -53,9 +53,9 @@ def prepare(
     units: Sequence[str] | None = None,
     images: ImageSource | None = None,
     short_side: int = 0,
-    max_bad: float = 0.001,
+    max_bad_share: float = 0.001,
     progress: Progress,
-) -> Iterator[Part]:
+) -> Iterator[PartResult]:
     """Writes the parts that are missing or whose source has changed, one after the other, images last.
 
     The source is the text files: an image that is replaced under its old name is not noticed. A part that a killed run
@@ -66,18 +66,21 @@ def prepare(
       units: names of the units to write; by default all. The datasets they point into are written too.
       images: where images come from; by default the directory's files, or its archive if it has no mbeir_images/.
       short_side: images whose shorter side is longer are made so small; 0 leaves all as they are.
-      max_bad: the share of a part's images that may be missing or unreadable.
+      max_bad_share: the share of a part's images that may be missing or unreadable.
       progress: (part, records expected) → a context that gives a function to call with the records done.
 
     Raises:
-      UserError: a row is wrong, or more images than `max_bad` are missing or cannot be read (the message names one).
+      UserError: a row is malformed, or more than `max_bad_share` of the images are missing or unreadable (the message
+        names one).
     """
-    return _Prepare(mbeir, out, images or of_mbeir(mbeir.path), short_side, max_bad, progress).run(
-        _chosen(mbeir, splits, units)
-    )
+    return _DatasetPreparer(
+        mbeir, out, images or find_image_source(mbeir.path), short_side, max_bad_share, progress
+    ).run(_select_units(mbeir, splits, units))
 
 
-def _chosen(mbeir: Mbeir, splits: Sequence[str] | None, units: Sequence[str] | None) -> dict[str, dict[str, Unit]]:
+def _select_units(
+    mbeir: Mbeir, splits: Sequence[str] | None, units: Sequence[str] | None
+) -> dict[str, dict[str, Unit]]:
     """Names of units → split → unit."""
     if splits is None:
         splits = [split for split in mbeir.splits if not split.startswith(("test", "union"))]
@@ -93,18 +96,18 @@ def _chosen(mbeir: Mbeir, splits: Sequence[str] | None, units: Sequence[str] | N
     return {name: by_split for name, by_split in sorted(found.items()) if not units or name in units}
 
 
-class _Prepare:
+class _DatasetPreparer:
     def __init__(
-        self, mbeir: Mbeir, out: Path, images: ImageSource, short_side: int, max_bad: float, progress: Progress
+        self, mbeir: Mbeir, out: Path, images: ImageSource, short_side: int, max_bad_share: float, progress: Progress
     ):
         self._mbeir, self._out, self._images = mbeir, out, images
-        self._short_side, self._max_bad, self._progress = short_side, max_bad, progress
+        self._short_side, self._max_bad_share, self._progress = short_side, max_bad_share, progress
         self._indices = CandidateIndices(mbeir)
         # Parts of images that may have to be written, and those that are there.
         self._wanted: list[ImagePart] = []
-        self._kept: list[Part] = []
+        self._kept: list[PartResult] = []
 
-    def run(self, chosen: dict[str, dict[str, Unit]]) -> Iterator[Part]:
+    def run(self, chosen: dict[str, dict[str, Unit]]) -> Iterator[PartResult]:
         datasets: set[int] = set()
         for name, by_split in chosen.items():
             part, seen = self._queries(name, by_split)
@@ -115,7 +118,7 @@ class _Prepare:
         yield from self._kept
         yield from self._write_images()
 
-    def _queries(self, name: str, by_split: dict[str, Unit]) -> tuple[Part, set[int]]:
+    def _queries(self, name: str, by_split: dict[str, Unit]) -> tuple[PartResult, set[int]]:
         """Writes or keeps a unit's queries; also says into which datasets they point."""
         part = f"{QUERIES}/{name}"
         unit = next(iter(by_split.values()))
@@ -127,13 +130,13 @@ class _Prepare:
         ]
         source, rows = _digest(self._mbeir, by_split, table)
         if not rows:
-            return Part(part, "empty", 0), set()
+            return PartResult(part, "empty", 0), set()
         finished = self._finished(part)
         if finished:
             seen, fingerprint = set(finished.metadata.get("datasets", ())), finished.metadata["fingerprint"]
             if fingerprint == self._with_pools(source, seen):
                 self._query_images(name, by_split, rows, fingerprint, seen)
-                return Part(part, "kept", sum(split.num_examples for split in finished.splits.values())), seen
+                return PartResult(part, "kept", sum(split.num_examples for split in finished.splits.values())), seen
         with self._progress(part, sum(rows.values())) as tick:
             config = QueriesConfig(
                 name=name,
@@ -149,16 +152,16 @@ class _Prepare:
                 metadata={"instructions": table, "max_positives": {}},
                 tick=tick,
             )
-            build(MbeirQueries, config, self._out, part)
+            build_part(MbeirQueries, config, self._out, part)
         counts, seen = config.counts, config.datasets
         self._query_images(name, by_split, rows, self._with_pools(source, seen), seen)
-        return Part(part, "written", counts["records"], counts["dropped"], counts["dangling"]), seen
+        return PartResult(part, "written", counts["records"], counts["dropped"], counts["dangling"]), seen
 
-    def _candidates(self, dataset: int) -> Part:
+    def _candidates(self, dataset: int) -> PartResult:
         name = f"dataset{dataset}"
         part, index = f"{CANDIDATES}/{name}", self._indices.of(dataset)
         if not len(index):
-            return Part(part, "empty", 0)
+            return PartResult(part, "empty", 0)
         self._add_images(
             name,
             index.fingerprint,
@@ -167,7 +170,7 @@ class _Prepare:
         )
         finished = self._finished(part)
         if finished and finished.metadata["fingerprint"] == index.fingerprint:
-            return Part(part, "kept", finished.splits["pool"].num_examples)
+            return PartResult(part, "kept", finished.splits["pool"].num_examples)
         with self._progress(part, len(index)) as tick:
             config = CandidatesConfig(
                 name=name,
@@ -177,8 +180,8 @@ class _Prepare:
                 expected=len(index),
                 tick=tick,
             )
-            build(MbeirCandidates, config, self._out, part)
-        return Part(part, "written", len(index))
+            build_part(MbeirCandidates, config, self._out, part)
+        return PartResult(part, "written", len(index))
 
     def _query_images(
         self, name: str, by_split: dict[str, Unit], rows: dict[str, int], fingerprint: str, datasets: set[int]
@@ -204,7 +207,7 @@ class _Prepare:
         finished = self._finished(part)
         if finished and finished.metadata["fingerprint"] == fingerprint:
             records = sum(split.num_examples for split in finished.splits.values())
-            self._kept.append(Part(part, "kept", records, missing=finished.metadata["missing"]))
+            self._kept.append(PartResult(part, "kept", records, missing=finished.metadata["missing"]))
             return
         wanted = ids()
         if len(wanted):
@@ -212,11 +215,13 @@ class _Prepare:
                 ImagePart(name=part, fingerprint=fingerprint, ids=wanted, names=names, staging=self._staging(part))
             )
 
-    def _write_images(self) -> Iterator[Part]:
+    def _write_images(self) -> Iterator[PartResult]:
         if not self._wanted:
             return
         with self._progress(IMAGES, sum(len(part.ids) for part in self._wanted)) as tick:
-            write_images(self._wanted, self._images, short_side=self._short_side, max_bad=self._max_bad, tick=tick)
+            write_image_shards(
+                self._wanted, self._images, short_side=self._short_side, max_bad_share=self._max_bad_share, tick=tick
+            )
         for part in self._wanted:
             config = ImagesConfig(
                 name=part.name.partition("/")[2],
@@ -226,8 +231,8 @@ class _Prepare:
                 ids=np.array(part.written, np.int64),
                 missing=part.missing,
             )
-            build(MbeirImages, config, self._out, part.name)
-            yield Part(part.name, "written", len(part.written), missing=len(part.missing))
+            build_part(MbeirImages, config, self._out, part.name)
+            yield PartResult(part.name, "written", len(part.written), missing=len(part.missing))
 
     def _with_pools(self, source: bytes, datasets: set[int]) -> str:
         pools = "".join(f"{dataset}:{self._indices.of(dataset).fingerprint};" for dataset in sorted(datasets))

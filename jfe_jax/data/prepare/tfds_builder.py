@@ -34,14 +34,14 @@ from jfe_jax.data.formats.candidate_ids import CandidateIndex, CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, dataset_id
 from jfe_jax.data.ids import image_id
 from jfe_jax.data.storage.prepared_dataset import VERSION
-from jfe_jax.data.storage.shard_writer import Record, Shard, ShardWriter, write_all
+from jfe_jax.data.storage.shard_writer import Record, RecordShard, RecordShardWriter, write_remaining
 from jfe_jax.errors import UserError
 
 _ITEM_FEATURES = {"text": tfds.features.Text(), "image_id": np.int64, "modality": np.int64}
 
 
 @dataclass(kw_only=True)
-class _Config(tfds.core.BuilderConfig):
+class _PartConfig(tfds.core.BuilderConfig):
     """What every part needs.
 
     Attributes:
@@ -77,15 +77,15 @@ class _ShardedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
                 splits.append(tfds.core.SplitInfo(split, [shard.records for shard in shards], size, template))
         self.info.set_splits(tfds.core.splits.SplitDict(splits))
 
-    def _write(self, split: str, records: Iterable[Record]) -> list[Shard]:
+    def _write(self, split: str, records: Iterable[Record]) -> list[RecordShard]:
         config = self.builder_config
-        writer = ShardWriter(config.staging / split, config.fingerprint, config.expected)
-        write_all(writer, records)
+        writer = RecordShardWriter(config.staging / split, config.fingerprint, config.expected)
+        write_remaining(writer, records)
         return writer.finished
 
 
 @dataclass(kw_only=True)
-class CandidatesConfig(_Config):
+class CandidatesConfig(_PartConfig):
     """Which candidates."""
 
     index: CandidateIndex | None = None
@@ -106,7 +106,7 @@ class MbeirCandidates(_ShardedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict({"did": tfds.features.Text(), **_ITEM_FEATURES}),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, list[Shard]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, list[RecordShard]]:
         return {"pool": self._write("pool", self._generate_examples())}
 
     def _generate_examples(self) -> Iterator[Record]:
@@ -122,7 +122,7 @@ class MbeirCandidates(_ShardedBuilder, skip_registration=True):
 
 
 @dataclass(kw_only=True)
-class QueriesConfig(_Config):
+class QueriesConfig(_PartConfig):
     """Which queries, numbered by which indices.
 
     Afterwards `counts` tells "records", "dropped" and "dangling", and `datasets` into which datasets they point;
@@ -160,7 +160,7 @@ class MbeirQueries(_ShardedBuilder, skip_registration=True):
             ),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, list[Shard]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, list[RecordShard]]:
         return {split: self._write(split, self._generate_examples(split)) for split in self.builder_config.splits}
 
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
@@ -209,10 +209,10 @@ class MbeirQueries(_ShardedBuilder, skip_registration=True):
 
 
 @dataclass(kw_only=True)
-class ImagesConfig(_Config):
+class ImagesConfig(_PartConfig):
     """Images that are in finished shards already, with the id of each; `missing` could not be read."""
 
-    shards: list[Shard] = dataclasses.field(default_factory=list)
+    shards: list[RecordShard] = dataclasses.field(default_factory=list)
     ids: np.ndarray | None = None
     missing: list[str] = dataclasses.field(default_factory=list)
 
@@ -229,7 +229,7 @@ class MbeirImages(_ShardedBuilder, skip_registration=True):
             features=tfds.features.FeaturesDict({"image_id": np.int64, "image": tfds.features.Scalar(np.object_)}),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, list[Shard]]:
+    def _split_generators(self, dl_manager: Any) -> dict[str, list[RecordShard]]:
         config = self.builder_config
         order = np.argsort(config.ids)
         place = Path(os.fspath(self.data_path))
@@ -242,7 +242,7 @@ class MbeirImages(_ShardedBuilder, skip_registration=True):
         raise NotImplementedError("the shards are there before the builder")
 
 
-def build(kind: type[_ShardedBuilder], config: _Config, out: Path, part: str) -> None:
+def build_part(kind: type[_ShardedBuilder], config: _PartConfig, out: Path, part: str) -> None:
     """Writes the part OUT/{part}/{VERSION}, in place of any other source's or version's."""
     # Also what a killed run left half moved.
     for leftover in (out / part).glob("[0-9]*"):

@@ -12,31 +12,31 @@ from typing import Any
 
 from jfe_jax.data.formats.mbeir import Mbeir, Unit
 from jfe_jax.data.formats.mbeir_records import MODALITIES, iter_rows, parse_candidate, parse_query, read_qrels
-from jfe_jax.data.prepare.validate_images import Images, Mode
-from jfe_jax.data.prepare.validation_report import Kind, Report
+from jfe_jax.data.prepare.validate_images import ImageMode, ImageValidator
+from jfe_jax.data.prepare.validation_report import DefectKind, ValidationReport
 from jfe_jax.errors import UserError
 
 
-def check(path: Path, *, images: Mode = "none") -> Report:
+def validate_mbeir(path: Path, *, images: ImageMode = "none") -> ValidationReport:
     """Reads the whole directory; `images` says how many images are decoded too.
 
     Raises:
       UserError: `path` is no M-BEIR directory.
     """
-    return _Check(Mbeir(path), images).run()
+    return _MbeirValidator(Mbeir(path), images).run()
 
 
-class _Check:
-    def __init__(self, mbeir: Mbeir, images: Mode):
+class _MbeirValidator:
+    def __init__(self, mbeir: Mbeir, images: ImageMode):
         self._mbeir = mbeir
-        self._report = Report(str(mbeir.path))
+        self._report = ValidationReport(str(mbeir.path))
         self._add = self._report.add
-        self._images = Images(mbeir.path, images, self._report)
+        self._images = ImageValidator(mbeir.path, images, self._report)
         # Candidate id's hash → 4 × the pool file's number + modality: one small entry for each of millions.
         self._candidates: dict[int, int] = {}
         self._first: dict[tuple[str, str], int] = {}
 
-    def run(self) -> Report:
+    def run(self) -> ValidationReport:
         for number, file in enumerate(self._mbeir.pool_files()):
             self._pool(number, file)
         try:
@@ -131,7 +131,7 @@ class _Check:
 
     def _problems(self, file: Path, line: int, problems: list[str]) -> None:
         for message in problems:
-            kind: Kind = "malformed"
+            kind: DefectKind = "malformed"
             if message.startswith("unknown") and "modality" in message:
                 kind = "unknown_modality"
             elif "contradicts" in message:

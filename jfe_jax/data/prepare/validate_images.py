@@ -12,17 +12,17 @@ import numpy as np
 from PIL import Image
 
 from jfe_jax.data.image_transforms import decode
-from jfe_jax.data.prepare.validation_report import Kind, Report
+from jfe_jax.data.prepare.validation_report import DefectKind, ValidationReport
 from jfe_jax.data.storage.tar_archive import find_archives
 from jfe_jax.errors import UserError
 
-Mode = Literal["none", "sample", "all"]
+ImageMode = Literal["none", "sample", "all"]
 # Images opened as a sample of one file of rows.
-SAMPLE = 200
-_AT_ONCE = 256
+SAMPLE_SIZE = 200
+_DECODE_BATCH = 256
 
 
-class Images:
+class ImageValidator:
     """Looks for the images that rows name while these are read, and opens some or all of them.
 
     Args:
@@ -31,14 +31,14 @@ class Images:
       mode: "none" opens no image, "sample" at most SAMPLE of each file of rows, "all" every one.
     """
 
-    def __init__(self, root: Path, mode: Mode, report: Report):
+    def __init__(self, root: Path, mode: ImageMode, report: ValidationReport):
         self._root, self._mode, self._report = root, mode, report
         self._archive = None if (root / "mbeir_images").is_dir() else next(iter(find_archives(root)), None)
         self._seen: set[int] = set()
-        self._jobs: list[_Job] = []
+        self._jobs: list[_ImageJob] = []
         self._pool = ThreadPoolExecutor(os.cpu_count())
         # The sample of each file of rows, and how many images it was drawn from.
-        self._sample: dict[Path, list[_Job]] = {}
+        self._sample: dict[Path, list[_ImageJob]] = {}
         self._drawn_from: Counter[Path] = Counter()
         # What the archive has to have: hash of the path, number of the file of rows, line.
         self._wanted, self._files, self._lines = array("q"), array("h"), array("q")
@@ -60,11 +60,11 @@ class Images:
             self._wanted.append(key)
             self._files.append(self._file_numbers.setdefault(file, len(self._file_numbers)))
             self._lines.append(line)
-        job = _Job(file, line, path, Path(path))
+        job = _ImageJob(file, line, path, Path(path))
         if self._mode == "sample":
-            self._draw(job)
+            self._sample_image(job)
         elif not self._archive:
-            self._open(job)
+            self._enqueue(job)
 
     def finish(self) -> None:
         """Opens what is still to be opened, and says in the report what was done."""
@@ -73,33 +73,33 @@ class Images:
             self._read_archive({hash(job.name) for job in sample})
         else:
             for job in sample:
-                self._open(job)
-        self._judge()
+                self._enqueue(job)
+        self._decode_pending()
         self._pool.shutdown()
         if self._archive and self._mode == "none":
             self._report.images = f"images are in {self._archive} and were not looked for (--images does)"
         else:
             self._report.images = f"{self._report.images_opened} images opened"
 
-    def _draw(self, job: "_Job") -> None:
+    def _sample_image(self, job: "_ImageJob") -> None:
         # Reservoir sampling; drawn by file and row, so that the same directory gives the same sample.
         chosen = self._sample.setdefault(job.file, [])
         self._drawn_from[job.file] += 1
-        if len(chosen) < SAMPLE:
+        if len(chosen) < SAMPLE_SIZE:
             chosen.append(job)
             return
         slot = random.Random(f"{job.file.name}:{job.line}").randrange(self._drawn_from[job.file])
-        if slot < SAMPLE:
+        if slot < SAMPLE_SIZE:
             chosen[slot] = job
 
-    def _open(self, job: "_Job") -> None:
+    def _enqueue(self, job: "_ImageJob") -> None:
         self._jobs.append(job)
-        if len(self._jobs) == _AT_ONCE:
-            self._judge()
+        if len(self._jobs) == _DECODE_BATCH:
+            self._decode_pending()
 
-    def _judge(self) -> None:
+    def _decode_pending(self) -> None:
         # Pillow releases the interpreter's lock while it decodes.
-        for job, problem in zip(self._jobs, self._pool.map(_problem, self._jobs), strict=True):
+        for job, problem in zip(self._jobs, self._pool.map(_find_image_defect, self._jobs), strict=True):
             self._report.images_opened += 1
             if problem:
                 kind, message = problem
@@ -120,7 +120,7 @@ class Images:
                 found[at] = True
                 if self._mode == "all" or key in sample:
                     file, line = files[self._files[order[at]]], self._lines[order[at]]
-                    self._open(_Job(file, line, f"{name} in {archive}", read()))
+                    self._enqueue(_ImageJob(file, line, f"{name} in {archive}", read()))
         except UserError as error:
             self._report.add("error", "unreadable_image", archive, 0, str(error).removeprefix(f"{archive}: "))
         for place in np.sort(order[~found]):
@@ -128,7 +128,7 @@ class Images:
             self._report.add("error", "missing_image", files[self._files[place]], self._lines[place], message)
 
 
-class _Job(NamedTuple):
+class _ImageJob(NamedTuple):
     """An image to open: the row that names it, what errors call it, its file or bytes."""
 
     file: Path
@@ -137,7 +137,7 @@ class _Job(NamedTuple):
     image: Path | bytes
 
 
-def _problem(job: _Job) -> tuple[Kind, str] | None:
+def _find_image_defect(job: _ImageJob) -> tuple[DefectKind, str] | None:
     try:
         decode(job.image, job.name)
     except UserError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 # The kinds of a defect, as `--json` names them.
-Kind = Literal[
+DefectKind = Literal[
     "malformed",
     "duplicate_id",
     "unknown_modality",
@@ -23,7 +23,7 @@ Kind = Literal[
 Severity = Literal["error", "warning"]
 # Of each kind in each file so many are kept one by one; all are counted. A directory whose images are not there yet
 # has a defect in every row.
-LISTED = 1000
+MAX_LISTED_DEFECTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Defect:
     """One thing that is wrong. `line` is 0 if it is about the whole file."""
 
     severity: Severity
-    kind: Kind
+    kind: DefectKind
     file: str
     line: int
     message: str
@@ -41,7 +41,7 @@ class Defect:
 
 
 @dataclass
-class Report:
+class ValidationReport:
     """What the check found.
 
     Attributes:
@@ -56,15 +56,15 @@ class Report:
     path: str
     counts: collections.Counter[tuple[str, str, str, int, str]] = field(default_factory=collections.Counter)
     defects: list[Defect] = field(default_factory=list)
-    totals: collections.Counter[tuple[Severity, Kind, str]] = field(default_factory=collections.Counter)
+    totals: collections.Counter[tuple[Severity, DefectKind, str]] = field(default_factory=collections.Counter)
     dangling: collections.Counter[tuple[str, str]] = field(default_factory=collections.Counter)
     images: str = ""
     images_opened: int = 0
 
-    def add(self, severity: Severity, kind: Kind, file: Any, line: int, message: str) -> None:
+    def add(self, severity: Severity, kind: DefectKind, file: Any, line: int, message: str) -> None:
         key = severity, kind, str(file)
         self.totals[key] += 1
-        if self.totals[key] <= LISTED:
+        if self.totals[key] <= MAX_LISTED_DEFECTS:
             self.defects.append(Defect(*key, line, message))
 
     @property
@@ -101,7 +101,7 @@ class Report:
             lines.append(f"{rows:10} {where:14} {dataset:24} {shown:>4} {modality:12} {count:9d}")
         lines += [f"{defect.severity}: {defect}" for defect in self.defects]
         for (severity, kind, file), count in sorted(self.totals.items()):
-            if count > LISTED:
-                lines.append(f"{severity}: {file}: {count - LISTED} more of {kind}")
+            if count > MAX_LISTED_DEFECTS:
+                lines.append(f"{severity}: {file}: {count - MAX_LISTED_DEFECTS} more of {kind}")
         lines.append(f"{self.path}: {self.errors} errors, {self.warnings} warnings; {self.images}")
         return "\n".join(lines)

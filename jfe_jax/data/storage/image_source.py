@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from jfe_jax.data.storage.tar_archive import Archive, find_archives
+from jfe_jax.data.storage.tar_archive import TarArchive, find_archives
 from jfe_jax.errors import UserError
 
 
@@ -15,7 +15,7 @@ class ImageSource(Protocol):
       in_order: a content can only be read until the next one is asked for.
     """
 
-    in_order: bool
+    sequential_only: bool
 
     def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
         """Name and content of the wanted images, perhaps of others too, in any order.
@@ -29,10 +29,10 @@ class ImageSource(Protocol):
         ...
 
 
-class Files:
+class FileImageSource:
     """Files by their path in a directory."""
 
-    in_order = False
+    sequential_only = False
 
     def __init__(self, root: Path):
         self._root = root
@@ -54,16 +54,16 @@ class Files:
             raise UserError(f"{self._root / name}: cannot read the image ({error.strerror})") from error
 
 
-class Archives:
+class TarImageSource:
     """Reads all files of tar archives.
 
     With a `root`, a member's name begins with its archive's path below that directory, as "a/00.tar/000000012.jpg":
     archives in different folders often share file names, and so do their members.
     """
 
-    in_order = True
+    sequential_only = True
 
-    def __init__(self, archives: Sequence[Archive], root: Path | None = None):
+    def __init__(self, archives: Sequence[TarArchive], root: Path | None = None):
         self._archives, self._root = archives, root
 
     def __str__(self) -> str:
@@ -79,12 +79,12 @@ class Archives:
         return f"{name} in {self}"
 
 
-def member_prefix(archive: Archive, root: Path) -> str:
+def member_prefix(archive: TarArchive, root: Path) -> str:
     """Returns the prefix of an archive's members: its path below `root`, and a slash."""
     return f"{archive.parts[0].relative_to(root).as_posix()}/"
 
 
-def of_mbeir(root: Path) -> ImageSource:
+def find_image_source(root: Path) -> ImageSource:
     """The images of an M-BEIR directory: its files, or, where there is no mbeir_images/, the archive of that name."""
     archives = [] if (root / "mbeir_images").is_dir() else find_archives(root)
-    return Archives(archives) if archives else Files(root)
+    return TarImageSource(archives) if archives else FileImageSource(root)

@@ -28,7 +28,7 @@ import numpy as np
 
 from jfe_jax.data.ids import image_id, name_id
 from jfe_jax.data.item import Item
-from jfe_jax.data.storage.tar_archive import Archive, find_archives
+from jfe_jax.data.storage.tar_archive import TarArchive, find_archives
 from jfe_jax.errors import UserError
 
 COPIES, SEARCHED, SOURCE = "images.tar", "searched.npy", "source.json"
@@ -59,7 +59,7 @@ class StoredImage:
         return self._read()
 
 
-class Images(Protocol):
+class ImageLookup(Protocol):
     """Where images are.
 
     Attributes:
@@ -77,12 +77,12 @@ class Images(Protocol):
         """The same, for `images.decode`. Raises UserError if it is known without a look that there is none."""
 
 
-def opened(item: Item, images: Images) -> Item:
+def resolve_image(item: Item, images: ImageLookup) -> Item:
     """The item with its image, which is a path, as it can be decoded."""
     return item if item.image is None else replace(item, image=images.get(item.image))
 
 
-class Unpacked:
+class DirectoryImages:
     """Files."""
 
     form, inside = "as published", ""
@@ -94,7 +94,7 @@ class Unpacked:
         return image
 
 
-class _Inside:
+class _ArchivedImages:
     """Images in something."""
 
     inside: str
@@ -109,7 +109,7 @@ class _Inside:
         return found
 
 
-class TarImages(_Inside):
+class TarImages(_ArchivedImages):
     """The files in an uncompressed tar archive, by an index of where each lies.
 
     Args:
@@ -141,7 +141,7 @@ class TarImages(_Inside):
         return StoredImage(f"{image}{self.inside}", functools.partial(self._file.read_at, start, size))
 
 
-class PreparedImages(_Inside):
+class PreparedDatasetImages(_ArchivedImages):
     """The images of a directory that `jfe data prepare` made."""
 
     def __init__(self, root: Path, prepared: Path):
@@ -167,7 +167,7 @@ class PreparedImages(_Inside):
 
 def open_images(
     root: Path, place: Path, wanted: Callable[[], np.ndarray], progress: Progress | None = None, *, copies: bool = True
-) -> Images:
+) -> ImageLookup:
     """Where the images of an M-BEIR directory are: unpacked, in its archive, or at `place`.
 
     Args:
@@ -180,10 +180,10 @@ def open_images(
       UserError: an archive is damaged, or `place` has the images of another one.
     """
     if (place / "mbeir_images").is_dir():
-        return PreparedImages(root, place)
+        return PreparedDatasetImages(root, place)
     archives = [] if (root / "mbeir_images").is_dir() else find_archives(root)
     if not archives:
-        return Unpacked()
+        return DirectoryImages()
     if not archives[0].compressed:
         return TarImages(root, archives[0].parts)
     if copies:
@@ -191,7 +191,7 @@ def open_images(
     return TarImages(root, [place / COPIES])
 
 
-def _copy(archive: Archive, place: Path, wanted: np.ndarray, progress: Progress) -> None:
+def _copy(archive: TarArchive, place: Path, wanted: np.ndarray, progress: Progress) -> None:
     source = [[part.name, part.stat().st_size] for part in archive.parts]
     place.mkdir(parents=True, exist_ok=True)
     told = place / SOURCE
@@ -299,6 +299,6 @@ class _Joined(io.RawIOBase):
 
 
 def _short_side(place: Path) -> int:
-    from jfe_jax.data.storage.prepared_dataset import part_info
+    from jfe_jax.data.storage.prepared_dataset import read_part_description
 
-    return int(re.search(r" (\d+)$", part_info(place).metadata["fingerprint"])[1])
+    return int(re.search(r" (\d+)$", read_part_description(place).metadata["fingerprint"])[1])

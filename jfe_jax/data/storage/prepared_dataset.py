@@ -43,7 +43,7 @@ class CandidateRecord(NamedTuple):
     image_id: int
 
 
-class Prepared:
+class PreparedDataset:
     """A directory made by `jfe data prepare`. Picklable: files are opened by whoever reads.
 
     Raises:
@@ -54,7 +54,7 @@ class Prepared:
         self.path = Path(path)
         if not path or not (self.path / QUERIES).is_dir():
             raise UserError(f"data.path: {path or 'not set'}: no prepared data there; make it with `jfe data prepare`")
-        self._parts: dict[str, PartInfo] = {}
+        self._parts: dict[str, PartDescription] = {}
         self._pools: dict[int, Any] = {}
         self._images: dict[str, ImageStore] = {}
 
@@ -132,9 +132,9 @@ class Prepared:
             store = self._images[part] = ImageStore(self.path / IMAGES / part / VERSION)
         return store
 
-    def _part(self, name: str) -> "PartInfo":
+    def _part(self, name: str) -> "PartDescription":
         if name not in self._parts:
-            self._parts[name] = part_info(self.path / name / VERSION)
+            self._parts[name] = read_part_description(self.path / name / VERSION)
         return self._parts[name]
 
 
@@ -170,7 +170,7 @@ class ImageStore:
         return int(rows[at]) if at < len(ids) and ids[at] == image_id else None
 
 
-class File(NamedTuple):
+class ShardFile(NamedTuple):
     """A shard, as `array_record_data_source` wants it described."""
 
     filename: str
@@ -179,14 +179,14 @@ class File(NamedTuple):
     examples_in_shard: int
 
 
-class PartInfo(NamedTuple):
+class PartDescription(NamedTuple):
     """What TFDS says of a directory: the shards of each split, and what builder.py wrote beside them."""
 
-    splits: dict[str, list[File]]
+    splits: dict[str, list[ShardFile]]
     metadata: dict[str, Any]
 
 
-def part_info(place: Path) -> PartInfo:
+def read_part_description(place: Path) -> PartDescription:
     """The description of a part's directory.
 
     Raises:
@@ -196,14 +196,14 @@ def part_info(place: Path) -> PartInfo:
         info, metadata = (
             json.loads((place / name).read_text(encoding="utf-8")) for name in ("dataset_info.json", "metadata.json")
         )
-        return PartInfo({split["name"]: _files(place, info, split) for split in info["splits"]}, metadata)
+        return PartDescription({split["name"]: _files(place, info, split) for split in info["splits"]}, metadata)
     except FileNotFoundError as error:
         raise UserError(f"{place}: missing; run `jfe data prepare` again") from error
     except (ValueError, KeyError) as error:
         raise UserError(f"{place}: its description is damaged ({error!r}); run `jfe data prepare` again") from error
 
 
-def _files(place: Path, info: dict[str, Any], split: dict[str, Any]) -> list[File]:
+def _files(place: Path, info: dict[str, Any], split: dict[str, Any]) -> list[ShardFile]:
     lengths = [int(length) for length in split["shardLengths"]]
     names = (
         split["filepathTemplate"].format(
@@ -214,7 +214,7 @@ def _files(place: Path, info: dict[str, Any], split: dict[str, Any]) -> list[Fil
         )
         for index in range(len(lengths))
     )
-    return [File(str(place / name), 0, length, length) for name, length in zip(names, lengths, strict=True)]
+    return [ShardFile(str(place / name), 0, length, length) for name, length in zip(names, lengths, strict=True)]
 
 
 class RawRecords:
@@ -222,7 +222,7 @@ class RawRecords:
 
     def __init__(self, place: Path, split: str):
         self.place, self.split = place, split
-        self._files = part_info(place).splits[split]
+        self._files = read_part_description(place).splits[split]
 
     def __len__(self) -> int:
         return sum(file.take for file in self._files)

@@ -13,12 +13,12 @@ from jfe_jax.data.storage.tf_example import Example
 
 # Reading a record takes time in proportion to the records of its shard (5 µs + 3 µs for each thousand), so shards are
 # small, as long as that does not make them too many to hold open.
-SHARD_RECORDS, MOST_SHARDS = 4096, 128
+MIN_RECORDS_PER_SHARD, MAX_SHARDS = 4096, 128
 
 Record = dict[str, str | bytes | int | list[int]]
 
 
-class Shard(NamedTuple):
+class RecordShard(NamedTuple):
     """A finished shard."""
 
     file: Path
@@ -26,7 +26,7 @@ class Shard(NamedTuple):
     size: int
 
 
-class ShardWriter:
+class RecordShardWriter:
     """Writes records into a directory.
 
     Args:
@@ -41,7 +41,7 @@ class ShardWriter:
 
     def __init__(self, directory: Path, source: str, expected: int):
         self.directory = directory
-        self.per_shard = max(SHARD_RECORDS, -(-expected // MOST_SHARDS))
+        self.per_shard = max(MIN_RECORDS_PER_SHARD, -(-expected // MAX_SHARDS))
         mark, text = directory / "source", f"{source} {self.per_shard}"
         if not mark.is_file() or mark.read_text(encoding="utf-8") != text:
             shutil.rmtree(directory, ignore_errors=True)
@@ -80,7 +80,7 @@ class ShardWriter:
         file = self.directory / f"{len(self.finished):05d}-{self._count}-{self._size}.shard"
         # Its name says that it is whole.
         os.replace(self._partial, file)
-        self.finished.append(Shard(file, self._count, self._size))
+        self.finished.append(RecordShard(file, self._count, self._size))
         self._writer, self._count, self._size = None, 0, 0
 
     @property
@@ -88,7 +88,7 @@ class ShardWriter:
         return self.directory / "partial"
 
 
-def write_all(writer: ShardWriter, records: Iterable[Record]) -> None:
+def write_remaining(writer: RecordShardWriter, records: Iterable[Record]) -> None:
     """Writes those of the records that are not in finished shards yet."""
     done = writer.records
     for number, record in enumerate(records):
@@ -113,11 +113,11 @@ def serialize(record: Record) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def _finished(directory: Path) -> list[Shard]:
+def _finished(directory: Path) -> list[RecordShard]:
     shards = []
     for file in sorted(directory.glob("*.shard")):
         number, records, size = map(int, re.fullmatch(r"(\d+)-(\d+)-(\d+)\.shard", file.name).groups())
         if number != len(shards):
             break
-        shards.append(Shard(file, records, size))
+        shards.append(RecordShard(file, records, size))
     return shards

@@ -18,7 +18,7 @@ _READ_BYTES = 1 << 20
 _GZIP = b"\x1f\x8b"
 
 
-class Archive:
+class TarArchive:
     """One tar stream over one file or several that are its parts; compressed or not.
 
     Attributes:
@@ -73,7 +73,7 @@ class Archive:
 class _Joined(io.RawIOBase):
     """The parts as one stream of bytes."""
 
-    def __init__(self, archive: Archive):
+    def __init__(self, archive: TarArchive):
         self._archive, self._left = archive, iter(archive.parts)
         self._file: io.RawIOBase | None = None
 
@@ -100,7 +100,7 @@ class _Joined(io.RawIOBase):
             self._file = None
 
 
-def find_archives(directory: Path, stem: str = "mbeir_images") -> list[Archive]:
+def find_archives(directory: Path, stem: str = "mbeir_images") -> list[TarArchive]:
     """The archives of that name in a directory: the joined form, or else its parts.
 
     Raises:
@@ -108,7 +108,7 @@ def find_archives(directory: Path, stem: str = "mbeir_images") -> list[Archive]:
     """
     for name in (f"{stem}.tar", f"{stem}.tar.gz", f"{stem}.tgz"):
         if (directory / name).is_file():
-            return [Archive([directory / name])]
+            return [TarArchive([directory / name])]
     parts = {}
     for file in directory.glob(f"{stem}.tar*part*"):
         number = re.fullmatch(rf"{re.escape(stem)}\.tar(?:\.gz)?\.part-?(\d+)", file.name)
@@ -118,4 +118,4 @@ def find_archives(directory: Path, stem: str = "mbeir_images") -> list[Archive]:
     for number in range(first, max(parts, default=-1)):
         if number not in parts:
             raise UserError(f"{directory}: part {number:02d} of {stem}.tar.gz is missing")
-    return [Archive([parts[number] for number in sorted(parts)])] if parts else []
+    return [TarArchive([parts[number] for number in sorted(parts)])] if parts else []

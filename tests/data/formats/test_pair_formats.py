@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from jfe_jax.cli.main import main
-from jfe_jax.data.storage.prepared_dataset import CANDIDATES, IMAGES, QUERIES, VERSION, Prepared, parse_query
+from jfe_jax.data.storage.prepared_dataset import CANDIDATES, IMAGES, QUERIES, VERSION, PreparedDataset, parse_query
 
 
 def picture(number: int, kind: str = "PNG") -> bytes:
@@ -28,7 +28,7 @@ def prepare(source, out, kind, *more):
 
 def read_back(out, number=100):
     """Unit → (query's text and image, positives, negatives), each of these (text, image)."""
-    prepared, found = Prepared(out), {}
+    prepared, found = PreparedDataset(out), {}
 
     def content(text, image_id, parts):
         return text or None, prepared.image(image_id, parts) if image_id else None

@@ -17,9 +17,9 @@ from jfe_jax.data.image_transforms import to_pixels
 from jfe_jax.data.pipeline import mixture
 from jfe_jax.data.pipeline.loader import training_batches
 from jfe_jax.data.pipeline.pair_reader import redistribute
-from jfe_jax.data.prepare.prepare import prepare
+from jfe_jax.data.prepare.prepare import prepare_dataset
 from jfe_jax.data.processor import ItemEncoder
-from jfe_jax.data.storage.prepared_dataset import Prepared
+from jfe_jax.data.storage.prepared_dataset import PreparedDataset
 from jfe_jax.errors import UserError
 from tests.data.conftest import silent
 from tests.support.mbeir_directory import edit_row, make_mbeir
@@ -300,7 +300,7 @@ def test_hard_negatives_are_of_any_modality_or_the_wanted_one(tmp_path, make_con
     text, both = ([json.loads(row)["did"] for row in pools[t][30:32]] for t in (1, 2))
     for line in range(1, 5):
         edit_row(file, line, neg_cand_list=[*text, *both])
-    list(prepare(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1"], splits=["train"]))
+    list(prepare_dataset(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1"], splits=["train"]))
     found = {}
     for wanted in ("any", "positive"):
         cfg = make_config(path=str(tmp_path / "out"), pairs=4, hard_negatives=3, negative_modality=wanted)
@@ -416,9 +416,9 @@ def test_a_pair_larger_than_a_group_is_named(make_config):
 
 def test_other_candidates_than_the_queries_were_made_with_are_refused(make_config, tmp_path):
     own = make_mbeir(tmp_path / "mbeir", queries_per_task=2)
-    list(prepare(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1", "facts_task6"]))
+    list(prepare_dataset(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1", "facts_task6"]))
     edit_row(own / "cand_pool/local/mbeir_facts_task1_cand_pool.jsonl", 1, txt="another text")
-    list(prepare(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1"]))
+    list(prepare_dataset(Mbeir(own), tmp_path / "out", progress=silent, units=["facts_task1"]))
     cfg = make_config(path=str(tmp_path / "out"))
     with pytest.raises(UserError, match="facts_task6: made with other candidates"):
         training_batches(cfg, groups=1, split="train")
@@ -427,7 +427,7 @@ def test_other_candidates_than_the_queries_were_made_with_are_refused(make_confi
 def test_an_unreadable_image_is_skipped_counted_and_said_once(make_config, monkeypatch, caplog):
     cfg = make_config(mixture={"facts_task1": 1.0, "shapes_task3": 1.0}, image_cache_mib=0)
     whole = take(training_batches(cfg, groups=1, split="train"), 4)
-    find, broken = Prepared.image, set()
+    find, broken = PreparedDataset.image, set()
 
     def one_broken(self, image_id, parts):
         if "shapes_task3" in parts and (not broken or image_id in broken):
@@ -435,7 +435,7 @@ def test_an_unreadable_image_is_skipped_counted_and_said_once(make_config, monke
             return b"no image"
         return find(self, image_id, parts)
 
-    monkeypatch.setattr(Prepared, "image", one_broken)
+    monkeypatch.setattr(PreparedDataset, "image", one_broken)
     iterator = training_batches(cfg, groups=1, split="train")
     batches = list(itertools.islice(iterator, 4))
     state = iterator.get_state()

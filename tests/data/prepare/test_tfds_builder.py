@@ -14,7 +14,7 @@ from jfe_jax.data.formats.candidate_ids import CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir
 from jfe_jax.data.ids import PER_DATASET
 from jfe_jax.data.image_transforms import decode
-from jfe_jax.data.prepare.prepare import prepare
+from jfe_jax.data.prepare.prepare import prepare_dataset
 from jfe_jax.data.storage import shard_writer
 from jfe_jax.errors import UserError
 from tests.data.conftest import silent
@@ -28,7 +28,7 @@ def own(tmp_path):
 
 
 def run(own, out, **options):
-    return list(prepare(Mbeir(own), out, progress=silent, **options))
+    return list(prepare_dataset(Mbeir(own), out, progress=silent, **options))
 
 
 def test_tfds_reads_every_query_and_candidate_back(mbeir_dir, prepared_dir):
@@ -208,22 +208,22 @@ KILLED = """
 import os, signal, sys
 from jfe_jax.cli.main import main
 from jfe_jax.data.storage import shard_writer
-shard_writer.SHARD_RECORDS = 8
-finish, left = shard_writer.ShardWriter.close, int(sys.argv.pop(1))
+shard_writer.MIN_RECORDS_PER_SHARD = 8
+finish, left = shard_writer.RecordShardWriter.close, int(sys.argv.pop(1))
 def close(self):
     global left
     left -= self._writer is not None
     if left < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     finish(self)
-shard_writer.ShardWriter.close = close
+shard_writer.RecordShardWriter.close = close
 sys.exit(main(sys.argv[1:]))
 """
 
 
 @pytest.mark.parametrize(("killed_after", "parts"), [(5, 0), (14, 0), (14, 3)])
 def test_a_killed_run_goes_on_after_its_last_finished_shard(own, tmp_path, monkeypatch, killed_after, parts):
-    monkeypatch.setattr(shard_writer, "SHARD_RECORDS", 8)
+    monkeypatch.setattr(shard_writer, "MIN_RECORDS_PER_SHARD", 8)
     with_an_image_of_its_own(own)
     options = {"splits": ["train"], "units": ["shapes_task0", "shapes_task7"]}
     run(own, tmp_path / "whole", **options)
@@ -252,7 +252,7 @@ def test_a_share_of_bad_images_is_left_out_and_listed(own, tmp_path):
     broken.write_bytes(broken.read_bytes()[:50])
     with pytest.raises(UserError, match=r"red_filled\.jpg: cannot be read .* 1 of the 40 images of mbeir_images/d"):
         run(own, tmp_path / "out")
-    parts = {part.name: part for part in run(own, tmp_path / "out", max_bad=0.05)}
+    parts = {part.name: part for part in run(own, tmp_path / "out", max_bad_share=0.05)}
     assert parts["mbeir_images/dataset0"].missing == 1 and parts["mbeir_images/dataset0"].records == 39
     assert str(broken) in (tmp_path / "out/mbeir_images/dataset0/2.0.0/missing.txt").read_text()
     assert len(stored_images(tmp_path / "out", "dataset0")) == 39

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from jfe_jax.data.prepare import validate_images, validation_report
-from jfe_jax.data.prepare.validate import check
+from jfe_jax.data.prepare.validate import validate_mbeir
 from jfe_jax.errors import UserError
 from tests.support.mbeir_directory import SPLITS, UNITS, archive_images, edit_line, edit_row, make_mbeir
 
@@ -64,7 +64,7 @@ WARNINGS = [
 
 
 def test_a_good_directory_has_no_defects_and_every_row_is_counted(own):
-    report = check(own, images="all")
+    report = validate_mbeir(own, images="all")
     assert report.defects == []
     for split in SPLITS:
         for task, dataset in UNITS.items():
@@ -77,7 +77,7 @@ def test_a_good_directory_has_no_defects_and_every_row_is_counted(own):
 @pytest.mark.parametrize(("name", "plant", "kind"), ERRORS)
 def test_an_error_is_found_where_it_is(own, name, plant, kind):
     file, line = plant(own / name)
-    report = check(own)
+    report = validate_mbeir(own)
     found = [(defect.file, defect.line) for defect in report.defects if defect.kind == kind]
     assert (str(file), line) in found
     assert report.errors > 0
@@ -88,7 +88,7 @@ def test_an_error_is_found_where_it_is(own, name, plant, kind):
 @pytest.mark.parametrize(("name", "plant", "kind"), WARNINGS)
 def test_a_warning_is_counted_and_no_error(own, name, plant, kind):
     file, line = plant(own / name)
-    report = check(own)
+    report = validate_mbeir(own)
     assert [(defect.file, defect.line, defect.kind) for defect in report.defects] == [(str(file), line, kind)]
     assert report.errors == 0
     if kind == "dangling_candidate":
@@ -98,7 +98,7 @@ def test_a_warning_is_counted_and_no_error(own, name, plant, kind):
 def test_missing_instructions_are_counted(own):
     table = own / TABLE
     table.write_text("\n".join(line for line in table.read_text().splitlines() if "image,text\timage\t" not in line))
-    report = check(own)
+    report = validate_mbeir(own)
     assert {(defect.kind, defect.line) for defect in report.defects} == {("missing_instructions", 1)}
     assert len(report.defects) == len(SPLITS) and report.errors == 0
 
@@ -107,24 +107,27 @@ def test_a_broken_image_is_only_found_when_images_are_opened(own):
     row = json.loads((own / POOL).read_text().splitlines()[4])
     image = own / row["img_path"]
     image.write_bytes(image.read_bytes()[:100])
-    assert check(own).errors == 0
-    report = check(own, images="all")
+    assert validate_mbeir(own).errors == 0
+    report = validate_mbeir(own, images="all")
     (defect,) = report.defects
     assert defect.kind == "unreadable_image" and str(image) in defect.message
 
 
 def test_a_sample_opens_some_of_each_file_and_every_image_is_looked_for(own, monkeypatch):
-    monkeypatch.setattr(validate_images, "SAMPLE", 3)
-    report = check(own, images="sample")
+    monkeypatch.setattr(validate_images, "SAMPLE_SIZE", 3)
+    report = validate_mbeir(own, images="sample")
     files = [file for file in own.rglob("*.jsonl") if '"mbeir_images' in file.read_text()]
     # An image is in the sample of the file that names it first.
-    assert report.images_opened <= 3 * len(files) and report.images_opened < check(own, images="all").images_opened
-    assert report.images_opened == check(own, images="sample").images_opened and report.errors == 0
+    assert (
+        report.images_opened <= 3 * len(files)
+        and report.images_opened < validate_mbeir(own, images="all").images_opened
+    )
+    assert report.images_opened == validate_mbeir(own, images="sample").images_opened and report.errors == 0
 
 
 def test_a_decompression_bomb_is_a_huge_image(own, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
-    report = check(own, images="all")
+    report = validate_mbeir(own, images="all")
     assert {defect.kind for defect in report.defects} == {"huge_image"}
     assert report.errors == report.images_opened > 0
 
@@ -135,9 +138,9 @@ def test_images_in_archives_are_found_and_opened_where_they_are(own, parts):
     (own / names[0]).unlink()
     (own / names[1]).write_bytes(b"no image")
     archive_images(own, parts)
-    report = check(own)
+    report = validate_mbeir(own)
     assert report.errors == 0 and "not looked for" in report.as_text()
-    report = check(own, images="all")
+    report = validate_mbeir(own, images="all")
     found = {(defect.kind, defect.message.split(" in ")[0]) for defect in report.defects}
     assert found == {
         ("missing_image", "the image that this row names is not"),
@@ -149,19 +152,19 @@ def test_images_in_archives_are_found_and_opened_where_they_are(own, parts):
 def test_an_archive_without_its_last_part_is_named(own):
     archive_images(own, 3)
     (own / "mbeir_images.tar.gz.part-02").unlink()
-    report = check(own, images="all")
+    report = validate_mbeir(own, images="all")
     broken = next(defect for defect in report.defects if defect.kind == "unreadable_image")
     assert "part-01" in broken.file and "ends too soon; is a part missing" in broken.message
     (own / "mbeir_images.tar.gz.part-02").write_bytes(b"")
     (own / "mbeir_images.tar.gz.part-01").unlink()
     with pytest.raises(UserError, match=r"part 01 of mbeir_images\.tar\.gz is missing"):
-        check(own)
+        validate_mbeir(own)
 
 
 def test_many_defects_are_counted_and_the_first_listed(own, monkeypatch):
-    monkeypatch.setattr(validation_report, "LISTED", 5)
+    monkeypatch.setattr(validation_report, "MAX_LISTED_DEFECTS", 5)
     shutil.rmtree(own / "mbeir_images")
-    report = check(own)
+    report = validate_mbeir(own)
     pool = [defect for defect in report.defects if defect.file == str(own / POOL)]
     assert len(pool) == 5 and report.totals["error", "missing_image", str(own / POOL)] == 40
     assert f"error: {own / POOL}: 35 more of missing_image" in report.as_text()
@@ -170,7 +173,7 @@ def test_many_defects_are_counted_and_the_first_listed(own, monkeypatch):
 
 def test_a_directory_that_is_none_is_refused(tmp_path):
     with pytest.raises(UserError, match="no M-BEIR directory"):
-        check(tmp_path)
+        validate_mbeir(tmp_path)
 
 
 @given(st.randoms(use_true_random=False))
@@ -195,7 +198,7 @@ def test_mangled_files_never_break_the_check(fuzzed, rng: random.Random):
         content = content or bytearray(b"\n")
     (fuzzed / name).write_bytes(bytes(content))
     try:
-        report = check(fuzzed)
+        report = validate_mbeir(fuzzed)
         json.dumps(report.as_dict()).encode()
         report.as_text().encode()
     finally:

@@ -11,9 +11,9 @@ from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.ids import image_id
 from jfe_jax.data.image_transforms import to_pixels
 from jfe_jax.data.item import Item
-from jfe_jax.data.prepare.prepare import prepare
-from jfe_jax.data.storage.image_store import TarImages, Unpacked, open_images, opened
-from jfe_jax.data.storage.tar_archive import Archive
+from jfe_jax.data.prepare.prepare import prepare_dataset
+from jfe_jax.data.storage.image_store import DirectoryImages, TarImages, open_images, resolve_image
+from jfe_jax.data.storage.tar_archive import TarArchive
 from jfe_jax.errors import UserError
 from tests.support.mbeir_directory import archive_images, make_mbeir
 from tests.support.tiny_retriever import quiet
@@ -30,7 +30,7 @@ def made(source, path, form):
     """A copy of the directory with its images in another form, and where they are to be opened."""
     data = shutil.copytree(source, path / "data")
     if form == "prepared":
-        list(prepare(Mbeir(data), path / "prepared", splits=["test"], progress=quiet))
+        list(prepare_dataset(Mbeir(data), path / "prepared", splits=["test"], progress=quiet))
         shutil.rmtree(data / "mbeir_images")
         return data, path / "prepared"
     archive_images(data, 3 if "parts" in form else 0)
@@ -65,16 +65,16 @@ def test_every_form_has_the_files_bytes(source, tmp_path, form):
         np.testing.assert_array_equal(pixels, to_pixels(source / name, 16))
     assert images.find(data / "mbeir_images/none.png") is None
     with pytest.raises(UserError, match=r"none\.png: no such image in"):
-        opened(Item(image=data / "mbeir_images/none.png"), images)
-    assert opened(Item(text="x"), images) == Item(text="x")
-    assert isinstance(open_images(source, place / "none", list), Unpacked)
+        resolve_image(Item(image=data / "mbeir_images/none.png"), images)
+    assert resolve_image(Item(text="x"), images) == Item(text="x")
+    assert isinstance(open_images(source, place / "none", list), DirectoryImages)
 
 
 def test_only_what_is_wanted_is_copied_and_a_killed_pass_goes_on(source, tmp_path, monkeypatch):
     data, place = made(source, tmp_path, "gzip in parts")
     every = ids(source, data)
     passes = []
-    files = Archive.files
+    files = TarArchive.files
 
     def dying(self):
         passes.append(0)
@@ -84,7 +84,7 @@ def test_only_what_is_wanted_is_copied_and_a_killed_pass_goes_on(source, tmp_pat
             passes[-1] += 1
             yield name, read
 
-    monkeypatch.setattr(Archive, "files", dying)
+    monkeypatch.setattr(TarArchive, "files", dying)
     wanted = every[::2]
     with pytest.raises(KeyboardInterrupt):
         open_images(data, place, lambda: wanted, quiet)
@@ -126,7 +126,11 @@ def test_archives_that_are_cut_short_are_refused(source, tmp_path):
 def test_images_of_two_sizes_are_not_one_form(source, tmp_path):
     data = shutil.copytree(source, tmp_path / "data")
     for units, side in (["shapes_task4"], 16), (["shapes_task4", "facts_task6"], 24):
-        list(prepare(Mbeir(data), tmp_path / f"{side}", splits=["test"], units=units, short_side=side, progress=quiet))
+        list(
+            prepare_dataset(
+                Mbeir(data), tmp_path / f"{side}", splits=["test"], units=units, short_side=side, progress=quiet
+            )
+        )
     assert open_images(data, tmp_path / "16", list).form == "short side 16 at most"
     shutil.copytree(tmp_path / "16/mbeir_images/dataset0", tmp_path / "24/mbeir_images/dataset9")
     with pytest.raises(UserError, match="prepared with several --short-side"):
