@@ -3,14 +3,14 @@
 import pytest
 
 from benchmarks.data import synthetic_mbeir
-from jfe_jax.data.prepare.validate import check
+from jfe_jax.data.prepare.validate import validate_mbeir
 from jfe_jax.data.storage.tar_archive import find_archives
 
 
 @pytest.mark.parametrize("images", ["files", "tar", "parts"])
 def test_it_is_a_good_mbeir_directory_in_every_form(tmp_path, images):
     rows = synthetic_mbeir.write(tmp_path, 600, images=images, distinct=5)
-    report = check(tmp_path, images="all")
+    report = validate_mbeir(tmp_path, images="all")
     assert report.defects == [] and report.counts.total() == rows == pytest.approx(600, rel=0.02)
     assert report.images_opened == len({*named(tmp_path)})
     assert (tmp_path / "mbeir_images").is_dir() == (images == "files")
@@ -19,7 +19,7 @@ def test_it_is_a_good_mbeir_directory_in_every_form(tmp_path, images):
 
 def test_small_images_are_all_different(tmp_path):
     synthetic_mbeir.write(tmp_path, 600, images="parts", small=True)
-    report = check(tmp_path, images="all")
+    report = validate_mbeir(tmp_path, images="all")
     assert report.defects == [] and report.images_opened == len({*named(tmp_path)}) == len(named(tmp_path))
     contents = [read() for _, read in find_archives(tmp_path)[0].files()]
     assert len({*contents}) == len(contents) == report.images_opened
@@ -32,7 +32,7 @@ def named(path):
 
 def test_its_units_come_in_the_published_proportions(tmp_path):
     synthetic_mbeir.write(tmp_path, 20_000, images="none")
-    counts = check(tmp_path).counts
+    counts = validate_mbeir(tmp_path).counts
     found = {(rows, dataset, task): n for (rows, _, dataset, task, _), n in counts.items()}
     total = sum(1000 * (unit.queries + unit.candidates) for unit in synthetic_mbeir.UNITS)
     for unit in synthetic_mbeir.UNITS:

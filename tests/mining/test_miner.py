@@ -9,7 +9,7 @@ from PIL import Image
 
 from jfe_jax.data.formats.mbeir import Candidate, Mbeir
 from jfe_jax.data.image_transforms import decode
-from jfe_jax.data.prepare.validate import check
+from jfe_jax.data.prepare.validate import validate_mbeir
 from jfe_jax.errors import UserError
 from jfe_jax.mining.miner import mine
 from jfe_jax.mining.near_duplicates import Duplicates
@@ -83,8 +83,8 @@ def test_wrong_modality_are_the_best_of_the_others(shapes_retriever, data, tmp_p
 def test_the_output_is_a_whole_directory_in_the_sources_spelling(shapes_retriever, tmp_path):
     data = make_mbeir(tmp_path / "data", queries_per_task=2, spelling="card")
     mined(shapes_retriever, data, tmp_path / "out", units=["facts_task8"])
-    report = check(tmp_path / "out")
-    assert report.errors == 0 and report.as_dict()["counts"] == check(data).as_dict()["counts"]
+    report = validate_mbeir(tmp_path / "out")
+    assert report.errors == 0 and report.as_dict()["counts"] == validate_mbeir(data).as_dict()["counts"]
     name = "query/train/mbeir_facts_task8_train.jsonl"
     (old, new) = (
         [json.loads(line) for line in (root / name).read_text().splitlines()] for root in (data, tmp_path / "out")
