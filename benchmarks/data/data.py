@@ -22,7 +22,7 @@ from benchmarks.common.result import Progress, Result, table
 from benchmarks.data import synthetic_mbeir
 from jfe_jax.config import Config, from_dict
 from jfe_jax.data.formats.mbeir import Candidate
-from jfe_jax.data.ids import PER_DATASET
+from jfe_jax.data.ids import IDS_PER_DATASET
 from jfe_jax.data.pipeline.loader import training_batches
 from jfe_jax.data.prepare import tfds_builder
 from jfe_jax.data.processor import train_tokenizer
@@ -223,7 +223,7 @@ def read_some(out: str, datasets: int, count: int) -> None:
     """Reads candidates at random; prints peak memory before and after in KiB, and seconds each."""
     before = memory.peak()
     prepared, rng = PreparedDataset(out), np.random.default_rng(0)
-    numbers = rng.integers(0, datasets, 50_000) * PER_DATASET + rng.integers(0, count, 50_000)
+    numbers = rng.integers(0, datasets, 50_000) * IDS_PER_DATASET + rng.integers(0, count, 50_000)
     start = time.monotonic()
     for number in numbers.tolist():
         prepared.candidate(number)

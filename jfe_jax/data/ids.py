@@ -8,9 +8,9 @@ import hashlib
 import os
 from pathlib import Path
 
-PER_DATASET = 10_000_000
+IDS_PER_DATASET = 10_000_000
 # 214·10⁷ is beyond int32.
-MAX_DATASET = 213
+MAX_DATASET_ID = 213
 
 
 def image_name(image: Path, root: Path) -> str:

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 
-from jfe_jax.data.formats.line_index import all_lines, filled_lines, lines_at
+from jfe_jax.data.formats.line_index import iter_lines, iter_nonblank_lines, read_lines_at
 from jfe_jax.data.formats.mbeir_records import is_unicode
 from jfe_jax.data.item import Item
 from jfe_jax.embedding.string_table import NamesRead
@@ -32,7 +32,7 @@ class ItemsFile:
         self._starts = array("q")
         self._numbers = array("q")
         digest, names = hashlib.sha256(), NamesRead()
-        for number, start, line in all_lines(self.path):
+        for number, start, line in iter_lines(self.path):
             digest.update(line)
             if not line.isspace():
                 names.add(parse_line(line, self.path, number)[0])
@@ -51,7 +51,7 @@ class ItemsFile:
 
     def items(self, start: int, stop: int) -> list[Item]:
         """Items number start … stop - 1."""
-        lines = zip(lines_at(self.path, self._starts[start:stop]), self._numbers[start:stop], strict=True)
+        lines = zip(read_lines_at(self.path, self._starts[start:stop]), self._numbers[start:stop], strict=True)
         return [parse_line(line, self.path, number)[1] for line, number in lines]
 
 
@@ -63,7 +63,7 @@ def read_items(path: str | Path) -> Iterator[tuple[str, Item]]:
         such image.
     """
     seen: dict[str, int] = {}
-    for number, _, line in filled_lines(Path(path)):
+    for number, _, line in iter_nonblank_lines(Path(path)):
         name, item = parse_line(line, Path(path), number)
         if name in seen:
             raise _used(Path(path), number, name, seen[name])

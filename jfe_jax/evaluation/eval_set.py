@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jfe_jax.data.formats.candidate_table import Catalogue, read_catalogue
+from jfe_jax.data.formats.candidate_table import CandidateTable, read_candidate_table
 from jfe_jax.data.formats.mbeir import TASKS, Candidate, Mbeir, Query, Unit
 from jfe_jax.data.item import Item
 from jfe_jax.errors import UserError
@@ -141,7 +141,7 @@ class Pools:
       rows: int32 [N] of each (pool, unit's name): positions in `candidates`, rising; the same array for the same pool.
     """
 
-    candidates: Catalogue
+    candidates: CandidateTable
     rows: dict[tuple[str, str], np.ndarray]
 
     def find(self, did: str) -> Candidate | None:
@@ -192,7 +192,7 @@ def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[
       UserError: a pool is missing or empty, or two rows give one id to different candidates.
     """
     files = {(pool, unit.name): mbeir.pool_file(split, unit, pool) for pool in pools for unit in units}
-    candidates, members = read_catalogue(list(dict.fromkeys(files.values())), mbeir.candidate, mbeir.path)
+    candidates, members = read_candidate_table(list(dict.fromkeys(files.values())), mbeir.candidate, mbeir.path)
     return Pools(candidates, {key: members[file] for key, file in files.items()})
 
 

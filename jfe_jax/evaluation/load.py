@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jfe_jax.data.formats.mbeir import Mbeir
-from jfe_jax.data.formats.mmeb import task_files
+from jfe_jax.data.formats.mmeb import find_task_files
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation.eval_set import Questions, read_mbeir
 from jfe_jax.evaluation.load_jsonl import QUERIES, read_jsonl
@@ -32,7 +32,7 @@ def read_questions(
     if (path / "query").is_dir():
         return read_mbeir(Mbeir(path), split or "test", pools or ("local", "global"), units, instruction)
     own = (path / QUERIES).is_file()
-    if not own and not task_files(path):
+    if not own and not find_task_files(path):
         raise UserError(
             f"{path}: no M-BEIR directory (it has no query/), none of MMEB's (test*.parquet or test*.jsonl in "
             f"a folder for each task), and no {QUERIES} with candidates.jsonl and qrels.txt"

@@ -11,7 +11,7 @@ Image paths are relative to the directory. Texts are taken as they are.
 import re
 from pathlib import Path
 
-from jfe_jax.data.formats.candidate_table import read_catalogue
+from jfe_jax.data.formats.candidate_table import read_candidate_table
 from jfe_jax.data.formats.mbeir import TASKS, Candidate, Query, Unit
 from jfe_jax.data.formats.mbeir_records import read_lines
 from jfe_jax.embedding.items_jsonl import parse_line, read_items
@@ -33,7 +33,7 @@ def read_jsonl(path: Path, *, instructed: bool = True) -> Questions:
       UserError: a file is missing or empty, a line is wrong (with its number), an id is there twice or holds blanks, an
         image is missing, or no judged candidate is in the pool.
     """
-    candidates, members = read_catalogue([path / CANDIDATES], _candidate, path, repeated=False)
+    candidates, members = read_candidate_table([path / CANDIDATES], _candidate, path, repeated=False)
     qrels = _read_qrels(path)
     asked, known = [], set()
     for qid, item in read_items(path / QUERIES):

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from jfe_jax.data.formats.candidate_table import Catalogue
+from jfe_jax.data.formats.candidate_table import CandidateTable
 from jfe_jax.data.formats.mbeir import TASKS, Candidate, Query, Unit
-from jfe_jax.data.formats.mmeb import Content, images_folder, read_task, task_files
+from jfe_jax.data.formats.mmeb import MmebContent, find_image_folder, find_task_files, read_task
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation.eval_set import Asked, Pools, Questions, UnitQueries
 from jfe_jax.evaluation.protocols import MMEB
@@ -25,13 +25,13 @@ def read_mmeb(path: Path, units: Sequence[str] = ()) -> Questions:
     Raises:
       UserError: there is no such task, a row is wrong, a task has no rows, or an image is missing.
     """
-    files = task_files(path)
+    files = find_task_files(path)
     if unknown := [name for name in units if name not in files]:
         raise UserError(f"{path}: no task {unknown[0]}; there are {', '.join(sorted(files))}")
     names = sorted(units or files, key=lambda name: MMEB.order(name, None))
-    images = images_folder(path)
+    images = find_image_folder(path)
     # The same text and image are one candidate in all tasks: embedded once.
-    dids: dict[Content, str] = {}
+    dids: dict[MmebContent, str] = {}
     members: dict[str, set[str]] = {}
     read: list[UnitQueries] = []
     for name in names:
@@ -49,14 +49,14 @@ def read_mmeb(path: Path, units: Sequence[str] = ()) -> Questions:
         read.append(UnitQueries(Unit(name, name, None), tasks.pop() if len(tasks) == 1 else -1, asked, 0))
     candidates = [Candidate(did, *content, _modality(content)) for content, did in dids.items()]
     _require_images(candidates, images)
-    table = Catalogue.of(candidates, images)
+    table = CandidateTable.from_candidates(candidates, images)
     rows = {
         (POOL, name): np.unique(np.array([table.row(did) for did in own], np.int32)) for name, own in members.items()
     }
     return Questions(MMEB, path, "test", "own", (POOL,), Pools(table, rows), read)
 
 
-def _modality(content: Content) -> str:
+def _modality(content: MmebContent) -> str:
     return ",".join(name for name, value in zip(("image", "text"), reversed(content), strict=True) if value)
 
 

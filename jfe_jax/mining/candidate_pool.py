@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jfe_jax.data.formats.candidate_table import read_catalogue
+from jfe_jax.data.formats.candidate_table import read_candidate_table
 from jfe_jax.data.formats.mbeir import MODALITIES, Candidate, Mbeir
 from jfe_jax.data.ids import image_id
 from jfe_jax.data.item import Item
@@ -47,7 +47,7 @@ class PoolFile:
                 lost.append(image_id(one.image, mbeir.path))
             return one
 
-        self._table, _ = read_catalogue([path], parse, mbeir.path)
+        self._table, _ = read_candidate_table([path], parse, mbeir.path)
         there = ~np.isin(self._table.images, np.array(lost, np.int64))
         self.missing = int(len(there) - there.sum())
         if not there.any():

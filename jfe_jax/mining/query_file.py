@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from jfe_jax.data.formats.candidate_table import content_id
-from jfe_jax.data.formats.line_index import filled_lines, lines_at
+from jfe_jax.data.formats.line_index import iter_nonblank_lines, read_lines_at
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir, Query, Unit
 from jfe_jax.data.formats.mbeir_records import decode_row, parse_query
 from jfe_jax.data.item import Item
@@ -44,7 +44,7 @@ class QueryFile:
         right_of = mbeir.qrels(split, unit) if mbeir.qrels_file(split, unit).is_file() else {}
         starts, numbers, right, ends, kinds = array("q"), array("i"), array("i"), array("q", [0]), array("b")
         names, contents = NamesRead(), array("q")
-        for line, start, content in filled_lines(self.path):
+        for line, start, content in iter_nonblank_lines(self.path):
             starts.append(start)
             query = self._query(content, line)
             self.counts["queries"] += 1
@@ -91,7 +91,7 @@ class QueryFile:
         return [decode_row(line)[0] for line in self._lines(range(start, stop))]
 
     def _lines(self, numbers: Iterable[int]) -> Iterator[bytes]:
-        return lines_at(self.path, (self._starts[number] for number in numbers))
+        return read_lines_at(self.path, (self._starts[number] for number in numbers))
 
     def _query(self, content: bytes, line: int) -> Query:
         row, problem = decode_row(content)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jfe_jax.data.formats.line_index import filled_lines
+from jfe_jax.data.formats.line_index import iter_nonblank_lines
 from jfe_jax.data.formats.mbeir import Candidate, Mbeir
 from jfe_jax.data.formats.mbeir_records import decode_row
 from jfe_jax.data.storage.image_store import DirectoryImages, ImageLookup, open_images
@@ -131,7 +131,7 @@ def _questions(
 
 
 def _wanted(mbeir: Mbeir, file: Path, dids: set[str]) -> dict[str, Candidate]:
-    rows = (line for line in filled_lines(file) if (row := decode_row(line[2])[0]) and row.get("did") in dids)
+    rows = (line for line in iter_nonblank_lines(file) if (row := decode_row(line[2])[0]) and row.get("did") in dids)
     return {one.did: one for number, _, line in rows if (one := mbeir.candidate(line, file, number))}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from jfe_jax.data.formats.candidate_table import Catalogue
+from jfe_jax.data.formats.candidate_table import CandidateTable
 from jfe_jax.data.formats.mbeir import Candidate, Mbeir, Query
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.errors import UserError
@@ -168,7 +168,7 @@ def test_mistakes_tell_a_wrong_modality_from_a_wrong_item():
         Candidate("0:1", "A cat.", shown, "image,text"),
         Candidate("0:0", None, other, "image"),
     ]
-    pools = Pools(Catalogue.of(candidates, Path("x")), {})
+    pools = Pools(CandidateTable.from_candidates(candidates, Path("x")), {})
     asked = Asked(query("a  cat.", None, "text"), {"0:4": 1}, None, "0:0", None, None, wanted="image")
     assert mistakes([asked] * 5, np.arange(5), pools).tolist() == [0, 2, 1, 1, 3]
     lost = Asked(query(None, shown, "image"), {"0:9": 1}, None, "0:0", None, None, wanted="text")

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jfe_jax.data.formats.line_index import filled_lines
-from jfe_jax.data.formats.mbeir import MODALITIES, Candidate, Mbeir, dataset_id
+from jfe_jax.data.formats.line_index import iter_nonblank_lines
+from jfe_jax.data.formats.mbeir import MODALITIES, Candidate, Mbeir, parse_dataset_id
 from jfe_jax.data.formats.mbeir_records import decode_row, iter_rows, parse_candidate
-from jfe_jax.data.ids import MAX_DATASET, PER_DATASET, image_id
+from jfe_jax.data.ids import IDS_PER_DATASET, MAX_DATASET_ID, image_id
 from jfe_jax.errors import UserError
 
 
@@ -45,7 +45,7 @@ class CandidateIndex:
             return np.full(len(wanted), -1), np.zeros(len(wanted), np.int8)
         places = np.minimum(np.searchsorted(self._sorted, wanted), len(self) - 1)
         rows = np.where(self._sorted[places] == wanted, self._order[places], -1)
-        return np.where(rows < 0, -1, self.dataset * PER_DATASET + rows), self._kinds[rows]
+        return np.where(rows < 0, -1, self.dataset * IDS_PER_DATASET + rows), self._kinds[rows]
 
     @property
     def image_ids(self) -> np.ndarray:
@@ -91,8 +91,8 @@ class CandidateIndex:
         order = np.argsort(hashes, kind="stable")
         self._sorted, self._order = hashes[order], order.astype(np.int32)
         self._kinds = np.array(self._modalities, np.int8)
-        if len(self) > PER_DATASET:
-            self.problem = f"{self.mbeir.path}: dataset {self.dataset} has more than {PER_DATASET} candidates"
+        if len(self) > IDS_PER_DATASET:
+            self.problem = f"{self.mbeir.path}: dataset {self.dataset} has more than {IDS_PER_DATASET} candidates"
 
 
 class CandidateIndices:
@@ -109,14 +109,14 @@ class CandidateIndices:
             self._known = self._read()
         return "".join(f"{dataset}:{index.fingerprint};" for dataset, index in sorted(self._known.items()))
 
-    def of(self, dataset: int) -> CandidateIndex:
+    def for_dataset(self, dataset: int) -> CandidateIndex:
         """The index of a dataset; an empty one if no pool has candidates of it.
 
         Raises:
           UserError: the dataset's id is too large for int32, or a row of the dataset or line of a pool is wrong.
         """
-        if dataset > MAX_DATASET:
-            raise UserError(f"{self._mbeir.path}: dataset id {dataset} is larger than {MAX_DATASET}")
+        if dataset > MAX_DATASET_ID:
+            raise UserError(f"{self._mbeir.path}: dataset id {dataset} is larger than {MAX_DATASET_ID}")
         if self._known is None:
             self._known = self._read()
         if dataset not in self._known:
@@ -132,20 +132,20 @@ class CandidateIndices:
         Raises:
           ValueError: an id does not tell its dataset.
         """
-        datasets = [dataset_id(did) for did in dids]
+        datasets = [parse_dataset_id(did) for did in dids]
         if len({*datasets}) == 1:
-            numbers, kinds = self.of(datasets[0]).find(dids)
+            numbers, kinds = self.for_dataset(datasets[0]).find(dids)
             return numbers.tolist(), kinds.tolist()
-        found = [self.of(dataset).find([did]) for dataset, did in zip(datasets, dids, strict=True)]
+        found = [self.for_dataset(dataset).find([did]) for dataset, did in zip(datasets, dids, strict=True)]
         return [int(number[0]) for number, _ in found], [int(kind[0]) for _, kind in found]
 
     def _read(self) -> dict[int, CandidateIndex]:
         known: dict[int, CandidateIndex] = {}
         for file in self._mbeir.pool_files():
-            for number, _, line in filled_lines(file):
+            for number, _, line in iter_nonblank_lines(file):
                 row, problem = decode_row(line)
                 try:
-                    dataset = dataset_id(row["did"])
+                    dataset = parse_dataset_id(row["did"])
                 except (TypeError, KeyError, AttributeError, ValueError):
                     problem = problem or (parse_candidate(row, self._mbeir.path)[1] or ["did is not dataset:number"])[0]
                 if problem:

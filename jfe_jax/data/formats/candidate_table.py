@@ -14,20 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
-from jfe_jax.data.formats.line_index import filled_lines
+from jfe_jax.data.formats.line_index import iter_nonblank_lines
 from jfe_jax.data.formats.mbeir import MODALITIES, Candidate
 from jfe_jax.data.ids import image_id, image_name, name_id
 from jfe_jax.errors import UserError
 
 # A line, its file and its number → the candidate; UserError if it is wrong.
-Parse = Callable[[bytes, Path, int], Candidate]
+ParseCandidate = Callable[[bytes, Path, int], Candidate]
 
 _STRINGS = np.dtypes.StringDType()
 # Ids that are Python objects at a time.
 _CHUNK = 1 << 16
 
 
-class Catalogue(Sequence[Candidate]):
+class CandidateTable(Sequence[Candidate]):
     """Candidates, each id once, in falling order of their ids, which is trec_eval's order among equal scores.
 
     A candidate takes some 50 bytes; its text and its image's name are read from its file when it is asked for.
@@ -49,15 +49,15 @@ class Catalogue(Sequence[Candidate]):
         names: Sequence[str],
         read: Callable[[int], Candidate],
     ):
-        self.root, self.names, self._rising, self._read = root, names, dids, read
+        self.root, self.names, self._sorted_dids, self._read = root, names, dids, read
         self.contents, self.images = columns["contents"], columns["images"]
         self.modalities, self.files = columns["modalities"], columns["files"]
 
     @classmethod
-    def of(cls, candidates: Sequence[Candidate], root: Path) -> "Catalogue":
+    def from_candidates(cls, candidates: Sequence[Candidate], root: Path) -> "CandidateTable":
         """Candidates that are in memory, each id once."""
         ordered = sorted(candidates, key=lambda one: one.did, reverse=True)
-        columns = _Columns(root)
+        columns = _ColumnBuilder(root)
         for one in ordered:
             columns.add(one, 0)
         dids, arrays = columns.finish()
@@ -73,11 +73,11 @@ class Catalogue(Sequence[Candidate]):
 
     def did(self, row: int) -> str:
         """The id of a candidate."""
-        return self._rising[len(self) - 1 - int(row)]
+        return self._sorted_dids[len(self) - 1 - int(row)]
 
     def dids(self, rows: np.ndarray) -> np.ndarray:
         """The ids of candidates, strings of rows' shape."""
-        return self._rising[len(self) - 1 - rows]
+        return self._sorted_dids[len(self) - 1 - rows]
 
     def digest(self, rows: np.ndarray) -> str:
         """Changes with the ids and contents of these candidates, or their order."""
@@ -89,8 +89,8 @@ class Catalogue(Sequence[Candidate]):
     def row(self, did: str) -> int:
         """Where the candidate of that id stands; -1 if there is none."""
         # NumPy's own search would copy the array.
-        at = bisect.bisect_left(self._rising, did)
-        return len(self) - 1 - at if at < len(self) and self._rising[at] == did else -1
+        at = bisect.bisect_left(self._sorted_dids, did)
+        return len(self) - 1 - at if at < len(self) and self._sorted_dids[at] == did else -1
 
     def modality(self, row: int) -> str:
         """One of MODALITIES."""
@@ -113,13 +113,13 @@ def content_id(instruction: str | None, text: str | None, image: Path | None, ro
 
     An image counts by its path, not by what is in it. `root` is the directory the path begins with.
     """
-    place = "" if image is None else f"{_real(root)}/{image_name(image, root)}"
+    place = "" if image is None else f"{_real_path(root)}/{image_name(image, root)}"
     return name_id("\0".join((instruction or "", text or "", place)))
 
 
-def read_catalogue(
-    files: Sequence[Path], parse: Parse, root: Path, *, repeated: bool = True
-) -> tuple[Catalogue, dict[Path, np.ndarray]]:
+def read_candidate_table(
+    files: Sequence[Path], parse: ParseCandidate, root: Path, *, repeated: bool = True
+) -> tuple[CandidateTable, dict[Path, np.ndarray]]:
     """Reads files of candidates, one after the other.
 
     Args:
@@ -131,9 +131,9 @@ def read_catalogue(
     Raises:
       UserError: a file has no candidates or a wrong line, or two lines give one id to different candidates.
     """
-    columns, bounds, starts, lengths = _Columns(root), [0], array("q"), array("i")
+    columns, bounds, starts, lengths = _ColumnBuilder(root), [0], array("q"), array("i")
     for number, file in enumerate(files):
-        for place, start, line in filled_lines(file):
+        for place, start, line in iter_nonblank_lines(file):
             columns.add(parse(line, file, place), number)
             starts.append(start)
             lengths.append(len(line))
@@ -150,7 +150,7 @@ def read_catalogue(
         place = np.flatnonzero(wrong)[0]
         at = order[place]
         file = files[arrays["files"][at]]
-        line = next(line for line, start, _ in filled_lines(file) if start == starts[at])
+        line = next(line for line, start, _ in iter_nonblank_lines(file) if start == starts[at])
         said = "is another one than in a pool read before" if repeated else "is there a second time"
         raise UserError(f"{file}:{line}: candidate {dids[place]} {said}")
     # Rows are counted from the last id.
@@ -160,11 +160,11 @@ def read_catalogue(
     first = first[::-1]
     arrays = {name: values[first] for name, values in arrays.items()}
     places = (np.frombuffer(part, part.typecode)[first] for part in (starts, lengths))
-    reader = _Reader(files, arrays["files"], *places, parse)
-    return Catalogue(dids[new], arrays, root, [file.stem for file in files], reader), found
+    reader = _LineReader(files, arrays["files"], *places, parse)
+    return CandidateTable(dids[new], arrays, root, [file.stem for file in files], reader), found
 
 
-class _Columns:
+class _ColumnBuilder:
     """What is kept of candidates that come one after the other."""
 
     def __init__(self, root: Path):
@@ -194,10 +194,12 @@ class _Columns:
         self._ids = []
 
 
-class _Reader:
+class _LineReader:
     """Reads a candidate's line again."""
 
-    def __init__(self, files: Sequence[Path], number: np.ndarray, start: np.ndarray, length: np.ndarray, parse: Parse):
+    def __init__(
+        self, files: Sequence[Path], number: np.ndarray, start: np.ndarray, length: np.ndarray, parse: ParseCandidate
+    ):
         self._files, self._number, self._start, self._length = files, number, start, length
         self._parse = parse
         self._open = [os.open(file, os.O_RDONLY) for file in files]
@@ -211,5 +213,5 @@ class _Reader:
 
 
 @functools.lru_cache(16)
-def _real(root: Path) -> str:
+def _real_path(root: Path) -> str:
     return os.path.realpath(root)

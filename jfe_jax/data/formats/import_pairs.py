@@ -8,8 +8,8 @@ from pathlib import Path
 
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.formats.mbeir_writer import write_pairs
-from jfe_jax.data.formats.pair_formats import FORMATS, tfds_place
-from jfe_jax.data.ids import MAX_DATASET
+from jfe_jax.data.formats.pair_formats import FORMATS, find_tfds_directory
+from jfe_jax.data.ids import MAX_DATASET_ID
 from jfe_jax.data.storage.image_source import ImageSource
 from jfe_jax.errors import UserError
 
@@ -31,13 +31,13 @@ def import_pairs(
       UserError: the source cannot be read, or name or number are taken or not possible.
     """
     if kind == "tfds" and not source.exists():
-        source = tfds_place(str(source), images)
+        source = find_tfds_directory(str(source), images)
     if not source.exists():
         raise UserError(f"{source}: no such file or directory")
     if not re.fullmatch(r"[a-z0-9]+", name):
         raise UserError(f"--name {name!r}: small letters and digits only")
-    if not 0 <= number <= MAX_DATASET:
-        raise UserError(f"--number {number}: it has to be from 0 to {MAX_DATASET}")
+    if not 0 <= number <= MAX_DATASET_ID:
+        raise UserError(f"--number {number}: it has to be from 0 to {MAX_DATASET_ID}")
     for taken in (out / SOURCES).glob("*/source.json"):
         if taken.parent.name != name and json.loads(taken.read_text(encoding="utf-8"))["number"] == number:
             raise UserError(f"--number {number} is {taken.parent.name}'s in {out}; give another")

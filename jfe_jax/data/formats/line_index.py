@@ -6,7 +6,7 @@ from pathlib import Path
 from jfe_jax.errors import UserError
 
 
-def all_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+def iter_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
     """Number from 1, position in the file in bytes, and content of each line.
 
     Raises:
@@ -22,12 +22,12 @@ def all_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def filled_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """As `all_lines`, those that are not blank."""
-    return (line for line in all_lines(file) if not line[2].isspace())
+def iter_nonblank_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
+    """As `iter_lines`, those that are not blank."""
+    return (line for line in iter_lines(file) if not line[2].isspace())
 
 
-def lines_at(file: Path, starts: Iterable[int]) -> Iterator[bytes]:
+def read_lines_at(file: Path, starts: Iterable[int]) -> Iterator[bytes]:
     """The lines that begin at these positions."""
     with open(file, "rb") as stream:
         for start in starts:

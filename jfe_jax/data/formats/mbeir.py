@@ -22,10 +22,9 @@ from jfe_jax.data.formats.mbeir_records import (
     TASKS,
     Candidate,
     Query,
-    dataset_id,
     decode_row,
     format_string,
-    normal_modality,
+    normalize_modality,
     parse_candidate,
     parse_query,
     read_lines,
@@ -34,7 +33,7 @@ from jfe_jax.data.formats.mbeir_records import (
 )
 from jfe_jax.errors import UserError
 
-__all__ = ["MODALITIES", "TASKS", "Candidate", "Mbeir", "Query", "Unit", "dataset_id", "format_string"]
+__all__ = ["MODALITIES", "TASKS", "Candidate", "Mbeir", "Query", "Unit", "format_string", "parse_dataset_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +154,7 @@ class Mbeir:
           UserError: there is none; with `required` False the answer is then ().
         """
         table = self.instruction_table
-        key = (_plain_name(dataset), query_modality, candidate_modality)
+        key = (_normalize_name(dataset), query_modality, candidate_modality)
         if key not in table and required:
             raise UserError(
                 f"{self.path / 'instructions/query_instructions.tsv'}: no instructions for dataset {dataset}, "
@@ -179,14 +178,14 @@ class Mbeir:
             fields = dict(zip(header, line.split("\t"), strict=False))
             if not set(wanted) <= fields.keys():
                 raise UserError(f"{where}: {len(fields)} columns, the header has {len(header)}")
-            modalities = [normal_modality(fields[key]) for key in wanted[:2]]
+            modalities = [normalize_modality(fields[key]) for key in wanted[:2]]
             if None in modalities:
                 raise UserError(
                     f"{where}: unknown modality in {fields['query_modality']!r}, {fields['cand_modality']!r}"
                 )
             prompts = [format_string(text) for name, text in fields.items() if name.startswith("prompt")]
             for dataset in (fields["dataset_name"], fields["dataset_id"]):
-                table[_plain_name(dataset), modalities[0], modalities[1]] = tuple(filter(None, prompts))
+                table[_normalize_name(dataset), modalities[0], modalities[1]] = tuple(filter(None, prompts))
         return table
 
     def _query_files(self, split: str) -> list[tuple[Unit, Path]]:
@@ -205,5 +204,5 @@ class Mbeir:
         return found
 
 
-def _plain_name(dataset: str | int) -> str:
+def _normalize_name(dataset: str | int) -> str:
     return re.sub(r"[^a-z0-9]", "", str(dataset).lower())

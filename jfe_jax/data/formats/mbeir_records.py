@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from jfe_jax.data.formats.line_index import filled_lines
+from jfe_jax.data.formats.line_index import iter_nonblank_lines
 from jfe_jax.data.item import Item
 from jfe_jax.errors import UserError
 
@@ -69,7 +69,7 @@ def format_string(text: str | None) -> str:
     return text if text[-1] in ".?!" else f"{text}."
 
 
-def normal_modality(modality: Any) -> str | None:
+def normalize_modality(modality: Any) -> str | None:
     """One of MODALITIES, or None if it is none of them in any spelling."""
     modality = "image,text" if modality == "text,image" else modality
     return modality if modality in MODALITIES else None
@@ -79,9 +79,9 @@ def parse_query(row: Any, root: Path) -> tuple[Query | None, list[str]]:
     """A decoded line → the query, and what is wrong with it; no query if its id or lists cannot be read."""
     if not isinstance(row, dict):
         return None, [f"an object is wanted, not {type(row).__name__}"]
-    fields, problems = _item_fields(row, "query_txt", "query_img_path", "query_modality", root)
-    qid, problem = _id(row, "qid")
-    lists = [_ids(row, key) for key in ("pos_cand_list", "neg_cand_list")]
+    fields, problems = _parse_item_fields(row, "query_txt", "query_img_path", "query_modality", root)
+    qid, problem = _parse_id(row, "qid")
+    lists = [_parse_ids(row, key) for key in ("pos_cand_list", "neg_cand_list")]
     problems += [one for one in (problem, *(error for _, error in lists)) if one]
     if qid is None or lists[0][0] is None or lists[1][0] is None:
         return None, problems
@@ -94,8 +94,8 @@ def parse_candidate(row: Any, root: Path) -> tuple[Candidate | None, list[str]]:
     """A decoded line → the candidate, and what is wrong with it; no candidate if its id cannot be read."""
     if not isinstance(row, dict):
         return None, [f"an object is wanted, not {type(row).__name__}"]
-    fields, problems = _item_fields(row, "txt", "img_path", "modality", root)
-    did, problem = _id(row, "did")
+    fields, problems = _parse_item_fields(row, "txt", "img_path", "modality", root)
+    did, problem = _parse_id(row, "did")
     if did is None:
         return None, [*problems, problem]
     source = row.get("src_content")
@@ -110,7 +110,7 @@ def iter_rows(file: Path, containing: str = "") -> Iterator[tuple[int, Any, str 
       UserError: the file cannot be read.
     """
     wanted = containing.encode()
-    for number, _, line in filled_lines(file):
+    for number, _, line in iter_nonblank_lines(file):
         if wanted in line:
             yield number, *decode_row(line)
 
@@ -148,7 +148,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
     Raises:
       UserError: it cannot be read or is not UTF-8.
     """
-    for number, _, line in filled_lines(file):
+    for number, _, line in iter_nonblank_lines(file):
         try:
             yield number, line.decode().rstrip("\r\n")
         except UnicodeDecodeError as error:
@@ -163,7 +163,7 @@ def read_qrels(file: Path) -> Iterator[tuple[str, str, str, int | None]]:
         yield f"{file}:{number}", *((parts[0], parts[2], int(parts[3])) if good else ("", "", None))
 
 
-def dataset_id(identifier: str) -> int:
+def parse_dataset_id(identifier: str) -> int:
     """The dataset's number in a query or candidate id "9:123".
 
     Raises:
@@ -175,7 +175,7 @@ def dataset_id(identifier: str) -> int:
     return int(number)
 
 
-def _item_fields(
+def _parse_item_fields(
     row: dict, text_key: str, image_key: str, modality_key: str, root: Path
 ) -> tuple[tuple[str | None, Path | None, str], list[str]]:
     problems = []
@@ -191,7 +191,7 @@ def _item_fields(
         text = image = None
     text = format_string(text) or None
     there = ",".join(name for name, value in (("image", image), ("text", text)) if value)
-    modality = normal_modality(row.get(modality_key))
+    modality = normalize_modality(row.get(modality_key))
     if modality is None:
         problems.append(f"unknown {modality_key} {row.get(modality_key)!r}; known are {' '.join(MODALITIES)}")
     elif modality != there:
@@ -205,14 +205,14 @@ def _item_fields(
     return (text, path, modality or there), problems
 
 
-def _id(row: dict, key: str) -> tuple[str | None, str | None]:
+def _parse_id(row: dict, key: str) -> tuple[str | None, str | None]:
     value = row.get(key)
     if not isinstance(value, str) or len(value.split()) != 1 or value.strip() != value or not is_unicode(value):
         return None, f"{key} is a text without blanks, not {value!r}"
     return value, None
 
 
-def _ids(row: dict, key: str) -> tuple[tuple[str, ...] | None, str | None]:
+def _parse_ids(row: dict, key: str) -> tuple[tuple[str, ...] | None, str | None]:
     values = row.get(key)
     if values is None:
         return (), None

@@ -17,7 +17,7 @@ from jfe_jax.errors import UserError
 _FREE_TASK = 5
 
 
-class Content(NamedTuple):
+class PairItem(NamedTuple):
     """Text and name of the image of a query or a candidate; at least one is there."""
 
     text: str | None = None
@@ -28,16 +28,16 @@ class Content(NamedTuple):
         return ",".join(name for name, there in (("image", self.image), ("text", self.text)) if there)
 
 
-class Pair(NamedTuple):
+class TrainingPair(NamedTuple):
     """A query with what is right and what is wrong for it; `place` is where it stands, for errors."""
 
-    place: str
-    query: Content
-    positives: list[Content]
-    negatives: list[Content]
+    location: str
+    query: PairItem
+    positives: list[PairItem]
+    negatives: list[PairItem]
 
 
-def write_pairs(root: Path, name: str, number: int, pairs: Iterable[Pair]) -> dict[str, int]:
+def write_pairs(root: Path, name: str, number: int, pairs: Iterable[TrainingPair]) -> dict[str, int]:
     """Writes query/train/ and cand_pool/local/ of the data set `name` with M-BEIR id `number`; pairs of each unit.
 
     Raises:
@@ -53,7 +53,7 @@ def write_pairs(root: Path, name: str, number: int, pairs: Iterable[Pair]) -> di
             streams[file] = open(file, "wb")  # noqa: SIM115
         streams[file].write(orjson.dumps(row) + b"\n")
 
-    def did(content: Content, unit: str) -> str:
+    def did(content: PairItem, unit: str) -> str:
         key = hash(content)
         if key not in known:
             known[key] = len(known)
@@ -70,7 +70,7 @@ def write_pairs(root: Path, name: str, number: int, pairs: Iterable[Pair]) -> di
     try:
         for pair in pairs:
             if not pair.query.modality or not pair.positives or not all(one.modality for one in pair.positives):
-                raise UserError(f"{pair.place}: a pair needs a query and a positive, each with a text or an image")
+                raise UserError(f"{pair.location}: a pair needs a query and a positive, each with a text or an image")
             task = TASKS.get((pair.query.modality, pair.positives[0].modality), _FREE_TASK)
             unit = f"{name}_task{task}"
             row = {
@@ -93,9 +93,9 @@ def write_pairs(root: Path, name: str, number: int, pairs: Iterable[Pair]) -> di
     return counts
 
 
-def both_ways(place: str, image: str, captions: list[str]) -> Iterator[Pair]:
+def make_bidirectional_pairs(location: str, image: str, captions: list[str]) -> Iterator[TrainingPair]:
     """An image with its captions as pairs: each caption → the image, and the image → all of them."""
-    texts = [Content(text=text) for text in captions]
+    texts = [PairItem(text=text) for text in captions]
     for text in texts:
-        yield Pair(place, text, [Content(image=image)], [])
-    yield Pair(place, Content(image=image), texts, [])
+        yield TrainingPair(location, text, [PairItem(image=image)], [])
+    yield TrainingPair(location, PairItem(image=image), texts, [])

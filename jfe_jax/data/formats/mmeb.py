@@ -17,18 +17,18 @@ from jfe_jax.errors import UserError
 _IMAGE = "<|image_1|>"
 _FIELDS = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
 
-Content = tuple[str | None, Path | None]
+MmebContent = tuple[str | None, Path | None]
 
 
-class Row(NamedTuple):
+class MmebRow(NamedTuple):
     """A query and its candidates as (text, image), the right one first; `where` is its file and number."""
 
     where: str
-    query: Content
-    targets: list[Content]
+    query: MmebContent
+    targets: list[MmebContent]
 
 
-def task_files(path: Path) -> dict[str, list[Path]]:
+def find_task_files(path: Path) -> dict[str, list[Path]]:
     """The tasks of a directory and their files; empty if it is no such directory."""
     found: dict[str, list[Path]] = {}
     for file in sorted([*path.glob("*/test*.parquet"), *path.glob("*/test*.jsonl")]):
@@ -36,12 +36,12 @@ def task_files(path: Path) -> dict[str, list[Path]]:
     return found
 
 
-def images_folder(path: Path) -> Path:
+def find_image_folder(path: Path) -> Path:
     """What image paths are relative to."""
     return next((path / name for name in ("eval_images", "images") if (path / name).is_dir()), path)
 
 
-def read_task(files: list[Path], images: Path) -> Iterator[Row]:
+def read_task(files: list[Path], images: Path) -> Iterator[MmebRow]:
     """The rows of a task.
 
     Raises:
@@ -49,11 +49,11 @@ def read_task(files: list[Path], images: Path) -> Iterator[Row]:
         neither text nor image, a path that leaves the directory.
     """
     for file in files:
-        for where, row in _parquet(file) if file.suffix == ".parquet" else read_rows(file):
-            yield _row(where, row, images)
+        for where, row in _read_parquet(file) if file.suffix == ".parquet" else read_rows(file):
+            yield _parse_row(where, row, images)
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
 
     try:
@@ -71,18 +71,20 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: not readable as Parquet ({str(error).splitlines()[0]})") from error
 
 
-def _row(where: str, row: Any, images: Path) -> Row:
+def _parse_row(where: str, row: Any, images: Path) -> MmebRow:
     if not isinstance(row, dict) or any(field not in row for field in _FIELDS):
         raise UserError(f"{where}: a row has the fields {', '.join(_FIELDS)}")
     texts, paths = row["tgt_text"], row["tgt_img_path"]
     if not (isinstance(texts, list) and isinstance(paths, list) and len(texts) == len(paths) and texts):
         raise UserError(f"{where}: tgt_text and tgt_img_path are lists of one length, the candidates; not empty")
-    query = _content(where, "the query", row["qry_text"], row["qry_img_path"], images)
+    query = _parse_content(where, "the query", row["qry_text"], row["qry_img_path"], images)
     pairs = enumerate(zip(texts, paths, strict=True))
-    return Row(where, query, [_content(where, f"candidate {number}", *pair, images) for number, pair in pairs])
+    return MmebRow(
+        where, query, [_parse_content(where, f"candidate {number}", *pair, images) for number, pair in pairs]
+    )
 
 
-def _content(where: str, name: str, text: Any, image: Any, images: Path) -> Content:
+def _parse_content(where: str, name: str, text: Any, image: Any, images: Path) -> MmebContent:
     if not (isinstance(text, str | None) and isinstance(image, str | None)):
         raise UserError(f"{where}: text and image path of {name} are strings or null")
     text = (text or "").replace(_IMAGE, "").strip() or None

@@ -19,7 +19,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from jfe_jax.data.formats.mbeir_records import read_rows
-from jfe_jax.data.formats.mbeir_writer import Content, Pair, both_ways
+from jfe_jax.data.formats.mbeir_writer import PairItem, TrainingPair, make_bidirectional_pairs
 from jfe_jax.data.storage.image_source import FileImageSource, ImageSource, TarImageSource, member_prefix
 from jfe_jax.data.storage.tar_archive import TarArchive
 from jfe_jax.errors import UserError
@@ -37,35 +37,35 @@ _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _IMAGE_MARK = re.compile(r"<\|image_\d+\|>\s*")
 
 
-def mmeb(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+def read_mmeb(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
     """Rows in MMEB-train's shape; image paths are relative to `images`, by default where the rows are."""
-    return _mmeb_pairs(source), FileImageSource(images or _folder(source))
+    return _mmeb_pairs(source), FileImageSource(images or _containing_folder(source))
 
 
-def captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+def read_captions(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
     """Rows with an image's path and its captions."""
-    return _caption_pairs(source), FileImageSource(images or _folder(source))
+    return _caption_pairs(source), FileImageSource(images or _containing_folder(source))
 
 
-def triplets(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+def read_triplets(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
     """Texts with a hard negative."""
-    return _triplet_pairs(source), FileImageSource(_folder(source))
+    return _triplet_pairs(source), FileImageSource(_containing_folder(source))
 
 
-def webdataset(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+def read_webdataset(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
     """Tar shards of samples."""
-    archives = [TarArchive([file]) for file in _files(source, "*.tar", "*.tar.gz")]
-    root = _folder(source)
+    archives = [TarArchive([file]) for file in _find_files(source, "*.tar", "*.tar.gz")]
+    root = _containing_folder(source)
     return _webdataset_pairs(archives, root), TarImageSource(archives, root)
 
 
-def tfds_captions(source: Path, images: Path | None) -> tuple[Iterable[Pair], ImageSource]:
+def read_tfds_captions(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
     """A TFDS directory; its train split, or all there are."""
-    reader = _Tfds(source)
+    reader = _TfdsImageSource(source)
     return reader.pairs(), reader
 
 
-def tfds_place(name: str, data_dir: Path | None) -> Path:
+def find_tfds_directory(name: str, data_dir: Path | None) -> Path:
     """Where the data set of that name lies, in TFDS's own data_dir if none is given; its newest version.
 
     Args:
@@ -86,51 +86,51 @@ def tfds_place(name: str, data_dir: Path | None) -> Path:
     return Path(found.data_dir)
 
 
-FORMATS: dict[str, Callable[[Path, Path | None], tuple[Iterable[Pair], ImageSource]]] = {
-    "mmeb": mmeb,
-    "captions": captions,
-    "webdataset": webdataset,
-    "tfds": tfds_captions,
-    "triplets": triplets,
+FORMATS: dict[str, Callable[[Path, Path | None], tuple[Iterable[TrainingPair], ImageSource]]] = {
+    "mmeb": read_mmeb,
+    "captions": read_captions,
+    "webdataset": read_webdataset,
+    "tfds": read_tfds_captions,
+    "triplets": read_triplets,
 }
 
 
-def _mmeb_pairs(source: Path) -> Iterator[Pair]:
-    for place, row in _tables(source, "*.jsonl", "*.parquet"):
+def _mmeb_pairs(source: Path) -> Iterator[TrainingPair]:
+    for location, row in _iter_rows(source, "*.jsonl", "*.parquet"):
         missing = [key for key in ("qry", "pos_text") if key not in row]
         if missing:
-            raise UserError(f"{place}: no {missing[0]} in the row; MMEB's training rows have qry, pos_text, …")
+            raise UserError(f"{location}: no {missing[0]} in the row; MMEB's training rows have qry, pos_text, …")
         query, positive, negative = (
-            Content(_IMAGE_MARK.sub("", row.get(text) or "").strip() or None, row.get(image) or None)
+            PairItem(_IMAGE_MARK.sub("", row.get(text) or "").strip() or None, row.get(image) or None)
             for text, image in (
                 ("qry", "qry_image_path"),
                 ("pos_text", "pos_image_path"),
                 ("neg_text", "neg_image_path"),
             )
         )
-        yield Pair(place, query, [positive], [negative] if negative.modality else [])
+        yield TrainingPair(location, query, [positive], [negative] if negative.modality else [])
 
 
-def _caption_pairs(source: Path) -> Iterator[Pair]:
-    for place, row in _tables(source, "*.jsonl"):
-        found = _captions(row)
+def _caption_pairs(source: Path) -> Iterator[TrainingPair]:
+    for location, row in _iter_rows(source, "*.jsonl"):
+        found = _find_captions(row)
         if not isinstance(row.get("image"), str) or not found:
-            raise UserError(f'{place}: a row is {{"image": path, "caption": text or list of texts}}')
-        yield from both_ways(place, row["image"], found)
+            raise UserError(f'{location}: a row is {{"image": path, "caption": text or list of texts}}')
+        yield from make_bidirectional_pairs(location, row["image"], found)
 
 
-def _triplet_pairs(source: Path) -> Iterator[Pair]:
-    for place, row in _tables(source, "*.jsonl", "*.csv", "*.tsv"):
+def _triplet_pairs(source: Path) -> Iterator[TrainingPair]:
+    for location, row in _iter_rows(source, "*.jsonl", "*.csv", "*.tsv"):
         names = next((names for names in _TRIPLETS if names[0] in row and names[1] in row), None)
         if names is None:
             raise UserError(
-                f"{place}: the columns {', '.join(row)}; wanted are {' or '.join(map(', '.join, _TRIPLETS))}"
+                f"{location}: the columns {', '.join(row)}; wanted are {' or '.join(map(', '.join, _TRIPLETS))}"
             )
-        anchor, positives, negatives = ([Content(text=one) for one in _texts(row.get(name))] for name in names)
-        yield Pair(place, anchor[0] if anchor else Content(), positives, negatives)
+        anchor, positives, negatives = ([PairItem(text=one) for one in _collect_texts(row.get(name))] for name in names)
+        yield TrainingPair(location, anchor[0] if anchor else PairItem(), positives, negatives)
 
 
-def _webdataset_pairs(archives: list[TarArchive], root: Path) -> Iterator[Pair]:
+def _webdataset_pairs(archives: list[TarArchive], root: Path) -> Iterator[TrainingPair]:
     for archive in archives:
         prefix, members = member_prefix(archive, root), set()
         key, image, found = "", "", []
@@ -143,56 +143,58 @@ def _webdataset_pairs(archives: list[TarArchive], root: Path) -> Iterator[Pair]:
             stem, _, suffix = file.partition(".")
             if (this := f"{folder}/{stem}") != key:
                 if image and found:
-                    yield from both_ways(f"{archive}: {key}", image, found)
+                    yield from make_bidirectional_pairs(f"{archive}: {key}", image, found)
                 key, image, found = this, "", []
             if suffix.lower() in _IMAGE_SUFFIXES:
                 image = f"{prefix}{name}"
             elif suffix in ("txt", "caption"):
-                found = found or _texts(read())
+                found = found or _collect_texts(read())
             elif suffix == "json" and not found:
                 try:
-                    found = _captions(json.loads(read()))
+                    found = _find_captions(json.loads(read()))
                 except ValueError as error:
                     raise UserError(f"{archive}: {name}: not JSON ({error})") from error
         if image and found:
-            yield from both_ways(f"{archive}: {key}", image, found)
+            yield from make_bidirectional_pairs(f"{archive}: {key}", image, found)
 
 
-class _Tfds:
+class _TfdsImageSource:
     """A TFDS data set as pairs and as a source of images, named "SPLIT/INDEX.img"."""
 
     sequential_only = False
 
     def __init__(self, source: Path):
-        places = [source, *sorted(source.glob("*/")), *sorted(source.glob("*/*/"))]
-        place = next((one for one in places if (one / "dataset_info.json").is_file()), None)
-        if place is None:
+        directories = [source, *sorted(source.glob("*/")), *sorted(source.glob("*/*/"))]
+        directory = next((one for one in directories if (one / "dataset_info.json").is_file()), None)
+        if directory is None:
             raise UserError(f"{source}: no TFDS data set there (no dataset_info.json)")
-        builder = tfds.builder_from_directory(place)
+        builder = tfds.builder_from_directory(directory)
         features = builder.info.features
-        self._place = place
+        self._directory = directory
         self._image = next((key for key in features if isinstance(features[key], tfds.features.Image)), None)
         self._text = next((key for key in _CAPTION_KEYS if key in features), None)
         if self._image is None or self._text is None:
-            raise UserError(f"{place}: needs an image and a text feature; it has {', '.join(features)}")
+            raise UserError(f"{directory}: needs an image and a text feature; it has {', '.join(features)}")
         splits = ["train"] if "train" in builder.info.splits else list(builder.info.splits)
         decoders = {self._image: tfds.decode.SkipDecoding()}
         try:
             self._sources = {split: builder.as_data_source(split, decoders=decoders) for split in splits}
         except (NotImplementedError, ValueError) as error:
             raise UserError(
-                f"{place}: {' '.join(str(error).split())}; prepare it with file_format array_record"
+                f"{directory}: {' '.join(str(error).split())}; prepare it with file_format array_record"
             ) from error
 
     def __str__(self) -> str:
-        return str(self._place)
+        return str(self._directory)
 
-    def pairs(self) -> Iterator[Pair]:
+    def pairs(self) -> Iterator[TrainingPair]:
         for split, source in self._sources.items():
             for index in range(len(source)):
-                found = _texts(source[index][self._text])
+                found = _collect_texts(source[index][self._text])
                 if found:
-                    yield from both_ways(f"{self._place}: {split} {index}", f"{split}/{index}.img", found)
+                    yield from make_bidirectional_pairs(
+                        f"{self._directory}: {split} {index}", f"{split}/{index}.img", found
+                    )
 
     def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
         for name in wanted:
@@ -200,25 +202,25 @@ class _Tfds:
             yield name, lambda split=split, index=index: bytes(self._sources[split][int(index)][self._image])
 
     def where(self, name: str) -> str:
-        return f"{name} of {self._place}"
+        return f"{name} of {self._directory}"
 
 
-def _tables(source: Path, *patterns: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iter_rows(source: Path, *patterns: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and row of every table in a directory, or of one file."""
-    for file in _files(source, *patterns):
+    for file in _find_files(source, *patterns):
         if file.suffix == ".parquet":
-            rows = _parquet(file)
+            rows = _read_parquet(file)
         elif file.suffix in (".csv", ".tsv"):
-            rows = _csv(file)
+            rows = _read_csv(file)
         else:
             rows = read_rows(file)
-        for place, row in rows:
+        for location, row in rows:
             if not isinstance(row, dict):
-                raise UserError(f"{place}: an object is wanted, not {type(row).__name__}")
-            yield place, row
+                raise UserError(f"{location}: an object is wanted, not {type(row).__name__}")
+            yield location, row
 
 
-def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     with open(file, encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream, dialect="excel-tab" if file.suffix == ".tsv" else "excel")
         try:
@@ -228,7 +230,7 @@ def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             raise UserError(f"{file}:{reader.line_num}: not CSV in UTF-8 ({error})") from error
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         from pyarrow import ArrowInvalid, parquet
     except ImportError as error:
@@ -243,7 +245,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file}: not Parquet ({' '.join(str(error).split())})") from error
 
 
-def _files(source: Path, *patterns: str) -> list[Path]:
+def _find_files(source: Path, *patterns: str) -> list[Path]:
     if source.is_file():
         return [source]
     found = sorted(file for pattern in patterns for file in source.rglob(pattern))
@@ -252,24 +254,24 @@ def _files(source: Path, *patterns: str) -> list[Path]:
     return found
 
 
-def _folder(source: Path) -> Path:
+def _containing_folder(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-def _captions(row: Any) -> list[str]:
+def _find_captions(row: Any) -> list[str]:
     if not isinstance(row, dict):
         return []
-    return next((found for key in _CAPTION_KEYS if (found := _texts(row.get(key)))), [])
+    return next((found for key in _CAPTION_KEYS if (found := _collect_texts(row.get(key)))), [])
 
 
-def _texts(value: Any) -> list[str]:
+def _collect_texts(value: Any) -> list[str]:
     """Every text in a value of any shape that is not blank."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):
         return [value] if value.strip() else []
     if isinstance(value, dict):
-        return next((found for key in ("text", "raw", "caption") if (found := _texts(value.get(key)))), [])
+        return next((found for key in ("text", "raw", "caption") if (found := _collect_texts(value.get(key)))), [])
     if hasattr(value, "__iter__"):
-        return [text for one in value for text in _texts(one)]
+        return [text for one in value for text in _collect_texts(one)]
     return []

@@ -12,7 +12,7 @@ import grain
 import numpy as np
 
 from jfe_jax.data.formats.mbeir import MODALITIES
-from jfe_jax.data.ids import PER_DATASET
+from jfe_jax.data.ids import IDS_PER_DATASET
 from jfe_jax.data.image_transforms import shift
 from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.batch_builder import EncodedPair
@@ -154,7 +154,9 @@ class EncodePair(grain.transforms.MapWithIndex):
         pixels = self.caches.pixels.find(image_id)
         if pixels is None:
             record = record or self.prepared.candidate(number)
-            pixels = self._pixels(image_id, (f"dataset{number // PER_DATASET}",), f"image of candidate {record.did}")
+            pixels = self._pixels(
+                image_id, (f"dataset{number // IDS_PER_DATASET}",), f"image of candidate {record.did}"
+            )
         return EncodedItem(ids, pixels)
 
     def _shifted(self, item: EncodedItem, down: float, right: float) -> EncodedItem:

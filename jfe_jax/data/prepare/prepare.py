@@ -159,7 +159,7 @@ class _DatasetPreparer:
 
     def _candidates(self, dataset: int) -> PartResult:
         name = f"dataset{dataset}"
-        part, index = f"{CANDIDATES}/{name}", self._indices.of(dataset)
+        part, index = f"{CANDIDATES}/{name}", self._indices.for_dataset(dataset)
         if not len(index):
             return PartResult(part, "empty", 0)
         self._add_images(
@@ -195,7 +195,7 @@ class _DatasetPreparer:
         def ids() -> np.ndarray:
             mine = np.unique(np.fromiter((image_id(one, self._mbeir.path) for one in images()), np.int64))
             for dataset in datasets:
-                mine = np.setdiff1d(mine, self._indices.of(dataset).image_ids, assume_unique=True)
+                mine = np.setdiff1d(mine, self._indices.for_dataset(dataset).image_ids, assume_unique=True)
             return mine
 
         self._add_images(name, fingerprint, ids, lambda: (image_name(one, self._mbeir.path) for one in images()))
@@ -235,7 +235,7 @@ class _DatasetPreparer:
             yield PartResult(part.name, "written", len(part.written), missing=len(part.missing))
 
     def _with_pools(self, source: bytes, datasets: set[int]) -> str:
-        pools = "".join(f"{dataset}:{self._indices.of(dataset).fingerprint};" for dataset in sorted(datasets))
+        pools = "".join(f"{dataset}:{self._indices.for_dataset(dataset).fingerprint};" for dataset in sorted(datasets))
         return hashlib.blake2b(source + pools.encode(), digest_size=16).hexdigest()
 
     def _staging(self, part: str) -> Path:

@@ -31,7 +31,7 @@ import tensorflow_datasets as tfds
 from absl import logging as absl_logging
 
 from jfe_jax.data.formats.candidate_ids import CandidateIndex, CandidateIndices
-from jfe_jax.data.formats.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, dataset_id
+from jfe_jax.data.formats.mbeir import MODALITIES, TASKS, Mbeir, Query, Unit, parse_dataset_id
 from jfe_jax.data.ids import image_id
 from jfe_jax.data.storage.prepared_dataset import VERSION
 from jfe_jax.data.storage.shard_writer import Record, RecordShard, RecordShardWriter, write_remaining
@@ -166,12 +166,14 @@ class MbeirQueries(_ShardedBuilder, skip_registration=True):
     def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
         super()._download_and_prepare(dl_manager, download_config)
         config = self.builder_config
-        pools = {dataset: config.indices.of(dataset).fingerprint for dataset in sorted(config.datasets)}
+        pools = {dataset: config.indices.for_dataset(dataset).fingerprint for dataset in sorted(config.datasets)}
         self.info.metadata.update(
             fingerprint=config.final_fingerprint(config.datasets),
             datasets=list(pools),
             # What the loader needs: ids that are in no pool may name datasets that have none.
-            pools={f"dataset{dataset}": pools[dataset] for dataset in pools if len(config.indices.of(dataset))},
+            pools={
+                f"dataset{dataset}": pools[dataset] for dataset in pools if len(config.indices.for_dataset(dataset))
+            },
         )
 
     def _generate_examples(self, split: str) -> Iterator[Record]:
@@ -181,7 +183,7 @@ class MbeirQueries(_ShardedBuilder, skip_registration=True):
             config.tick(1)
             dids = list(dict.fromkeys((*query.pos, *query.neg)))
             try:
-                config.datasets.update(map(dataset_id, dids))
+                config.datasets.update(map(parse_dataset_id, dids))
                 found = dict(zip(dids, zip(*config.indices.find(dids), strict=True), strict=True)) if dids else {}
             except ValueError as error:
                 file = config.mbeir.query_file(split, config.unit)

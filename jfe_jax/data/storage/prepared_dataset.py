@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_record.python import array_record_data_source
 
-from jfe_jax.data.ids import PER_DATASET
+from jfe_jax.data.ids import IDS_PER_DATASET
 from jfe_jax.data.storage.tf_example import Example
 from jfe_jax.errors import UserError
 
@@ -99,7 +99,7 @@ class PreparedDataset:
 
     def candidate(self, number: int) -> CandidateRecord:
         """The candidate of that number."""
-        dataset, row = divmod(number, PER_DATASET)
+        dataset, row = divmod(number, IDS_PER_DATASET)
         feature = Example.FromString(self._pool(dataset)[row]).features.feature
         return CandidateRecord(
             feature["did"].bytes_list.value[0].decode(),

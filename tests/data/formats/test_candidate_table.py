@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jfe_jax.data.formats.candidate_table import Catalogue, content_id, read_catalogue
+from jfe_jax.data.formats.candidate_table import CandidateTable, content_id, read_candidate_table
 from jfe_jax.data.formats.mbeir import Candidate, Mbeir
 from jfe_jax.errors import UserError
 
@@ -29,7 +29,7 @@ def test_rows_are_those_of_the_files(mbeir):
     rows = [{"did": f"{n % 3}:{n}", "txt": f"é {n % 90}", "img_path": f"{n % 7}.png"} for n in numbers.tolist()]
     rows = [row if number % 2 else {key: row[key] for key in ("did", "txt")} for number, row in enumerate(rows)]
     files = [pool(mbeir, "a.jsonl", *rows[:400]), pool(mbeir, "b.jsonl", *rows[300:], rows[310])]
-    known, members = read_catalogue(files, mbeir.candidate, mbeir.path)
+    known, members = read_candidate_table(files, mbeir.candidate, mbeir.path)
     expected = sorted({row["did"] for row in rows}, reverse=True)
     assert [one.did for one in known] == expected == known.dids(np.arange(len(known))).tolist()
     for file, part in zip(files, (rows[:400], rows[300:]), strict=True):
@@ -51,18 +51,18 @@ def test_ids_that_stand_for_two_candidates_are_named(mbeir):
     one, other = {"did": "0:1", "txt": "one"}, {"did": "0:1", "txt": "other"}
     files = [pool(mbeir, "a.jsonl", {"did": "0:0", "txt": "x"}, one), pool(mbeir, "b.jsonl", one, other)]
     with pytest.raises(UserError, match=r"b\.jsonl:3: candidate 0:1 is another one than in a pool read before"):
-        read_catalogue(files, mbeir.candidate, mbeir.path)
+        read_candidate_table(files, mbeir.candidate, mbeir.path)
     with pytest.raises(UserError, match=r"b\.jsonl:1: candidate 0:1 is there a second time"):
-        read_catalogue(files, mbeir.candidate, mbeir.path, repeated=False)
+        read_candidate_table(files, mbeir.candidate, mbeir.path, repeated=False)
     (mbeir.path / "c.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"c\.jsonl: the pool of candidates is empty"):
-        read_catalogue([*files[:1], mbeir.path / "c.jsonl"], mbeir.candidate, mbeir.path)
+        read_candidate_table([*files[:1], mbeir.path / "c.jsonl"], mbeir.candidate, mbeir.path)
 
 
 def test_candidates_in_memory_are_ordered_too():
     root = Path("x")
     given = [Candidate(f"{n}", None, root / f"{n % 2}.png", "image") for n in (3, 10, 2)]
-    known = Catalogue.of(given, root)
+    known = CandidateTable.from_candidates(given, root)
     assert [one.did for one in known] == ["3", "2", "10"] and known.row("10") == 2
     assert known.digest(np.array([0, 1])) != known.digest(np.array([1, 0]))
     assert known.showing(root / "0.png").tolist() == [1, 2]

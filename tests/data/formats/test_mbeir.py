@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from jfe_jax.data.formats.mbeir import Mbeir, dataset_id, format_string
+from jfe_jax.data.formats.mbeir import Mbeir, format_string, parse_dataset_id
 from jfe_jax.errors import UserError
 from tests.support.mbeir_directory import MODALITIES, UNITS, edit_line, edit_row, make_mbeir
 
@@ -161,9 +161,9 @@ def test_what_is_missing_is_named(own):
 
 
 def test_ids_tell_their_dataset():
-    assert dataset_id("9:123") == 9
+    assert parse_dataset_id("9:123") == 9
     with pytest.raises(ValueError, match="not dataset:number"):
-        dataset_id("mscoco-4")
+        parse_dataset_id("mscoco-4")
 
 
 def test_source_content_stays_as_it_is(own):

@@ -12,7 +12,7 @@ from benchmarks.data import synthetic_mbeir
 from jfe_jax import config as configs
 from jfe_jax.data.formats.candidate_ids import CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir
-from jfe_jax.data.ids import PER_DATASET
+from jfe_jax.data.ids import IDS_PER_DATASET
 from jfe_jax.data.image_transforms import to_pixels
 from jfe_jax.data.pipeline import mixture
 from jfe_jax.data.pipeline.loader import training_batches
@@ -62,7 +62,7 @@ def test_each_pair_is_a_query_of_the_data_with_one_of_its_positives(make_config,
     mbeir = Mbeir(mbeir_dir)
     candidates, indices = {}, CandidateIndices(mbeir)
     for dataset in (0, 2):
-        index = indices.of(dataset)
+        index = indices.for_dataset(dataset)
         candidates |= {int(index.find([one.did])[0][0]): one for one in index.candidates()}
     dids = {number: one.did for number, one in candidates.items()}
     known = {}
@@ -257,11 +257,11 @@ def test_homogeneous_sub_batches_are_of_one_unit_and_keep_the_shares(make_config
     """Told by dataset, of which each unit here has one."""
     shares = {"shapes_task0": 3.0, "facts_task1": 1.0}
     batches = take(training_batches(make_config(mixture=shares, homogeneous=4), groups=1, split="train"), 8)
-    datasets = np.concatenate([batch.candidate_ids[0, :16] // PER_DATASET for batch in batches])
+    datasets = np.concatenate([batch.candidate_ids[0, :16] // IDS_PER_DATASET for batch in batches])
     blocks = datasets.reshape(-1, 4)
     assert (blocks == blocks[:, :1]).all() and abs((datasets == 0).mean() - 0.75) < 0.05
     mixed = take(training_batches(make_config(mixture=shares), groups=1, split="train"), 8)
-    mixed = np.concatenate([batch.candidate_ids[0, :16] // PER_DATASET for batch in mixed]).reshape(-1, 4)
+    mixed = np.concatenate([batch.candidate_ids[0, :16] // IDS_PER_DATASET for batch in mixed]).reshape(-1, 4)
     assert not (mixed == mixed[:, :1]).all()
     # Each query still comes once in an epoch.
     one = make_config(mixture={"shapes_task0": 1.0}, homogeneous=4, pairs=12, instruction_probability=0.0)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from jfe_jax.data.formats.candidate_ids import CandidateIndices
 from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir
-from jfe_jax.data.ids import PER_DATASET
+from jfe_jax.data.ids import IDS_PER_DATASET
 from jfe_jax.data.image_transforms import decode
 from jfe_jax.data.prepare.prepare import prepare_dataset
 from jfe_jax.data.storage import shard_writer
@@ -37,11 +37,11 @@ def test_tfds_reads_every_query_and_candidate_back(mbeir_dir, prepared_dir):
     for dataset in (0, 2):
         place = prepared_dir / f"mbeir_candidates/dataset{dataset}/2.0.0"
         source = tfds.builder_from_directory(place).as_data_source("pool")
-        index = indices.of(dataset)
+        index = indices.for_dataset(dataset)
         assert len(source) == len(index) == 80
         images = stored_images(prepared_dir, f"dataset{dataset}")
         for row, (record, candidate) in enumerate(zip(source, index.candidates(), strict=True)):
-            number = dataset * PER_DATASET + row
+            number = dataset * IDS_PER_DATASET + row
             assert [one.tolist() for one in index.find([candidate.did])] == [[number], [record["modality"]]]
             assert record["did"].decode() == candidate.did
             assert record["text"].decode() == (candidate.text or "")
@@ -177,7 +177,7 @@ def test_a_dataset_number_that_int32_cannot_hold_is_refused(own, tmp_path):
     edit_row(own / "query/train/mbeir_shapes_task7_train.jsonl", 1, neg_cand_list=["214:1"])
     with pytest.raises(UserError, match="dataset id 214 is larger than 213"):
         run(own, tmp_path / "out")
-    assert np.iinfo(np.int32).max >= 213 * PER_DATASET + PER_DATASET - 1
+    assert np.iinfo(np.int32).max >= 213 * IDS_PER_DATASET + IDS_PER_DATASET - 1
 
 
 def all_images(out):
