@@ -26,6 +26,7 @@ from jfe_jax.data.formats.mbeir_records import (
     format_string,
     normalize_modality,
     parse_candidate,
+    parse_dataset_id,
     parse_query,
     read_lines,
     read_qrels,
