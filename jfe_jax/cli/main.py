@@ -9,6 +9,7 @@ import sys
 import traceback
 from pathlib import Path
 
+import jfe_jax
 from jfe_jax.errors import RemoteProcessError, UserError, format_error
 from jfe_jax.parallel.distributed import is_synchronized
 from jfe_jax.utils.local_paths import require_local
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         # Nor at the end of the process, where Python looks through all of them once more.
         atexit.register(gc.freeze)
     parser = argparse.ArgumentParser(prog="jfe", description="Joint Fusion Encoder: multimodal retrieval in JAX.")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    parser.add_argument("--version", action="version", version=f"jfe {jfe_jax.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, purpose in VERBS.items():
         verb = verbs.add_parser(name, help=purpose, description=purpose)
         module = importlib.import_module(f"jfe_jax.cli.{name}")
@@ -52,6 +54,11 @@ def main(argv: list[str] | None = None) -> int:
             leaf.add_argument("--debug", action="store_true", help="show the traceback of an error")
             leaf.set_defaults(run=leaf.get_default("run") or module.run)
     args, extra = parser.parse_known_args(argv)
+    if args.verb is None:
+        if extra:
+            parser.error(f"unrecognized arguments: {' '.join(extra)}")
+        parser.print_help()
+        return 0
     if args.verb in (*RUNNING, "convert") and argv is None:
         # A process of its own; what calls this from Python decides for itself.
         from jfe_jax.utils.malloc import keep_freed_memory

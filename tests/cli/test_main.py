@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
 
+import jfe_jax
 from benchmarks import BENCHMARKS
 from jfe_jax.cli import main as cli
 from jfe_jax.errors import UserError
@@ -26,7 +28,21 @@ def test_help_imports_nothing_heavy(verb):
     assert all(name in done.stdout for name in (BENCHMARKS if verb else cli.VERBS))
 
 
-@pytest.mark.parametrize("words", [[], ["fly"], ["eval", "--no-such-flag"], ["train"]])
+def test_the_bare_command_prints_the_help(capsys):
+    assert cli.main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("usage: jfe") and not printed.err
+    assert all(name in printed.out for name in cli.VERBS)
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"jfe {metadata.version('jfe-jax')}\n" == f"jfe {jfe_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("words", [["fly"], ["--fly"], ["eval", "--no-such-flag"], ["train"]])
 def test_wrong_usage_exits_2(words, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
