@@ -196,12 +196,12 @@ class _TfdsImageSource:
                         f"{self._directory}: {split} {index}", f"{split}/{index}.img", found
                     )
 
-    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        for name in wanted:
+    def iter_images(self, names: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for name in names:
             split, _, index = name.removesuffix(".img").partition("/")
             yield name, lambda split=split, index=index: bytes(self._sources[split][int(index)][self._image])
 
-    def where(self, name: str) -> str:
+    def describe_location(self, name: str) -> str:
         return f"{name} of {self._directory}"
 
 

@@ -111,7 +111,7 @@ def write_image_shards(
             yield from part.names()
 
     def finish(jobs: list[_Job]) -> None:
-        results = pool.map(lambda job: _encode_image(job, source.where(job.name), short_side), jobs)
+        results = pool.map(lambda job: _encode_image(job, source.describe_location(job.name), short_side), jobs)
         for job, (content, problem) in zip(jobs, results, strict=True):
             for number in job.parts:
                 if content is None:
@@ -124,7 +124,7 @@ def write_image_shards(
     jobs: list[_Job] = []
     # Pillow releases the interpreter's lock while it decodes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, read in source.images(wanted()) if len(ids) else ():
+        for name, read in source.iter_images(wanted()) if len(ids) else ():
             key = name_id(name)
             start, end = np.searchsorted(ids, key), np.searchsorted(ids, key, "right")
             if start == end or found[start]:

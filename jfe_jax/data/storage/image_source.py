@@ -1,4 +1,4 @@
-"""Where the bytes of images come from: files, or a tar stream in its own order."""
+"""Sources of encoded images: files in a directory, or tar archives in their own order."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -9,28 +9,28 @@ from jfe_jax.errors import UserError
 
 
 class ImageSource(Protocol):
-    """Gives images by name.
+    """Provides encoded images by name.
 
     Attributes:
-      in_order: a content can only be read until the next one is asked for.
+      sequential_only: content must be read before the iterator advances.
     """
 
     sequential_only: bool
 
-    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        """Name and content of the wanted images, perhaps of others too, in any order.
+    def iter_images(self, names: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        """Yields the name and a reader of the requested images, and possibly of others, in any order.
 
-        Reading the content raises UserError if it cannot be had.
+        The reader raises UserError if the content cannot be read.
         """
         ...
 
-    def where(self, name: str) -> str:
-        """The image's place, for a person."""
+    def describe_location(self, name: str) -> str:
+        """Returns the image's location, for messages."""
         ...
 
 
 class FileImageSource:
-    """Files by their path in a directory."""
+    """Reads image files by their path in a directory."""
 
     sequential_only = False
 
@@ -40,11 +40,11 @@ class FileImageSource:
     def __str__(self) -> str:
         return str(self._root)
 
-    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        for name in wanted:
+    def iter_images(self, names: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for name in names:
             yield name, lambda name=name: self._read(name)
 
-    def where(self, name: str) -> str:
+    def describe_location(self, name: str) -> str:
         return str(self._root / name)
 
     def _read(self, name: str) -> bytes:
@@ -69,13 +69,13 @@ class TarImageSource:
     def __str__(self) -> str:
         return ", ".join(map(str, self._archives[:2])) + (" …" if len(self._archives) > 2 else "")
 
-    def images(self, wanted: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    def iter_images(self, names: Iterable[str]) -> Iterator[tuple[str, Callable[[], bytes]]]:
         for archive in self._archives:
             prefix = "" if self._root is None else member_prefix(archive, self._root)
             for name, read in archive.files():
                 yield prefix + name, read
 
-    def where(self, name: str) -> str:
+    def describe_location(self, name: str) -> str:
         return f"{name} in {self}"
 
 
@@ -85,6 +85,6 @@ def member_prefix(archive: TarArchive, root: Path) -> str:
 
 
 def find_image_source(root: Path) -> ImageSource:
-    """The images of an M-BEIR directory: its files, or, where there is no mbeir_images/, the archive of that name."""
+    """Returns the images of an M-BEIR directory: its files, or the archive of that name if it has no mbeir_images/."""
     archives = [] if (root / "mbeir_images").is_dir() else find_archives(root)
     return TarImageSource(archives) if archives else FileImageSource(root)

@@ -1,11 +1,11 @@
-"""Images by their paths, wherever they are: unpacked, inside a tar archive, or in a prepared directory.
+"""Random access to images by path: unpacked, inside a tar archive, or in a prepared directory.
 
-An uncompressed archive, whole or in parts, is read where an image lies in it. Of a compressed one, what is wanted is
-copied out once, in one pass, into an uncompressed archive, which a killed pass goes on with:
+An uncompressed archive, in one file or in parts, is read at the offset of each image. From a compressed one, the needed
+images are extracted once, in one pass, into an uncompressed archive. A pass that was killed resumes from it:
 
-    images.tar       the copies
-    searched.npy     int64: image_id of all that passes to the end have looked for
-    source.json      which archive they are from
+    images.tar       the extracted images
+    searched.npy     int64: image_id of every image that a completed pass has looked for
+    source.json      identifies the archive that they were extracted from
 
 Axes: M images.
 """
@@ -38,7 +38,7 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int]
 
 
 class StoredImage:
-    """An image that is no file of its own; the bytes are read when they are asked for."""
+    """An image inside a container. Its bytes are read on demand."""
 
     __slots__ = ("_name", "_read")
 
@@ -60,30 +60,34 @@ class StoredImage:
 
 
 class ImageLookup(Protocol):
-    """Where images are.
+    """Finds images by path.
 
     Attributes:
-      form: what was done to them; embeddings of one form are not those of another.
-      inside: what they are in, for errors: " in …", or nothing.
+      form: the processing they have undergone; embeddings of one form must not be mixed with those of another.
+      inside: the container, for error messages: " in …", or "".
     """
 
     form: str
     inside: str
 
     def find(self, image: Path) -> Path | StoredImage | None:
-        """The image of that path; None if there is none."""
+        """Returns the image of that path; None if there is none."""
 
     def get(self, image: Path) -> Path | StoredImage:
-        """The same, for `images.decode`. Raises UserError if it is known without a look that there is none."""
+        """Returns the image for `image_transforms.decode`.
+
+        Raises:
+          UserError: it is known to be missing without touching the file system.
+        """
 
 
 def resolve_image(item: Item, images: ImageLookup) -> Item:
-    """The item with its image, which is a path, as it can be decoded."""
+    """Replaces an item's image path by the image that can be decoded."""
     return item if item.image is None else replace(item, image=images.get(item.image))
 
 
 class DirectoryImages:
-    """Files."""
+    """Finds images that are files in a directory."""
 
     form, inside = "as published", ""
 
@@ -95,7 +99,7 @@ class DirectoryImages:
 
 
 class _ArchivedImages:
-    """Images in something."""
+    """Base class of images inside a container."""
 
     inside: str
 
@@ -110,11 +114,11 @@ class _ArchivedImages:
 
 
 class TarImages(_ArchivedImages):
-    """The files in an uncompressed tar archive, by an index of where each lies.
+    """Reads the files of an uncompressed tar archive through an index of their offsets.
 
     Args:
       root: the directory that the images' paths begin with.
-      parts: the archive, or its parts.
+      parts: the archive, or its parts in order.
 
     Raises:
       UserError: it is no tar archive, or a part is missing.
@@ -124,9 +128,9 @@ class TarImages(_ArchivedImages):
 
     def __init__(self, root: Path, parts: Sequence[Path]):
         self._root, self.inside = root, f" in {parts[0]}"
-        self._file = _Joined(parts)
+        self._file = _ConcatenatedFile(parts)
         ids, starts, sizes = array("q"), array("q"), array("q")
-        for member in _members(self._file, parts[0], whole=True):
+        for member in _members(self._file, parts[0], complete=True):
             ids.append(name_id(member.name.removeprefix("./")))
             starts.append(member.offset_data)
             sizes.append(member.size)
@@ -142,7 +146,7 @@ class TarImages(_ArchivedImages):
 
 
 class PreparedDatasetImages(_ArchivedImages):
-    """The images of a directory that `jfe data prepare` made."""
+    """Reads the images of a directory that `jfe data prepare` wrote."""
 
     def __init__(self, root: Path, prepared: Path):
         from jfe_jax.data.storage.prepared_dataset import IMAGES, VERSION, ImageStore
@@ -168,16 +172,17 @@ class PreparedDatasetImages(_ArchivedImages):
 def open_images(
     root: Path, place: Path, wanted: Callable[[], np.ndarray], progress: Progress | None = None, *, copies: bool = True
 ) -> ImageLookup:
-    """Where the images of an M-BEIR directory are: unpacked, in its archive, or at `place`.
+    """Opens the images of an M-BEIR directory: unpacked, in its archive, or in `place`.
 
     Args:
-      place: a prepared directory; or where the images of a compressed archive are, or are copied to.
-      wanted: gives int64, image_id of those that are needed, perhaps repeatedly, perhaps with 0.
-      progress: (name, bytes) → a context that gives a function to call with the bytes done.
-      copies: make what copies are missing.
+      place: a prepared directory; or the directory that holds, or will hold, the images extracted from a compressed
+        archive.
+      wanted: returns int64, image_id of the needed images; may contain repeats and 0.
+      progress: (name, bytes) → a context manager that yields a function to call with the bytes done.
+      copies: extract the images that are missing from `place`.
 
     Raises:
-      UserError: an archive is damaged, or `place` has the images of another one.
+      UserError: an archive is corrupt, or `place` has the images of another archive.
     """
     if (place / "mbeir_images").is_dir():
         return PreparedDatasetImages(root, place)
@@ -187,23 +192,23 @@ def open_images(
     if not archives[0].compressed:
         return TarImages(root, archives[0].parts)
     if copies:
-        _copy(archives[0], place, np.unique(wanted()), progress)
+        _extract_to_tar(archives[0], place, np.unique(wanted()), progress)
     return TarImages(root, [place / COPIES])
 
 
-def _copy(archive: TarArchive, place: Path, wanted: np.ndarray, progress: Progress) -> None:
+def _extract_to_tar(archive: TarArchive, place: Path, wanted: np.ndarray, progress: Progress) -> None:
     source = [[part.name, part.stat().st_size] for part in archive.parts]
     place.mkdir(parents=True, exist_ok=True)
-    told = place / SOURCE
-    if told.exists() and json.loads(told.read_text()) != source:
+    source_file = place / SOURCE
+    if source_file.exists() and json.loads(source_file.read_text()) != source:
         raise UserError(f"{place}: holds images of another archive than {archive}; remove it, or take another --images")
-    told.write_text(json.dumps(source))
+    source_file.write_text(json.dumps(source))
     searched = np.load(place / SEARCHED) if (place / SEARCHED).exists() else np.zeros(0, np.int64)
     with open(place / COPIES, "ab") as out:
-        # Behind the last whole member: of a killed pass the end may be missing, of a finished one it is taken away.
-        end, there = _whole(place / COPIES)
+        # Append after the last complete member: a killed pass may have left a partial one, a finished pass an end mark.
+        end, present = _find_complete_members(place / COPIES)
         out.truncate(end)
-        missing = np.setdiff1d(wanted[wanted != 0], np.concatenate([there, searched]))
+        missing = np.setdiff1d(wanted[wanted != 0], np.concatenate([present, searched]))
         if len(missing):
             with progress("copying images out of the archive", archive.size) as tick:
                 done, found = 0, np.zeros(len(missing), bool)
@@ -215,16 +220,16 @@ def _copy(archive: TarArchive, place: Path, wanted: np.ndarray, progress: Progre
                         member = tarfile.TarInfo(name)
                         member.size = len(content)
                         out.write(member.tobuf(tarfile.GNU_FORMAT) + content + bytes(-len(content) % _BLOCK))
-                    tick(archive.done - done)
-                    done = archive.done
+                    tick(archive.bytes_read - done)
+                    done = archive.bytes_read
         out.write(bytes(2 * _BLOCK))
     np.save(place / SEARCHED, np.union1d(searched, missing))
 
 
-def _whole(file: Path) -> tuple[int, np.ndarray]:
-    """Where the last whole member of an archive that may be cut short ends, and image_id of all whole ones."""
+def _find_complete_members(file: Path) -> tuple[int, np.ndarray]:
+    """Returns the end offset of the last complete member of a possibly truncated archive, and their image ids."""
     size, end, ids = file.stat().st_size, 0, []
-    for member in _members(_Joined([file]), file, whole=False) if size else ():
+    for member in _members(_ConcatenatedFile([file]), file, complete=False) if size else ():
         after = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
         if after > size:
             break
@@ -233,33 +238,33 @@ def _whole(file: Path) -> tuple[int, np.ndarray]:
     return end, np.array(ids, np.int64)
 
 
-def _members(file: "_Joined", name: Path, *, whole: bool) -> Iterator[tarfile.TarInfo]:
-    """The files of an uncompressed archive; `whole` says that one which is cut short is an error."""
+def _members(file: "_ConcatenatedFile", name: Path, *, complete: bool) -> Iterator[tarfile.TarInfo]:
+    """Yields the files of an uncompressed archive. With `complete`, a truncated archive is an error."""
     try:
         with tarfile.open(fileobj=io.BufferedReader(file, _BLOCK), mode="r:") as archive:
             while (member := archive.next()) is not None:
-                # Its list of all members would grow to gigabytes.
+                # tarfile keeps a list of all members, which would grow to gigabytes.
                 archive.members.clear()
                 if member.isfile():
                     yield member
-            # tarfile takes half a header for the archive's end.
-            if whole and file.read_at(archive.offset, _BLOCK).strip(b"\0"):
+            # tarfile mistakes a partial header for the archive's end.
+            if complete and file.read_at(archive.offset, _BLOCK).strip(b"\0"):
                 raise tarfile.ReadError("half a header at the end")
     except tarfile.TarError as error:
-        if whole:
+        if complete:
             raise UserError(
                 f"{name}: cannot be read as a tar archive, or ends too soon; is a part missing or cut short ({error})"
             ) from error
 
 
-class _Joined(io.RawIOBase):
-    """The parts of an archive as one file that can be read anywhere."""
+class _ConcatenatedFile(io.RawIOBase):
+    """Presents the parts of an archive as one seekable file."""
 
     def __init__(self, parts: Sequence[Path]):
         self._files = [os.open(part, os.O_RDONLY) for part in parts]
         self._ends = np.cumsum([os.fstat(file).st_size for file in self._files]).tolist()
         self._at = 0
-        # Not __del__: when Python ends there is no os any more.
+        # Not __del__: at interpreter exit the os module may be gone.
         for file in self._files:
             weakref.finalize(self, os.close, file)
 
@@ -270,7 +275,7 @@ class _Joined(io.RawIOBase):
         return True
 
     def close(self) -> None:
-        """tarfile's reader closes what it reads; these files stay open as long as images can be asked for."""
+        """Does nothing: tarfile closes what it reads, but these files must stay open for later reads."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         self._at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._ends[-1]}[whence]
@@ -286,7 +291,7 @@ class _Joined(io.RawIOBase):
         return len(content)
 
     def read_at(self, start: int, size: int) -> bytes:
-        """So many bytes from there on; fewer at the end."""
+        """Reads `size` bytes at offset `start`; fewer at the end of the file."""
         found, first = b"", 0
         for file, end in zip(self._files, self._ends, strict=True):
             while size and first <= start < end:

@@ -1,7 +1,7 @@
-"""Reads what builder.py wrote: records by index, straight from ArrayRecord.
+"""Reads prepared data: records by index, directly from ArrayRecord.
 
-TFDS's own decoding takes ten times as long as the rest of reading a record, and opening a part with it 3 ms, besides
-its import: so descriptions and records are parsed here.
+TFDS's own decoding takes ten times as long as the rest of reading a record, opening a part with it takes 3 ms, and its
+import takes longer still. Descriptions and records are therefore parsed here.
 """
 
 import difflib
@@ -23,7 +23,7 @@ CANDIDATES, QUERIES, IMAGES = "mbeir_candidates", "mbeir_queries", "mbeir_images
 
 
 class QueryRecord(NamedTuple):
-    """One query; candidates by number, modalities by index into MODALITIES."""
+    """A query; candidates are integer ids, modalities are indices into MODALITIES."""
 
     qid: str
     text: str
@@ -36,7 +36,7 @@ class QueryRecord(NamedTuple):
 
 
 class CandidateRecord(NamedTuple):
-    """One candidate."""
+    """A candidate."""
 
     did: str
     text: str
@@ -44,10 +44,10 @@ class CandidateRecord(NamedTuple):
 
 
 class PreparedDataset:
-    """A directory made by `jfe data prepare`. Picklable: files are opened by whoever reads.
+    """A directory written by `jfe data prepare`. Picklable: each process opens the files it reads.
 
     Raises:
-      UserError: it is none.
+      UserError: the path is no such directory.
     """
 
     def __init__(self, path: str | Path):
@@ -62,7 +62,7 @@ class PreparedDataset:
         return {"path": self.path, "_parts": {}, "_pools": self._pools, "_images": self._images}
 
     def units(self, split: str) -> list[str]:
-        """Names of the units that have that split."""
+        """Returns the names of the units that have that split."""
         names = sorted(place.parent.name for place in (self.path / QUERIES).glob(f"*/{VERSION}"))
         found = [name for name in names if split in self._part(f"{QUERIES}/{name}").splits]
         if not found:
@@ -72,10 +72,10 @@ class PreparedDataset:
         return found
 
     def metadata(self, unit: str) -> dict[str, Any]:
-        """What builder.py wrote beside the unit's records.
+        """Returns the metadata that tfds_builder.py stored with the unit's records.
 
         Raises:
-          UserError: the candidates it points to are missing, or are not those it was made with; their images are.
+          UserError: the candidates it refers to, or their images, are missing, or differ from those it was made with.
         """
         metadata = self._part(f"{QUERIES}/{unit}").metadata
         self._store(unit)
@@ -83,7 +83,7 @@ class PreparedDataset:
             candidates = self._part(f"{CANDIDATES}/{dataset}").metadata
             if candidates["images"]:
                 self._part(f"{IMAGES}/{dataset}")
-            # Here, so that workers need not look again.
+            # Opened here, so that workers need not search again.
             self._pool(int(dataset.removeprefix("dataset")))
             self._store(dataset)
             if candidates["fingerprint"] != fingerprint:
@@ -94,11 +94,11 @@ class PreparedDataset:
         return metadata
 
     def queries(self, unit: str, split: str) -> "RawRecords":
-        """The unit's query records, still as bytes (see `parse_query`)."""
+        """Returns the unit's serialized query records (see `parse_query`)."""
         return RawRecords(self.path / QUERIES / unit / VERSION, split)
 
     def candidate(self, number: int) -> CandidateRecord:
-        """The candidate of that number."""
+        """Returns the candidate with that integer id."""
         dataset, row = divmod(number, IDS_PER_DATASET)
         feature = Example.FromString(self._pool(dataset)[row]).features.feature
         return CandidateRecord(
@@ -108,10 +108,10 @@ class PreparedDataset:
         )
 
     def image(self, image_id: int, parts: Sequence[str]) -> bytes:
-        """The encoded image, out of the first of the parts of images that has it.
+        """Returns the encoded image from the first of the image parts that has it.
 
         Raises:
-          UserError: none has.
+          UserError: none of the parts has it.
         """
         for part in parts:
             content = self._store(part).find(image_id)
@@ -139,7 +139,7 @@ class PreparedDataset:
 
 
 class ImageStore:
-    """One part of images: bytes by id. The index is a memory map; a part without images has none."""
+    """Reads one part of images by id. The index is memory-mapped; a part without images has none."""
 
     def __init__(self, place: Path):
         self._place = place
@@ -171,7 +171,7 @@ class ImageStore:
 
 
 class ShardFile(NamedTuple):
-    """A shard, as `array_record_data_source` wants it described."""
+    """A shard, described with the fields that `array_record_data_source` expects."""
 
     filename: str
     skip: int
@@ -180,17 +180,17 @@ class ShardFile(NamedTuple):
 
 
 class PartDescription(NamedTuple):
-    """What TFDS says of a directory: the shards of each split, and what builder.py wrote beside them."""
+    """TFDS's description of a directory: the shards of each split, and the metadata of tfds_builder.py."""
 
     splits: dict[str, list[ShardFile]]
     metadata: dict[str, Any]
 
 
 def read_part_description(place: Path) -> PartDescription:
-    """The description of a part's directory.
+    """Reads the description of a part's directory.
 
     Raises:
-      UserError: it is not there, or no such description.
+      UserError: it is missing, or is no such description.
     """
     try:
         info, metadata = (
@@ -218,7 +218,7 @@ def _files(place: Path, info: dict[str, Any], split: dict[str, Any]) -> list[Sha
 
 
 class RawRecords:
-    """A split's serialized records by index. Files are opened at the first read, by the one that reads."""
+    """A split's serialized records by index. Files are opened at the first read, in the process that reads."""
 
     def __init__(self, place: Path, split: str):
         self.place, self.split = place, split
@@ -242,7 +242,7 @@ class RawRecords:
 
 
 def parse_query(record: bytes) -> QueryRecord:
-    """A serialized query record, parsed."""
+    """Parses a serialized query record."""
     feature = Example.FromString(record).features.feature
     return QueryRecord(
         feature["qid"].bytes_list.value[0].decode(),

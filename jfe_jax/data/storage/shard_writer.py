@@ -1,4 +1,4 @@
-"""ArrayRecord shards that are written one after the other and survive a kill: the finished ones are kept."""
+"""Writes ArrayRecord shards one after the other. Finished shards survive a kill and are reused."""
 
 import os
 import re
@@ -11,8 +11,8 @@ from array_record.python import array_record_module
 
 from jfe_jax.data.storage.tf_example import Example
 
-# Reading a record takes time in proportion to the records of its shard (5 µs + 3 µs for each thousand), so shards are
-# small, as long as that does not make them too many to hold open.
+# The time to read a record grows with the number of records in its shard (5 µs + 3 µs per thousand). Shards are
+# therefore small, as long as there are not too many of them to hold open.
 MIN_RECORDS_PER_SHARD, MAX_SHARDS = 4096, 128
 
 Record = dict[str, str | bytes | int | list[int]]
@@ -30,55 +30,55 @@ class RecordShardWriter:
     """Writes records into a directory.
 
     Args:
-      directory: made if it is missing; what it holds of another `source` is removed.
-      source: fingerprint of what the records are made of.
-      expected: about how many there will be.
+      directory: created if it is missing; shards of another `source` are removed from it.
+      source: fingerprint of the data that the records are made from.
+      expected: approximate number of records.
 
     Attributes:
-      finished: the shards there are, those of an earlier run first.
-      before_finish: called before a shard counts as finished, with its number.
+      finished: the finished shards, those of an earlier run first.
+      before_finish: called with a shard's number before it counts as finished.
     """
 
     def __init__(self, directory: Path, source: str, expected: int):
         self.directory = directory
-        self.per_shard = max(MIN_RECORDS_PER_SHARD, -(-expected // MAX_SHARDS))
-        mark, text = directory / "source", f"{source} {self.per_shard}"
-        if not mark.is_file() or mark.read_text(encoding="utf-8") != text:
+        self.records_per_shard = max(MIN_RECORDS_PER_SHARD, -(-expected // MAX_SHARDS))
+        source_file, text = directory / "source", f"{source} {self.records_per_shard}"
+        if not source_file.is_file() or source_file.read_text(encoding="utf-8") != text:
             shutil.rmtree(directory, ignore_errors=True)
             directory.mkdir(parents=True)
-            mark.write_text(text, encoding="utf-8")
-        self.finished = _finished(directory)
+            source_file.write_text(text, encoding="utf-8")
+        self.finished = _find_finished_shards(directory)
         self.before_finish: Callable[[int], None] = lambda _: None
         self._writer: Any = None
         self._count = self._size = 0
 
     @property
     def records(self) -> int:
-        """In finished shards."""
+        """Number of records in finished shards."""
         return sum(shard.records for shard in self.finished)
 
     def write(self, record: Record) -> bool:
-        """Adds a record; True if it was the last of its shard, which is then finished."""
+        """Adds a record. Returns True if it completed its shard, which is then finished."""
         if self._writer is None:
-            # One record a group: a random read reads nothing else. Images are compressed as they are.
+            # One record per group, so that a random read reads nothing else. Images are already compressed.
             self._writer = array_record_module.ArrayRecordWriter(str(self._partial), "group_size:1,uncompressed")
         content = serialize(record)
         self._writer.write(content)
         self._count += 1
         self._size += len(content)
-        if self._count == self.per_shard:
+        if self._count == self.records_per_shard:
             self.close()
             return True
         return False
 
     def close(self) -> None:
-        """Finishes the shard in hand."""
+        """Finishes the current shard."""
         if self._writer is None:
             return
         self._writer.close()
         self.before_finish(len(self.finished))
         file = self.directory / f"{len(self.finished):05d}-{self._count}-{self._size}.shard"
-        # Its name says that it is whole.
+        # Renaming is atomic: a shard with its final name is complete.
         os.replace(self._partial, file)
         self.finished.append(RecordShard(file, self._count, self._size))
         self._writer, self._count, self._size = None, 0, 0
@@ -89,7 +89,7 @@ class RecordShardWriter:
 
 
 def write_remaining(writer: RecordShardWriter, records: Iterable[Record]) -> None:
-    """Writes those of the records that are not in finished shards yet."""
+    """Writes the records that are not in finished shards yet."""
     done = writer.records
     for number, record in enumerate(records):
         if number >= done:
@@ -98,7 +98,7 @@ def write_remaining(writer: RecordShardWriter, records: Iterable[Record]) -> Non
 
 
 def serialize(record: Record) -> bytes:
-    """A record as a tf.train.Example, as TFDS lays one out."""
+    """Serializes a record as a tf.train.Example with TFDS's layout."""
     example = Example()
     feature = example.features.feature
     for name, value in record.items():
@@ -113,7 +113,7 @@ def serialize(record: Record) -> bytes:
     return example.SerializeToString(deterministic=True)
 
 
-def _finished(directory: Path) -> list[RecordShard]:
+def _find_finished_shards(directory: Path) -> list[RecordShard]:
     shards = []
     for file in sorted(directory.glob("*.shard")):
         number, records, size = map(int, re.fullmatch(r"(\d+)-(\d+)-(\d+)\.shard", file.name).groups())

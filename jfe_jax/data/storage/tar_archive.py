@@ -1,7 +1,9 @@
-"""Images in tar archives, read in one stream without unpacking: whole, or cut into parts as M-BEIR publishes them.
+"""Streams images from tar archives without unpacking them.
 
-mbeir_images.tar.gz                       joined
-mbeir_images.tar.gz.part-00, …-03         split anywhere, also inside an image
+An archive is one file, or is split into parts as M-BEIR publishes it:
+
+    mbeir_images.tar.gz                       one file
+    mbeir_images.tar.gz.part-00, …-03         split at any byte, possibly inside an image
 """
 
 import gzip
@@ -19,20 +21,20 @@ _GZIP = b"\x1f\x8b"
 
 
 class TarArchive:
-    """One tar stream over one file or several that are its parts; compressed or not.
+    """Reads one tar stream from a file or from several parts, compressed or not.
 
     Attributes:
       size: bytes of all parts.
-      done: bytes of them that have been read so far.
+      bytes_read: bytes of the parts that have been read so far.
     """
 
     def __init__(self, parts: Sequence[Path]):
         self.parts = list(parts)
-        self.size, self.done = sum(part.stat().st_size for part in self.parts), 0
+        self.size, self.bytes_read = sum(part.stat().st_size for part in self.parts), 0
 
     @property
     def compressed(self) -> bool:
-        """Whether it is, by gzip: then it can only be read from its beginning."""
+        """True if it is compressed with gzip. It can then only be read from its beginning."""
         with open(self.parts[0], "rb") as stream:
             return stream.read(2) == _GZIP
 
@@ -40,25 +42,26 @@ class TarArchive:
         return str(self.parts[0]) + (f" … {self.parts[-1].name}" if len(self.parts) > 1 else "")
 
     def files(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        """Name and content of each file, in the archive's order; the content is there until the next one is asked for.
+        """Yields the name and a reader of each file, in the archive's order. Read the content before advancing.
 
         Raises:
-          UserError: it is no tar archive, is damaged, or ends too soon.
+          UserError: it is no tar archive, is corrupt, or is truncated.
         """
-        self.done = 0
-        found, raw = False, _Joined(self)
+        self.bytes_read = 0
+        found, raw = False, _ConcatenatedStream(self)
         try:
             joined = io.BufferedReader(raw, _READ_BYTES)
             gzipped = joined.peek(2)[:2] == _GZIP
             stream = io.BufferedReader(gzip.GzipFile(fileobj=joined), _READ_BYTES) if gzipped else joined
             with tarfile.open(fileobj=stream, mode="r|") as archive:
                 while (member := archive.next()) is not None:
-                    # Its list of all members would grow to gigabytes.
+                    # tarfile keeps a list of all members, which would grow to gigabytes.
                     archive.members.clear()
                     found = True
                     if member.isfile():
                         yield member.name.removeprefix("./"), lambda: archive.extractfile(member).read()
-            # To the end: tarfile takes a stream that is cut between two files for the archive's end, gzip does not.
+            # Read to the end: tarfile mistakes a stream that is cut between two files for a complete archive; gzip
+            # does not.
             while rest := stream.read(_READ_BYTES):
                 if rest.strip(b"\0"):
                     raise UserError(f"{self}: something follows the archive's end; are its parts all of one archive?")
@@ -70,11 +73,11 @@ class TarArchive:
             raw.close()
 
 
-class _Joined(io.RawIOBase):
-    """The parts as one stream of bytes."""
+class _ConcatenatedStream(io.RawIOBase):
+    """Concatenates the parts into one sequential stream of bytes."""
 
     def __init__(self, archive: TarArchive):
-        self._archive, self._left = archive, iter(archive.parts)
+        self._archive, self._remaining = archive, iter(archive.parts)
         self._file: io.RawIOBase | None = None
 
     def close(self) -> None:
@@ -88,23 +91,23 @@ class _Joined(io.RawIOBase):
     def readinto(self, buffer: memoryview) -> int:
         while True:
             if self._file is None:
-                part = next(self._left, None)
+                part = next(self._remaining, None)
                 if part is None:
                     return 0
                 self._file = open(part, "rb", buffering=0)  # noqa: SIM115
             count = self._file.readinto(buffer)
             if count:
-                self._archive.done += count
+                self._archive.bytes_read += count
                 return count
             self._file.close()
             self._file = None
 
 
 def find_archives(directory: Path, stem: str = "mbeir_images") -> list[TarArchive]:
-    """The archives of that name in a directory: the joined form, or else its parts.
+    """Finds the archives of that name in a directory: the single file, or else its parts.
 
     Raises:
-      UserError: a part is missing in the middle.
+      UserError: a part between the first and the last is missing.
     """
     for name in (f"{stem}.tar", f"{stem}.tar.gz", f"{stem}.tgz"):
         if (directory / name).is_file():

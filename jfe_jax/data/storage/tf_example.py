@@ -1,6 +1,6 @@
-"""tf.train.Example, the record of TFDS, without TFDS, whose import takes longer than to open the data.
+"""Defines tf.train.Example, the record of TFDS, without importing TFDS, which takes longer than opening the data.
 
-The message is that of tensorflow/core/example/{example,feature}.proto; its field numbers have not changed since 2015.
+The message is that of tensorflow/core/example/{example,feature}.proto. Its field numbers have not changed since 2015.
 """
 
 from typing import Any
@@ -40,11 +40,11 @@ message_type {
 
 
 def _example() -> Any:
-    # A pool of its own: TFDS registers the same names in the common one.
+    # A separate pool: TFDS registers the same names in the default one.
     pool = descriptor_pool.DescriptorPool()
     pool.Add(text_format.Parse(_PROTO, descriptor_pb2.FileDescriptorProto()))
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("tensorflow.Example"))
 
 
-# The class: `Example.FromString(record).features.feature["text"].bytes_list.value`.
+# A message class: `Example.FromString(record).features.feature["text"].bytes_list.value`.
 Example = _example()
