@@ -249,8 +249,8 @@ def test_mmebs_36_tasks_and_their_means():
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"tgt_img_path": [""]}, r"test\.jsonl:1: tgt_text and tgt_img_path are lists of one length"),
-        ({"tgt_text": [], "tgt_img_path": []}, "not empty"),
+        ({"tgt_img_path": [""]}, r"test\.jsonl:1: tgt_text and tgt_img_path must be non-empty lists of equal length"),
+        ({"tgt_text": [], "tgt_img_path": []}, "non-empty lists"),
         ({"qry_text": "<|image_1|>\n"}, r"test\.jsonl:1: the query has neither"),
         ({"qry_img_path": "../x.png"}, "leaves the directory"),
         ({"tgt_img_path": ["N/none.png"] * 6}, r"none\.png: no such image \(1 of 7"),

@@ -1,6 +1,6 @@
-"""Numbers for candidates: dataset·10⁷ + index, as M-BEIR hashes its ids; int32 in the loss, one integer on disk.
+"""Assigns integer ids to candidates: dataset·10⁷ + index, as M-BEIR hashes its ids. They are int32 in the loss.
 
-A candidate takes some 20 bytes here, so that millions fit: ids are kept as 64-bit hashes in sorted arrays.
+A candidate takes about 20 bytes here, so that millions fit: string ids are stored as 64-bit hashes in sorted arrays.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from jfe_jax.errors import UserError
 
 
 class CandidateIndex:
-    """Numbers the candidates of one dataset: those in local pools first, then those that only a global pool has.
+    """Assigns integer ids to the candidates of one dataset: local pools first, then candidates only in a global pool.
 
     Attributes:
-      fingerprint: changes when a line about the dataset's candidates does.
-      problem: what is wrong with the first bad row, if there is one.
+      fingerprint: changes when a line about the dataset's candidates changes.
+      problem: describes the first malformed row, if there is one.
     """
 
     def __init__(self, mbeir: Mbeir, dataset: int):
@@ -31,7 +31,7 @@ class CandidateIndex:
         self._digest = hashlib.blake2b(digest_size=16)
         self._known: set[int] = set()
         self._hashes, self._modalities, self._images = array("q"), array("b"), array("q")
-        # Which lines of which file the candidates are on, in the order of their numbers.
+        # The file and the line numbers of the candidates, in the order of their integer ids.
         self._lines: list[tuple[Path, array]] = []
         self.problem: str | None = None
 
@@ -39,7 +39,7 @@ class CandidateIndex:
         return len(self._hashes)
 
     def find(self, dids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The candidates' numbers (int64, -1 for one that is in no pool) and indices into MODALITIES (int8)."""
+        """Returns the candidates' integer ids (int64, -1 if not in any pool) and indices into MODALITIES (int8)."""
         wanted = np.fromiter(map(hash, dids), np.int64)
         if not len(self):
             return np.full(len(wanted), -1), np.zeros(len(wanted), np.int8)
@@ -49,11 +49,11 @@ class CandidateIndex:
 
     @property
     def image_ids(self) -> np.ndarray:
-        """int64, sorted: the ids of the images (see `image_id`) that the candidates name."""
+        """int64, sorted: ids (see `image_id`) of the images that the candidates refer to."""
         return np.unique(np.array(self._images, np.int64))
 
     def candidates(self) -> Iterator[Candidate]:
-        """The candidates in the order of their numbers."""
+        """Yields the candidates in the order of their integer ids."""
         for file, lines in self._lines:
             wanted = iter(lines)
             line = next(wanted)
@@ -65,7 +65,7 @@ class CandidateIndex:
                         break
 
     def add(self, file: Path, number: int, line: bytes, row: dict) -> None:
-        """A line of a pool, decoded; those of known candidates only change the fingerprint."""
+        """Adds a decoded pool line. A line of a known candidate only changes the fingerprint."""
         self._digest.update(line)
         key = hash(row["did"])
         if key in self._known:
@@ -84,7 +84,7 @@ class CandidateIndex:
         self._lines[-1][1].append(number)
 
     def close(self) -> None:
-        """After the last line: makes `find` possible."""
+        """Sorts the index after the last line. Call before `find`."""
         self.fingerprint = self._digest.hexdigest()
         self._known = set()
         hashes = np.array(self._hashes, np.int64)
@@ -96,7 +96,7 @@ class CandidateIndex:
 
 
 class CandidateIndices:
-    """The candidate indices of all datasets, made in one pass over the pools when the first is asked for."""
+    """The candidate indices of all datasets, built on first use in one pass over the pools."""
 
     def __init__(self, mbeir: Mbeir):
         self._mbeir = mbeir
@@ -104,16 +104,16 @@ class CandidateIndices:
 
     @property
     def fingerprint(self) -> str:
-        """Of all datasets together."""
+        """Fingerprint of all datasets together."""
         if self._known is None:
             self._known = self._read()
         return "".join(f"{dataset}:{index.fingerprint};" for dataset, index in sorted(self._known.items()))
 
     def for_dataset(self, dataset: int) -> CandidateIndex:
-        """The index of a dataset; an empty one if no pool has candidates of it.
+        """Returns the index of a dataset; an empty one if no pool has candidates of it.
 
         Raises:
-          UserError: the dataset's id is too large for int32, or a row of the dataset or line of a pool is wrong.
+          UserError: the dataset's id is too large for int32, or a row of the dataset or a line of a pool is malformed.
         """
         if dataset > MAX_DATASET_ID:
             raise UserError(f"{self._mbeir.path}: dataset id {dataset} is larger than {MAX_DATASET_ID}")
@@ -127,10 +127,10 @@ class CandidateIndices:
         return self._known[dataset]
 
     def find(self, dids: list[str]) -> tuple[list[int], list[int]]:
-        """The numbers of the candidates (-1 for one that is in no pool) and their indices into MODALITIES.
+        """Returns the candidates' integer ids (-1 if not in any pool) and their indices into MODALITIES.
 
         Raises:
-          ValueError: an id does not tell its dataset.
+          ValueError: an id does not contain its dataset's number.
         """
         datasets = [parse_dataset_id(did) for did in dids]
         if len({*datasets}) == 1:
@@ -140,7 +140,7 @@ class CandidateIndices:
         return [int(number[0]) for number, _ in found], [int(kind[0]) for _, kind in found]
 
     def _read(self) -> dict[int, CandidateIndex]:
-        known: dict[int, CandidateIndex] = {}
+        indices: dict[int, CandidateIndex] = {}
         for file in self._mbeir.pool_files():
             for number, _, line in iter_nonblank_lines(file):
                 row, problem = decode_row(line)
@@ -150,10 +150,10 @@ class CandidateIndices:
                     problem = problem or (parse_candidate(row, self._mbeir.path)[1] or ["did is not dataset:number"])[0]
                 if problem:
                     raise UserError(f"{file}:{number}: {problem}")
-                index = known.get(dataset)
+                index = indices.get(dataset)
                 if index is None:
-                    index = known[dataset] = CandidateIndex(self._mbeir, dataset)
+                    index = indices[dataset] = CandidateIndex(self._mbeir, dataset)
                 index.add(file, number, line, row)
-        for index in known.values():
+        for index in indices.values():
             index.close()
-        return known
+        return indices

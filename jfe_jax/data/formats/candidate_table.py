@@ -1,6 +1,6 @@
-"""Candidates by the million: compact arrays in memory, their rows in the files that they were read from.
+"""Holds millions of candidates: compact arrays in memory, texts and image names read from their files on demand.
 
-Axes: N candidates, X of them that show an image.
+Axes: N candidates, X of them that show a given image.
 """
 
 import bisect
@@ -19,25 +19,25 @@ from jfe_jax.data.formats.mbeir import MODALITIES, Candidate
 from jfe_jax.data.ids import image_id, image_name, name_id
 from jfe_jax.errors import UserError
 
-# A line, its file and its number → the candidate; UserError if it is wrong.
+# (line, file, line number) → candidate. Raises UserError if the line is malformed.
 ParseCandidate = Callable[[bytes, Path, int], Candidate]
 
 _STRINGS = np.dtypes.StringDType()
-# Ids that are Python objects at a time.
+# Maximum number of ids held as Python strings at a time.
 _CHUNK = 1 << 16
 
 
 class CandidateTable(Sequence[Candidate]):
-    """Candidates, each id once, in falling order of their ids, which is trec_eval's order among equal scores.
+    """Candidates with unique ids, in descending order of id: trec_eval's order among equal scores.
 
-    A candidate takes some 50 bytes; its text and its image's name are read from its file when it is asked for.
+    A candidate takes about 50 bytes. Its text and its image's name are read from its file on access.
 
     Attributes:
       root: the directory that image paths begin with.
       contents: int64 [N]; see `content_id`.
-      images: int64 [N]; numbering.image_id.
+      images: int64 [N]; see `ids.image_id`.
       modalities: int8 [N]; indices into MODALITIES.
-      files: int16 [N]; the number of the file that each was first read from.
+      files: int16 [N]; index of the file that each was first read from.
       names: names of the files.
     """
 
@@ -55,7 +55,7 @@ class CandidateTable(Sequence[Candidate]):
 
     @classmethod
     def from_candidates(cls, candidates: Sequence[Candidate], root: Path) -> "CandidateTable":
-        """Candidates that are in memory, each id once."""
+        """Builds a table of candidates in memory. Their ids must be unique."""
         ordered = sorted(candidates, key=lambda one: one.did, reverse=True)
         columns = _ColumnBuilder(root)
         for one in ordered:
@@ -72,32 +72,32 @@ class CandidateTable(Sequence[Candidate]):
         return self._read(int(row))
 
     def did(self, row: int) -> str:
-        """The id of a candidate."""
+        """Returns the id of a candidate."""
         return self._sorted_dids[len(self) - 1 - int(row)]
 
     def dids(self, rows: np.ndarray) -> np.ndarray:
-        """The ids of candidates, strings of rows' shape."""
+        """Returns the ids of candidates: strings, in the shape of `rows`."""
         return self._sorted_dids[len(self) - 1 - rows]
 
     def digest(self, rows: np.ndarray) -> str:
-        """Changes with the ids and contents of these candidates, or their order."""
+        """Returns a digest of the ids, contents and order of these candidates."""
         digest = hashlib.blake2b(np.ascontiguousarray(self.contents[rows]), digest_size=16)
         for start in range(0, len(rows), _CHUNK):
             digest.update("\n".join(self.dids(rows[start : start + _CHUNK])).encode())
         return digest.hexdigest()
 
     def row(self, did: str) -> int:
-        """Where the candidate of that id stands; -1 if there is none."""
-        # NumPy's own search would copy the array.
+        """Returns the row of the candidate with that id; -1 if there is none."""
+        # np.searchsorted would copy the array.
         at = bisect.bisect_left(self._sorted_dids, did)
         return len(self) - 1 - at if at < len(self) and self._sorted_dids[at] == did else -1
 
     def modality(self, row: int) -> str:
-        """One of MODALITIES."""
+        """Returns a candidate's modality, one of MODALITIES."""
         return MODALITIES[self.modalities[row]]
 
     def showing(self, image: Path) -> np.ndarray:
-        """int32 [X], rising: the candidates that show an image."""
+        """Returns int32 [X], ascending: the rows of the candidates that show an image."""
         ids, order = self._by_image
         key = image_id(image, self.root)
         return order[np.searchsorted(ids, key) : np.searchsorted(ids, key, "right")]
@@ -109,32 +109,32 @@ class CandidateTable(Sequence[Candidate]):
 
 
 def content_id(instruction: str | None, text: str | None, image: Path | None, root: Path) -> int:
-    """int64 that stands for what an item says and shows: two different ones have the same once in 2⁶⁴ pairs.
+    """Hashes an item's texts and image to an int64. Two different items collide with probability 2⁻⁶⁴.
 
-    An image counts by its path, not by what is in it. `root` is the directory the path begins with.
+    An image is identified by its path, not by its content. `root` is the directory that the path begins with.
     """
-    place = "" if image is None else f"{_real_path(root)}/{image_name(image, root)}"
-    return name_id("\0".join((instruction or "", text or "", place)))
+    location = "" if image is None else f"{_real_path(root)}/{image_name(image, root)}"
+    return name_id("\0".join((instruction or "", text or "", location)))
 
 
 def read_candidate_table(
     files: Sequence[Path], parse: ParseCandidate, root: Path, *, repeated: bool = True
 ) -> tuple[CandidateTable, dict[Path, np.ndarray]]:
-    """Reads files of candidates, one after the other.
+    """Reads files of candidates.
 
     Args:
-      repeated: an id may be there again, if it is with the same content.
+      repeated: allow an id to occur again, if its content is the same.
 
     Returns:
-      All candidates, and of each file the rows of those that it has: int32, rising.
+      A table of all candidates, and for each file the rows of its candidates: int32, ascending.
 
     Raises:
-      UserError: a file has no candidates or a wrong line, or two lines give one id to different candidates.
+      UserError: a file has no candidates or a malformed line, or two lines give one id to different candidates.
     """
     columns, bounds, starts, lengths = _ColumnBuilder(root), [0], array("q"), array("i")
     for number, file in enumerate(files):
-        for place, start, line in iter_nonblank_lines(file):
-            columns.add(parse(line, file, place), number)
+        for line_number, start, line in iter_nonblank_lines(file):
+            columns.add(parse(line, file, line_number), number)
             starts.append(start)
             lengths.append(len(line))
         bounds.append(len(starts))
@@ -147,13 +147,13 @@ def read_candidate_table(
     number, first = np.cumsum(new) - 1, order[new]
     wrong = arrays["contents"][order] != arrays["contents"][first[number]] if repeated else ~new
     if wrong.any():
-        place = np.flatnonzero(wrong)[0]
-        at = order[place]
+        first_wrong = np.flatnonzero(wrong)[0]
+        at = order[first_wrong]
         file = files[arrays["files"][at]]
         line = next(line for line, start, _ in iter_nonblank_lines(file) if start == starts[at])
-        said = "is another one than in a pool read before" if repeated else "is there a second time"
-        raise UserError(f"{file}:{line}: candidate {dids[place]} {said}")
-    # Rows are counted from the last id.
+        problem = "is another one than in a pool read before" if repeated else "is there a second time"
+        raise UserError(f"{file}:{line}: candidate {dids[first_wrong]} {problem}")
+    # Rows are in descending order of id.
     row = np.empty(len(order), np.int32)
     row[order] = number[-1] - number
     found = {file: np.unique(row[a:b]) for file, a, b in zip(files, bounds, bounds[1:], strict=False)}
@@ -165,7 +165,7 @@ def read_candidate_table(
 
 
 class _ColumnBuilder:
-    """What is kept of candidates that come one after the other."""
+    """Accumulates the columns of a table candidate by candidate."""
 
     def __init__(self, root: Path):
         self._root, self._ids = root, []
@@ -183,10 +183,10 @@ class _ColumnBuilder:
             self._flush()
 
     def finish(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Ids and the other columns, each [N]."""
+        """Returns the ids and the other columns, each [N]."""
         self._flush()
         dids, self._chunks = np.concatenate(self._chunks), []
-        # The same memory: it is not there twice.
+        # np.frombuffer shares the memory instead of copying it.
         return dids, {name: np.frombuffer(values, values.typecode) for name, values in self._arrays.items()}
 
     def _flush(self) -> None:
@@ -195,7 +195,7 @@ class _ColumnBuilder:
 
 
 class _LineReader:
-    """Reads a candidate's line again."""
+    """Reads a candidate's line from its file on demand."""
 
     def __init__(
         self, files: Sequence[Path], number: np.ndarray, start: np.ndarray, length: np.ndarray, parse: ParseCandidate
@@ -203,7 +203,7 @@ class _LineReader:
         self._files, self._number, self._start, self._length = files, number, start, length
         self._parse = parse
         self._open = [os.open(file, os.O_RDONLY) for file in files]
-        # Not __del__: when Python ends there is no os any more.
+        # Not __del__: at interpreter exit the os module may be gone.
         for file in self._open:
             weakref.finalize(self, os.close, file)
 

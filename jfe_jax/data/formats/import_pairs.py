@@ -1,4 +1,4 @@
-"""A source of pairs → the text files of an M-BEIR directory, once, and where its images are."""
+"""Imports a source of pairs once into the text files of an M-BEIR directory, and locates its images."""
 
 import hashlib
 import json
@@ -19,38 +19,38 @@ SOURCES = "sources"
 def import_pairs(
     source: Path, out: Path, *, kind: str, name: str, number: int, images: Path | None = None
 ) -> tuple[Mbeir, ImageSource]:
-    """Writes OUT/sources/{name} unless it is there and the source's files are the same (by name, size and time).
+    """Writes OUT/sources/{name}, unless it exists and the source's files are unchanged (by name, size and time).
 
     Args:
       kind: one of FORMATS.
-      name: of the data set; its units are {name}_task{t}.
-      number: its id, the candidates' number is made of it.
-      images: directory that image paths are relative to; data_dir of a TFDS data set given by name.
+      name: name of the data set; its units are {name}_task{t}.
+      number: id of the data set, from which the integer ids of its candidates are derived.
+      images: directory that image paths are relative to; for a TFDS data set given by name, its data_dir.
 
     Raises:
-      UserError: the source cannot be read, or name or number are taken or not possible.
+      UserError: the source cannot be read, or name or number are taken or invalid.
     """
     if kind == "tfds" and not source.exists():
         source = find_tfds_directory(str(source), images)
     if not source.exists():
         raise UserError(f"{source}: no such file or directory")
     if not re.fullmatch(r"[a-z0-9]+", name):
-        raise UserError(f"--name {name!r}: small letters and digits only")
+        raise UserError(f"--name {name!r}: lower-case letters and digits only")
     if not 0 <= number <= MAX_DATASET_ID:
-        raise UserError(f"--number {number}: it has to be from 0 to {MAX_DATASET_ID}")
+        raise UserError(f"--number {number}: must be from 0 to {MAX_DATASET_ID}")
     for taken in (out / SOURCES).glob("*/source.json"):
         if taken.parent.name != name and json.loads(taken.read_text(encoding="utf-8"))["number"] == number:
             raise UserError(f"--number {number} is {taken.parent.name}'s in {out}; give another")
-    pairs, where = FORMATS[kind](source, images)
-    place, mark = out / SOURCES / name, {"kind": kind, "number": number, "digest": _digest(source)}
-    if not (place / "source.json").is_file() or json.loads((place / "source.json").read_text()) != mark:
-        partial = place.with_name(f"{name}.partial")
+    pairs, image_source = FORMATS[kind](source, images)
+    directory, manifest = out / SOURCES / name, {"kind": kind, "number": number, "digest": _digest(source)}
+    if not (directory / "source.json").is_file() or json.loads((directory / "source.json").read_text()) != manifest:
+        partial = directory.with_name(f"{name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         write_pairs(partial, name, number, pairs)
-        (partial / "source.json").write_text(json.dumps(mark), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
-    return Mbeir(place), where
+        (partial / "source.json").write_text(json.dumps(manifest), encoding="utf-8")
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)
+    return Mbeir(directory), image_source
 
 
 def _digest(source: Path) -> str:

@@ -1,4 +1,4 @@
-"""The lines of a file, with where they are, so that they can be read again."""
+"""Reads the lines of a file with their byte offsets, so that single lines can be read later."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,10 +7,10 @@ from jfe_jax.errors import UserError
 
 
 def iter_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number from 1, position in the file in bytes, and content of each line.
+    """Yields the number (from 1), the byte offset and the content of each line.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the file cannot be read.
     """
     start = 0
     try:
@@ -23,12 +23,12 @@ def iter_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
 
 
 def iter_nonblank_lines(file: Path) -> Iterator[tuple[int, int, bytes]]:
-    """As `iter_lines`, those that are not blank."""
+    """Yields the lines of `iter_lines` that are not blank."""
     return (line for line in iter_lines(file) if not line[2].isspace())
 
 
 def read_lines_at(file: Path, starts: Iterable[int]) -> Iterator[bytes]:
-    """The lines that begin at these positions."""
+    """Yields the lines that begin at these byte offsets."""
     with open(file, "rb") as stream:
         for start in starts:
             stream.seek(start)

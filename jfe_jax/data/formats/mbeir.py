@@ -1,4 +1,4 @@
-"""Reads an M-BEIR directory as published, in every spelling that is about.
+"""Reads an M-BEIR directory as published, in every known spelling.
 
     query/{split}/mbeir_{dataset}[_task{t}]_{split}.jsonl
     cand_pool/local/mbeir_{dataset}_task{t}[_{split}]_cand_pool.jsonl
@@ -6,8 +6,8 @@
     qrels/{split}/mbeir_{dataset}_task{t}_{split}_qrels.txt
     instructions/query_instructions.tsv
 
-Texts and instructions come out as the benchmark formats them. Reading is line by line; an error names the file and the
-line.
+Texts and instructions are formatted as the benchmark formats them. Files are read line by line. An error names the file
+and the line.
 """
 
 import functools
@@ -39,7 +39,7 @@ __all__ = ["MODALITIES", "TASKS", "Candidate", "Mbeir", "Query", "Unit", "format
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One file of queries: a dataset's queries of one task (None if the file mixes several, as some training files)."""
+    """One file of a dataset's queries of one task (None if it mixes several, as some training files do)."""
 
     name: str
     dataset: str
@@ -50,7 +50,7 @@ class Mbeir:
     """An M-BEIR directory.
 
     Raises:
-      UserError: `path` is not such a directory; and from every method, a file is missing or a row is wrong.
+      UserError: `path` is not such a directory. Every method raises it if a file is missing or a row is malformed.
     """
 
     def __init__(self, path: str | Path):
@@ -64,11 +64,11 @@ class Mbeir:
         return sorted(entry.name for entry in (self.path / "query").iterdir() if entry.is_dir())
 
     def units(self, split: str) -> list[Unit]:
-        """The units of a split, by name."""
+        """Returns the units of a split, sorted by name."""
         return [unit for unit, _ in self._query_files(split)]
 
     def unit(self, split: str, name: str) -> Unit:
-        """The unit of that name."""
+        """Returns the unit of that name."""
         units = {unit.name: unit for unit in self.units(split)}
         if name not in units:
             raise UserError(f"{self.path / 'query' / split}: no unit {name}; there are {', '.join(units)}")
@@ -81,11 +81,11 @@ class Mbeir:
         raise UserError(f"{self.path / 'query' / split}: no queries of {unit.name}")
 
     def queries(self, split: str, unit: Unit) -> list[Query]:
-        """All queries of a unit, in the file's order."""
+        """Reads all queries of a unit, in the file's order."""
         return list(self.iter_queries(split, unit))
 
     def iter_queries(self, split: str, unit: Unit) -> Iterator[Query]:
-        """As `queries`, one at a time."""
+        """Yields the queries of a unit one at a time, in the file's order."""
         for where, row in read_rows(self.query_file(split, unit)):
             query, problems = parse_query(row, self.path)
             if query is None or problems:
@@ -93,7 +93,7 @@ class Mbeir:
             yield query
 
     def pool_file(self, split: str, unit: Unit, kind: Literal["local", "global"]) -> Path:
-        """Where the pool of a unit is; a pool made for one split goes before one for all."""
+        """Returns the pool file of a unit; a pool of the split takes precedence over one for all splits."""
         pools = self.path / "cand_pool"
         if kind == "local":
             names = [f"local/mbeir_{unit.name}_{split}_cand_pool.jsonl", f"local/mbeir_{unit.name}_cand_pool.jsonl"]
@@ -105,11 +105,11 @@ class Mbeir:
         raise UserError(f"{pools / names[0]}: no such candidate pool")
 
     def pool(self, split: str, unit: Unit, kind: Literal["local", "global"]) -> list[Candidate]:
-        """All candidates of a unit's local or global pool, in the file's order."""
+        """Reads all candidates of a unit's local or global pool, in the file's order."""
         return list(self.candidates(self.pool_file(split, unit, kind)))
 
     def candidate(self, line: bytes, file: Path, number: int) -> Candidate:
-        """The candidate on a line, of that number, of a pool file."""
+        """Parses the candidate on line `number` of a pool file."""
         row, problem = decode_row(line)
         candidate, problems = (None, [problem]) if problem else parse_candidate(row, self.path)
         if candidate is None or problems:
@@ -117,7 +117,7 @@ class Mbeir:
         return candidate
 
     def candidates(self, file: Path) -> Iterator[Candidate]:
-        """The rows of one pool file."""
+        """Yields the candidates of one pool file."""
         for where, row in read_rows(file):
             candidate, problems = parse_candidate(row, self.path)
             if candidate is None or problems:
@@ -125,7 +125,7 @@ class Mbeir:
             yield candidate
 
     def pool_files(self) -> list[Path]:
-        """Every pool file, local ones first."""
+        """Returns every pool file, local ones first."""
         pools = self.path / "cand_pool"
         return [
             file for folder in ("local", "global", "union_pool") for file in sorted((pools / folder).glob("*.jsonl"))
@@ -135,7 +135,7 @@ class Mbeir:
         return self.path / "qrels" / split / f"mbeir_{unit.name}_{split}_qrels.txt"
 
     def qrels(self, split: str, unit: Unit) -> dict[str, dict[str, int]]:
-        """Query id → candidate id → relevance."""
+        """Reads the relevance judgements: query id → candidate id → relevance."""
         file = self.qrels_file(split, unit)
         if not file.is_file():
             raise UserError(f"{file}: no such qrels file")
@@ -149,10 +149,10 @@ class Mbeir:
     def instructions(
         self, dataset: str | int, query_modality: str, candidate_modality: str, *, required: bool = True
     ) -> tuple[str, ...]:
-        """The prompts (four, as published) for a dataset's name or id and the modalities of query and positive.
+        """Returns the prompts (four, as published) for a dataset's name or id and the modalities of query and positive.
 
         Raises:
-          UserError: there is none; with `required` False the answer is then ().
+          UserError: there is none. With `required` False, () is returned instead.
         """
         table = self.instruction_table
         key = (_normalize_name(dataset), query_modality, candidate_modality)
@@ -165,7 +165,7 @@ class Mbeir:
 
     @functools.cached_property
     def instruction_table(self) -> dict[tuple[str, str, str], tuple[str, ...]]:
-        """(dataset's plain name or id as text, query's modality, candidate's modality) → prompts."""
+        """(normalized name or id of the dataset, query modality, candidate modality) → prompts."""
         file = self.path / "instructions/query_instructions.tsv"
         if not file.is_file():
             return {}
@@ -195,7 +195,7 @@ class Mbeir:
             raise UserError(f"{folder}: no such split; there are {', '.join(self.splits)}")
         found = []
         for file in sorted(folder.glob("mbeir_*.jsonl")):
-            # The split's own name, which may hold underscores, or failing that the last word.
+            # Strip the split's name, which may contain underscores, or else the last word.
             stem = file.name.removesuffix(f"_{split}.jsonl")
             stem = stem if stem != file.name else file.name.removesuffix(".jsonl").rpartition("_")[0]
             match = re.fullmatch(r"mbeir_(.+?)(?:_task(\d+))?", stem)

@@ -1,6 +1,6 @@
-"""One row of an M-BEIR file → a query or a candidate, in every spelling that is about.
+"""Parses a row of an M-BEIR file into a query or a candidate, in every known spelling.
 
-Texts come out as the benchmark formats them (`format_string`), so that whoever reads, trains and evaluates alike.
+Texts are formatted as the benchmark formats them (`format_string`), so that training and evaluation see the same texts.
 """
 
 import json
@@ -17,7 +17,7 @@ from jfe_jax.data.item import Item
 from jfe_jax.errors import UserError
 
 MODALITIES = ("text", "image", "image,text")
-# (query's modality, candidate's modality) → M-BEIR's task id; 5 is not in use there.
+# (query's modality, candidate's modality) → M-BEIR's task id; 5 is unused.
 TASKS = {
     ("text", "image"): 0,
     ("text", "text"): 1,
@@ -61,7 +61,7 @@ class Candidate:
 
 
 def format_string(text: str | None) -> str:
-    """M-BEIR's way of writing prompts, queries and candidate texts."""
+    """Formats a prompt, query or candidate text as M-BEIR does."""
     text = (text or "").replace("\r", "").strip().strip('"')
     if not text:
         return ""
@@ -70,15 +70,15 @@ def format_string(text: str | None) -> str:
 
 
 def normalize_modality(modality: Any) -> str | None:
-    """One of MODALITIES, or None if it is none of them in any spelling."""
+    """Returns one of MODALITIES, or None if `modality` is none of them in any spelling."""
     modality = "image,text" if modality == "text,image" else modality
     return modality if modality in MODALITIES else None
 
 
 def parse_query(row: Any, root: Path) -> tuple[Query | None, list[str]]:
-    """A decoded line → the query, and what is wrong with it; no query if its id or lists cannot be read."""
+    """Parses a decoded line into a query and a list of its problems. No query if its id or lists cannot be read."""
     if not isinstance(row, dict):
-        return None, [f"an object is wanted, not {type(row).__name__}"]
+        return None, [f"expected an object, got {type(row).__name__}"]
     fields, problems = _parse_item_fields(row, "query_txt", "query_img_path", "query_modality", root)
     qid, problem = _parse_id(row, "qid")
     lists = [_parse_ids(row, key) for key in ("pos_cand_list", "neg_cand_list")]
@@ -91,9 +91,9 @@ def parse_query(row: Any, root: Path) -> tuple[Query | None, list[str]]:
 
 
 def parse_candidate(row: Any, root: Path) -> tuple[Candidate | None, list[str]]:
-    """A decoded line → the candidate, and what is wrong with it; no candidate if its id cannot be read."""
+    """Parses a decoded line into a candidate and a list of its problems. No candidate if its id cannot be read."""
     if not isinstance(row, dict):
-        return None, [f"an object is wanted, not {type(row).__name__}"]
+        return None, [f"expected an object, got {type(row).__name__}"]
     fields, problems = _parse_item_fields(row, "txt", "img_path", "modality", root)
     did, problem = _parse_id(row, "did")
     if did is None:
@@ -104,7 +104,7 @@ def parse_candidate(row: Any, root: Path) -> tuple[Candidate | None, list[str]]:
 
 
 def iter_rows(file: Path, containing: str = "") -> Iterator[tuple[int, Any, str | None]]:
-    """The lines of a JSONL file (those with a certain text in them): number from 1, decoded row, what is wrong.
+    """Yields the lines of a JSONL file that contain a text: number (from 1), decoded row, problem or None.
 
     Raises:
       UserError: the file cannot be read.
@@ -116,12 +116,12 @@ def iter_rows(file: Path, containing: str = "") -> Iterator[tuple[int, Any, str 
 
 
 def decode_row(line: bytes) -> tuple[Any, str | None]:
-    """A line of JSON → its value, or what is wrong with it."""
+    """Decodes a line of JSON into its value, or returns the problem."""
     try:
         return orjson.loads(line), None
     except orjson.JSONDecodeError:
         pass
-    # orjson refuses more than json does (lone surrogates, NaN), and json says better what is wrong.
+    # orjson rejects more than json does (lone surrogates, NaN), and the errors of json are clearer.
     try:
         return json.loads(line), None
     except UnicodeDecodeError as error:
@@ -131,7 +131,7 @@ def decode_row(line: bytes) -> tuple[Any, str | None]:
 
 
 def read_rows(file: Path, containing: str = "") -> Iterator[tuple[str, Any]]:
-    """As `iter_rows`: the place "file:line" and the row.
+    """Yields the location "file:line" and the row of each line of `iter_rows`.
 
     Raises:
       UserError: the file cannot be read or a line is not JSON.
@@ -143,10 +143,10 @@ def read_rows(file: Path, containing: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file that are not blank, numbered from 1.
+    """Yields the lines of a UTF-8 file that are not blank, numbered from 1.
 
     Raises:
-      UserError: it cannot be read or is not UTF-8.
+      UserError: the file cannot be read or is not UTF-8.
     """
     for number, _, line in iter_nonblank_lines(file):
         try:
@@ -156,7 +156,7 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
 
 
 def read_qrels(file: Path) -> Iterator[tuple[str, str, str, int | None]]:
-    """The lines of a qrels file: place, query id, candidate id, relevance (None if the line is malformed)."""
+    """Yields the lines of a qrels file: location, query id, candidate id, relevance (None if the line is malformed)."""
     for number, line in read_lines(file):
         parts = line.split()
         good = len(parts) in (4, 5) and re.fullmatch(r"-?\d{1,9}", parts[3])
@@ -164,10 +164,10 @@ def read_qrels(file: Path) -> Iterator[tuple[str, str, str, int | None]]:
 
 
 def parse_dataset_id(identifier: str) -> int:
-    """The dataset's number in a query or candidate id "9:123".
+    """Returns the dataset's number in a query or candidate id such as "9:123".
 
     Raises:
-      ValueError: there is none.
+      ValueError: the id contains no number.
     """
     number, colon, _ = identifier.partition(":")
     if not colon or not number.isdecimal() or len(number) > 9:
@@ -187,22 +187,22 @@ def _parse_item_fields(
         problems.append(f"{image_key} is a path or null, not {type(image).__name__}")
         image = None
     if not (is_unicode(text) and is_unicode(image)):
-        problems.append(f"{text_key} or {image_key} holds half a character (a lone surrogate)")
+        problems.append(f"{text_key} or {image_key} contains a lone surrogate")
         text = image = None
     text = format_string(text) or None
-    there = ",".join(name for name, value in (("image", image), ("text", text)) if value)
+    present = ",".join(name for name, value in (("image", image), ("text", text)) if value)
     modality = normalize_modality(row.get(modality_key))
     if modality is None:
         problems.append(f"unknown {modality_key} {row.get(modality_key)!r}; known are {' '.join(MODALITIES)}")
-    elif modality != there:
-        problems.append(f"{modality_key} {modality} contradicts the fields, which hold {there or 'nothing'}")
+    elif modality != present:
+        problems.append(f"{modality_key} {modality} contradicts the fields, which hold {present or 'nothing'}")
     path = None
     if image:
         path = root / image
         if image.startswith(("/", "\\")) or ".." in image.replace("\\", "/").split("/") or "\0" in image:
             problems.append(f"{image_key} {image!r} leaves the directory")
             path = None
-    return (text, path, modality or there), problems
+    return (text, path, modality or present), problems
 
 
 def _parse_id(row: dict, key: str) -> tuple[str | None, str | None]:
@@ -224,8 +224,10 @@ def _parse_ids(row: dict, key: str) -> tuple[tuple[str, ...] | None, str | None]
 
 
 def is_unicode(text: str | None) -> bool:
-    """Whether a text can be written and tokenized; None can."""
-    # JSON can spell a lone surrogate; nothing that writes or tokenizes text takes one.
+    """Returns True if a text is valid Unicode, or None.
+
+    JSON can encode a lone surrogate, but no tokenizer or text file accepts one.
+    """
     if text is None or text.isascii():
         return True
     try:

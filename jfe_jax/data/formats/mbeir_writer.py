@@ -1,6 +1,6 @@
-"""Pairs from elsewhere → an M-BEIR directory's text files, so that one path leads from any source to training.
+"""Writes pairs of other formats as the text files of an M-BEIR directory, so that all sources share one training path.
 
-Candidates that look and read alike are one candidate. A unit's task follows from the modalities of query and positive.
+Candidates with equal text and image are one candidate. A unit's task follows from the modalities of query and positive.
 """
 
 import io
@@ -13,12 +13,12 @@ import orjson
 from jfe_jax.data.formats.mbeir import TASKS
 from jfe_jax.errors import UserError
 
-# Image → image with text: M-BEIR has no such task and leaves this number free.
+# Image → image with text: M-BEIR has no such task and leaves this number unused.
 _FREE_TASK = 5
 
 
 class PairItem(NamedTuple):
-    """Text and name of the image of a query or a candidate; at least one is there."""
+    """The text and the image name of a query or a candidate; at least one is set."""
 
     text: str | None = None
     image: str | None = None
@@ -29,7 +29,7 @@ class PairItem(NamedTuple):
 
 
 class TrainingPair(NamedTuple):
-    """A query with what is right and what is wrong for it; `place` is where it stands, for errors."""
+    """A query with its positives and hard negatives. `location` is its file and row, for errors."""
 
     location: str
     query: PairItem
@@ -38,10 +38,13 @@ class TrainingPair(NamedTuple):
 
 
 def write_pairs(root: Path, name: str, number: int, pairs: Iterable[TrainingPair]) -> dict[str, int]:
-    """Writes query/train/ and cand_pool/local/ of the data set `name` with M-BEIR id `number`; pairs of each unit.
+    """Writes query/train/ and cand_pool/local/ of the data set `name` with M-BEIR id `number`.
+
+    Returns:
+      The number of pairs of each unit.
 
     Raises:
-      UserError: a pair lacks its query or its positive, or there is none at all.
+      UserError: a pair lacks its query or its positive, or there are no pairs.
     """
     known: dict[int, int] = {}
     streams: dict[Path, io.BufferedWriter] = {}
@@ -89,12 +92,12 @@ def write_pairs(root: Path, name: str, number: int, pairs: Iterable[TrainingPair
         for stream in streams.values():
             stream.close()
     if not counts:
-        raise UserError(f"{name}: there are no pairs in it")
+        raise UserError(f"{name}: it contains no pairs")
     return counts
 
 
 def make_bidirectional_pairs(location: str, image: str, captions: list[str]) -> Iterator[TrainingPair]:
-    """An image with its captions as pairs: each caption → the image, and the image → all of them."""
+    """Makes pairs of an image and its captions: each caption → the image, and the image → all captions."""
     texts = [PairItem(text=text) for text in captions]
     for text in texts:
         yield TrainingPair(location, text, [PairItem(image=image)], [])

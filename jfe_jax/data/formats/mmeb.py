@@ -1,10 +1,11 @@
-"""MMEB's evaluation files: a directory for each task, a row for each query with its own candidates.
+"""Reads MMEB's evaluation files: a directory per task, a row per query with its own candidates.
 
     {task}/test-*.parquet       as published; or {task}/test*.jsonl with the same fields
-    eval_images/ or images/     what the rows' image paths are relative to; else the directory itself
+    eval_images/ or images/     base directory of the rows' image paths; else the directory itself
 
-A row is `qry_text`, `qry_img_path`, and the lists `tgt_text` and `tgt_img_path`; the first of the lists is the truth.
-`<|image_1|>`, the published model's place for the image, is taken out of the texts; "" is no text or no image.
+A row is `qry_text`, `qry_img_path`, and the lists `tgt_text` and `tgt_img_path`. The first
+target is the positive. `<|image_1|>`, the published model's image placeholder, is removed from the texts. "" means no
+text or no image.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ MmebContent = tuple[str | None, Path | None]
 
 
 class MmebRow(NamedTuple):
-    """A query and its candidates as (text, image), the right one first; `where` is its file and number."""
+    """A query and its candidates as (text, image), the positive first. `where` is its file and row number."""
 
     where: str
     query: MmebContent
@@ -29,7 +30,7 @@ class MmebRow(NamedTuple):
 
 
 def find_task_files(path: Path) -> dict[str, list[Path]]:
-    """The tasks of a directory and their files; empty if it is no such directory."""
+    """Returns the tasks of a directory and their files; empty if it is no such directory."""
     found: dict[str, list[Path]] = {}
     for file in sorted([*path.glob("*/test*.parquet"), *path.glob("*/test*.jsonl")]):
         found.setdefault(file.parent.name, []).append(file)
@@ -37,16 +38,16 @@ def find_task_files(path: Path) -> dict[str, list[Path]]:
 
 
 def find_image_folder(path: Path) -> Path:
-    """What image paths are relative to."""
+    """Returns the directory that image paths are relative to."""
     return next((path / name for name in ("eval_images", "images") if (path / name).is_dir()), path)
 
 
 def read_task(files: list[Path], images: Path) -> Iterator[MmebRow]:
-    """The rows of a task.
+    """Yields the rows of a task.
 
     Raises:
-      UserError: with file and row: not readable, a field is missing or of another type, no candidates, an item with
-        neither text nor image, a path that leaves the directory.
+      UserError: naming file and row: unreadable file, a missing field or one of the wrong type, no candidates, an item
+        with neither text nor image, or a path that leaves the directory.
     """
     for file in files:
         for where, row in _read_parquet(file) if file.suffix == ".parquet" else read_rows(file):
@@ -57,7 +58,7 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow.parquet
 
     try:
-        # Its memory map and threads outlive a reader that stops early.
+        # Closed explicitly: its memory map and threads would outlive a reader that stops early.
         with pyarrow.parquet.ParquetFile(file) as parquet:
             missing = set(_FIELDS) - set(parquet.schema_arrow.names)
             if missing:
@@ -73,10 +74,10 @@ def _read_parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _parse_row(where: str, row: Any, images: Path) -> MmebRow:
     if not isinstance(row, dict) or any(field not in row for field in _FIELDS):
-        raise UserError(f"{where}: a row has the fields {', '.join(_FIELDS)}")
+        raise UserError(f"{where}: a row needs the fields {', '.join(_FIELDS)}")
     texts, paths = row["tgt_text"], row["tgt_img_path"]
     if not (isinstance(texts, list) and isinstance(paths, list) and len(texts) == len(paths) and texts):
-        raise UserError(f"{where}: tgt_text and tgt_img_path are lists of one length, the candidates; not empty")
+        raise UserError(f"{where}: tgt_text and tgt_img_path must be non-empty lists of equal length, the candidates")
     query = _parse_content(where, "the query", row["qry_text"], row["qry_img_path"], images)
     pairs = enumerate(zip(texts, paths, strict=True))
     return MmebRow(
@@ -86,7 +87,7 @@ def _parse_row(where: str, row: Any, images: Path) -> MmebRow:
 
 def _parse_content(where: str, name: str, text: Any, image: Any, images: Path) -> MmebContent:
     if not (isinstance(text, str | None) and isinstance(image, str | None)):
-        raise UserError(f"{where}: text and image path of {name} are strings or null")
+        raise UserError(f"{where}: text and image path of {name} must be strings or null")
     text = (text or "").replace(_IMAGE, "").strip() or None
     if not text and not image:
         raise UserError(f"{where}: {name} has neither text nor image")

@@ -1,10 +1,10 @@
-"""Pairs that others publish, read in their own format: MMEB, captioned images, NLI triplets.
+"""Reads pairs in published formats: MMEB, captioned images, NLI triplets.
 
 | format | rows | images |
 |---|---|---|
 | mmeb | `qry, qry_image_path, pos_text, pos_image_path, neg_text, neg_image_path`, JSON lines or Parquet | files |
-| captions | JSON lines of `image` and `caption` (one or a list; also `text`) | files beside them |
-| webdataset | tar shards of `KEY.jpg` beside `KEY.txt` or `KEY.json` with `caption` | in the shards |
+| captions | JSON lines of `image` and `caption` (one or a list; also `text`) | files next to them |
+| webdataset | tar shards of `KEY.jpg` next to `KEY.txt` or `KEY.json` with `caption` | in the shards |
 | tfds | a TFDS data set in ArrayRecord with an image and a text feature | in the data set |
 | triplets | CSV or JSON lines of anchor, positive, negative under any of the usual names | none |
 """
@@ -33,46 +33,46 @@ _TRIPLETS = (
 )
 _CAPTION_KEYS = ("caption", "captions", "text", "alt_text", "description", "title")
 _IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# The place of an image in MMEB's texts.
+# The image placeholder in MMEB's texts.
 _IMAGE_MARK = re.compile(r"<\|image_\d+\|>\s*")
 
 
 def read_mmeb(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
-    """Rows in MMEB-train's shape; image paths are relative to `images`, by default where the rows are."""
+    """Reads rows in the format of MMEB-train. Image paths are relative to `images`, by default the rows' directory."""
     return _mmeb_pairs(source), FileImageSource(images or _containing_folder(source))
 
 
 def read_captions(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
-    """Rows with an image's path and its captions."""
+    """Reads rows of an image path and its captions."""
     return _caption_pairs(source), FileImageSource(images or _containing_folder(source))
 
 
 def read_triplets(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
-    """Texts with a hard negative."""
+    """Reads texts with a positive and a hard negative."""
     return _triplet_pairs(source), FileImageSource(_containing_folder(source))
 
 
 def read_webdataset(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
-    """Tar shards of samples."""
+    """Reads tar shards of samples."""
     archives = [TarArchive([file]) for file in _find_files(source, "*.tar", "*.tar.gz")]
     root = _containing_folder(source)
     return _webdataset_pairs(archives, root), TarImageSource(archives, root)
 
 
 def read_tfds_captions(source: Path, images: Path | None) -> tuple[Iterable[TrainingPair], ImageSource]:
-    """A TFDS directory; its train split, or all there are."""
+    """Reads a TFDS directory: its train split, or all splits if it has none."""
     reader = _TfdsImageSource(source)
     return reader.pairs(), reader
 
 
 def find_tfds_directory(name: str, data_dir: Path | None) -> Path:
-    """Where the data set of that name lies, in TFDS's own data_dir if none is given; its newest version.
+    """Finds the directory of the data set of that name, in TFDS's own data_dir by default; its newest version.
 
     Args:
       name: NAME[/CONFIG][:VERSION].
 
     Raises:
-      UserError: it is not there.
+      UserError: it is not found.
     """
     whole, _, version = name.partition(":")
     dataset, _, config = whole.partition("/")
@@ -124,7 +124,7 @@ def _triplet_pairs(source: Path) -> Iterator[TrainingPair]:
         names = next((names for names in _TRIPLETS if names[0] in row and names[1] in row), None)
         if names is None:
             raise UserError(
-                f"{location}: the columns {', '.join(row)}; wanted are {' or '.join(map(', '.join, _TRIPLETS))}"
+                f"{location}: the columns {', '.join(row)}; expected {' or '.join(map(', '.join, _TRIPLETS))}"
             )
         anchor, positives, negatives = ([PairItem(text=one) for one in _collect_texts(row.get(name))] for name in names)
         yield TrainingPair(location, anchor[0] if anchor else PairItem(), positives, negatives)
@@ -159,7 +159,7 @@ def _webdataset_pairs(archives: list[TarArchive], root: Path) -> Iterator[Traini
 
 
 class _TfdsImageSource:
-    """A TFDS data set as pairs and as a source of images, named "SPLIT/INDEX.img"."""
+    """Presents a TFDS data set as pairs and as a source of images, named "SPLIT/INDEX.img"."""
 
     sequential_only = False
 
@@ -206,7 +206,7 @@ class _TfdsImageSource:
 
 
 def _iter_rows(source: Path, *patterns: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Place and row of every table in a directory, or of one file."""
+    """Yields the location and row of every table in a directory, or of one file."""
     for file in _find_files(source, *patterns):
         if file.suffix == ".parquet":
             rows = _read_parquet(file)
@@ -216,7 +216,7 @@ def _iter_rows(source: Path, *patterns: str) -> Iterator[tuple[str, dict[str, An
             rows = read_rows(file)
         for location, row in rows:
             if not isinstance(row, dict):
-                raise UserError(f"{location}: an object is wanted, not {type(row).__name__}")
+                raise UserError(f"{location}: expected an object, got {type(row).__name__}")
             yield location, row
 
 
@@ -265,7 +265,7 @@ def _find_captions(row: Any) -> list[str]:
 
 
 def _collect_texts(value: Any) -> list[str]:
-    """Every text in a value of any shape that is not blank."""
+    """Collects every non-blank text in a value of any nesting."""
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
     if isinstance(value, str):

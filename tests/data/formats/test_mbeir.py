@@ -107,7 +107,7 @@ def test_a_pool_of_the_split_goes_before_the_tasks(own):
 QUERIES, POOL = "query/val/mbeir_facts_task6_val.jsonl", "cand_pool/local/mbeir_facts_task6_cand_pool.jsonl"
 SPOILT = [
     (QUERIES, lambda file: edit_line(file, 2, lambda text: text[:-3]), "not JSON"),
-    (QUERIES, lambda file: edit_line(file, 2, lambda text: "[1]"), "an object is wanted"),
+    (QUERIES, lambda file: edit_line(file, 2, lambda text: "[1]"), "expected an object, got"),
     (QUERIES, lambda file: edit_line(file, 2, lambda text: "[" * 100_000), "not JSON"),
     (QUERIES, lambda file: edit_row(file, 2, query_modality="audio"), "unknown query_modality 'audio'"),
     (QUERIES, lambda file: edit_row(file, 2, query_modality="text"), "contradicts the fields"),

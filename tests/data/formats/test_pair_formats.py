@@ -206,10 +206,10 @@ def test_what_is_done_is_kept_and_a_changed_source_is_read_again(tmp_path, capsy
 @pytest.mark.parametrize(
     ("kind", "text", "says"),
     [
-        ("triplets", '{"a": 1}', r"s.jsonl:1: the columns a; wanted are anchor"),
+        ("triplets", '{"a": 1}', r"s.jsonl:1: the columns a; expected anchor"),
         ("triplets", '{"anchor": "", "positive": "b"}', r"s.jsonl:1: a pair needs a query and a positive"),
         ("triplets", "{", r"s.jsonl:1: not JSON"),
-        ("triplets", "", "there are no pairs in it"),
+        ("triplets", "", "it contains no pairs"),
         ("captions", '{"image": "a.png"}', r"s.jsonl:1: a row is {"),
         ("captions", '{"image": "a.png", "text": "b"}', r"a.png: cannot read the image"),
         ("captions", '{"image": "/etc/passwd", "text": "b"}', "leaves the directory"),
@@ -232,7 +232,7 @@ def test_names_and_numbers_are_checked(tmp_path, capsys):
     assert main(words) == 1
     assert "needs --name" in capsys.readouterr().err
     assert main([*words, "--name", "No_Good"]) == 1
-    assert "small letters" in capsys.readouterr().err
+    assert "lower-case letters" in capsys.readouterr().err
     assert main([*words, "--name", "one"]) == 0
     assert main([*words, "--name", "two"]) == 1
     assert "--number 100 is one's" in capsys.readouterr().err
