@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.common.interleaved import by_turns
 from benchmarks.common.result import Progress, Result, ratios, table
 from jfe_jax.config import Config, DataConfig, LossConfig, MeshConfig, ModelConfig, TextConfig, VisionConfig
-from jfe_jax.data.pipeline.packer import ContrastiveBatch, PackedBatch
+from jfe_jax.data.batch import ContrastiveBatch, PackedBatch
 from jfe_jax.errors import UserError
 
 # Rows of a pair: a query and a candidate of one image and its text each.

@@ -12,9 +12,9 @@ import numpy as np
 
 from benchmarks.data.mbeir_units import MODALITIES, PROMPTS, UNITS, lengths, shares
 from jfe_jax.config import Config
+from jfe_jax.data.batch import ContrastiveBatch
 from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.batch_builder import BatchShape, EncodedPair, fill
-from jfe_jax.data.pipeline.packer import ContrastiveBatch
 
 # Of PaliGemma's tokenizer on the texts of `mbeir_like`; <bos>, newline and <eos> around a text; the longest text.
 TOKENS_PER_WORD, TEMPLATE, LONGEST = 1.18, 3, 380

@@ -8,7 +8,7 @@ import optax
 
 from benchmarks.train_step import weights
 from jfe_jax.config import Config, MeshConfig
-from jfe_jax.data.pipeline.packer import ContrastiveBatch
+from jfe_jax.data.batch import ContrastiveBatch
 from jfe_jax.hf.mapping import Piece
 from jfe_jax.parallel import sharding
 from jfe_jax.train import train_state as states

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from benchmarks.common.model_sizes import geometry
 from benchmarks.train_step import batches as mix
 from jfe_jax.config import Config, DataConfig, OptimizerConfig
+from jfe_jax.data.batch import ContrastiveBatch
 from jfe_jax.data.pipeline.batch_builder import EncodedPair
-from jfe_jax.data.pipeline.packer import ContrastiveBatch
 from jfe_jax.data.pipeline.suggest_bins import suggest
 from jfe_jax.plan import flops
 

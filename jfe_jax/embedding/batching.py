@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from jfe_jax.config import Config
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.data.item import EncodedItem, Item
 from jfe_jax.data.pipeline.offline_packing import Room, Size, fill
-from jfe_jax.data.pipeline.packer import PackedBatch, Packer
+from jfe_jax.data.pipeline.packer import Packer
 from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.embedding.batch_shapes import ACCELERATOR, Rooms, Scale
 from jfe_jax.errors import UserError

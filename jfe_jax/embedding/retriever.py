@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from jfe_jax import config as config_lib
 from jfe_jax.config import Config, MeshConfig
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.data.item import Item
-from jfe_jax.data.pipeline.packer import PackedBatch
 from jfe_jax.embedding.batch_shapes import ACCELERATOR, CPU
 from jfe_jax.embedding.batching import BatchMaker
 from jfe_jax.models.layers.blocks import apart, together

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from jfe_jax.data.pipeline.packer import ContrastiveBatch
+from jfe_jax.data.batch import ContrastiveBatch
 from jfe_jax.parallel.sharding import put_batch
 
 # How often one who waits looks whether the devices still compute, in seconds.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jfe_jax.data.pipeline.packer import ContrastiveBatch, PackedBatch
+from jfe_jax.data.batch import ContrastiveBatch, PackedBatch
 from jfe_jax.losses import contrastive
 from jfe_jax.losses.contrastive import Metrics
 from jfe_jax.models.abstract_model import shardings_of

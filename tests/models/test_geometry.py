@@ -11,7 +11,7 @@ from flax import nnx
 from transformers import SiglipConfig, SiglipModel
 
 from jfe_jax import config
-from jfe_jax.data.pipeline.packer import PackedBatch
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.models.registry import build_model, count_parameters, embedding_width
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paligemma_3b"

@@ -18,7 +18,7 @@ from jfe_jax.config import (
     TokensConfig,
     VisionConfig,
 )
-from jfe_jax.data.pipeline.packer import PackedBatch
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.models.registry import count_parameters
 from jfe_jax.parallel import sharding
 from jfe_jax.plan import flops

@@ -12,8 +12,9 @@ import torch
 from flax import nnx
 
 from jfe_jax.config import Config
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.data.item import EncodedItem
-from jfe_jax.data.pipeline.packer import PackedBatch, pack
+from jfe_jax.data.pipeline.packer import pack
 from jfe_jax.hf import mapping
 from jfe_jax.hf.load import load_hf
 from jfe_jax.models.heads.pooling import pool, unit

@@ -7,8 +7,9 @@ import numpy as np
 from flax import nnx
 
 from jfe_jax.config import ModelConfig, TextConfig, VisionConfig
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.data.item import EncodedItem
-from jfe_jax.data.pipeline.packer import PackedBatch, pack
+from jfe_jax.data.pipeline.packer import pack
 from jfe_jax.models.registry import build_model
 
 IMAGE_TOKEN, PATCHES, SIDE = 63, 4, 8

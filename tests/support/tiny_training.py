@@ -11,8 +11,9 @@ from jfe_jax.config import (
     TextConfig,
     VisionConfig,
 )
+from jfe_jax.data.batch import ContrastiveBatch
 from jfe_jax.data.item import EncodedItem
-from jfe_jax.data.pipeline.packer import ContrastiveBatch, Packer
+from jfe_jax.data.pipeline.packer import Packer
 
 VOCABULARY, IMAGE_TOKEN, PATCHES = 64, 63, 4
 

@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jfe_jax.data.batch import ContrastiveBatch, Layout
 from jfe_jax.data.item import EncodedItem
-from jfe_jax.data.pipeline.packer import ContrastiveBatch, Layout, Packer
+from jfe_jax.data.pipeline.packer import Packer
 from jfe_jax.errors import UserError
 
 # While fewer than one in so many of a step's pairs wait, others are tried in their place.

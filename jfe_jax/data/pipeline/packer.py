@@ -5,79 +5,16 @@ Axes: G groups, R rows, S tokens of a row, M image slots, B items, H W pixels, W
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from jfe_jax.data.batch import AttentionBins, Layout, PackedBatch
 from jfe_jax.data.item import EncodedItem
 from jfe_jax.errors import UserError
 
-Layout = Literal["packed", "padded"]
 # A group of more items is not laid anew: that would take longer than it is worth.
 _LAID_ANEW = 512
-
-
-class Bins(NamedTuple):
-    """Stretches of the flattened R·S that attention works on in place of rows: an item lies whole in one of them.
-
-    Then rows are only how the tokens are stored. Bins hold more tokens than there are, so that items fit without a
-    gap between them; what they have too many costs attention alone.
-
-    Attributes:
-      index: int32 [G, W, L] for each length L; where each place's token is in the flattened R·S; R·S if it has none.
-      home: int32 [G, R, S]; each token's place, counted through all of `index`; their number for padding.
-    """
-
-    index: tuple[np.ndarray, ...]
-    home: np.ndarray
-
-
-class PackedBatch(NamedTuple):
-    """Items laid side by side in rows, as segments that do not see each other.
-
-    A group is what one device of the batch axes holds; every index is local to its group. A padded layout is the same
-    type with one item per row. NumPy arrays on the host, jax arrays (or tracers) on the device.
-
-    Attributes:
-      tokens: int32 [G, R, S]; ids, image placeholders included.
-      segments: int32 [G, R, S]; 0 is padding, else the item's number in its row (with bins, in its group), from 1.
-      positions: int32 [G, R, S]; from 0 in each segment.
-      pixels: uint8 [G, M, H, W, 3]; image slots, normalised on the device.
-      image_start: int32 [G, M]; where the slot's first patch goes in the group's flattened R·S; R·S for an empty slot.
-      pool: int32 [G, B]; where the item's last token (<eos>) is in the flattened R·S; 0 for a filler.
-      pool_span: int32 [G, B, 2]; the item's first token and one past its last, in the flattened R·S; 0, 0 for a filler.
-      valid: bool [G, B]; a real item, or a filler.
-      bins: what attention works on; None for rows.
-    """
-
-    tokens: np.ndarray
-    segments: np.ndarray
-    positions: np.ndarray
-    pixels: np.ndarray
-    image_start: np.ndarray
-    pool: np.ndarray
-    pool_span: np.ndarray
-    valid: np.ndarray
-    bins: Bins | None = None
-
-
-class ContrastiveBatch(NamedTuple):
-    """Queries with their candidates, packed, and what the loss must know of them.
-
-    With N pairs in a group and K hard negatives per pair, the group's B = N·(2 + K) items are: N queries, then N
-    positives, then N·K negatives (the K of pair 0, the K of pair 1, …). A filler pair has all its items invalid.
-
-    Attributes:
-      packed: PackedBatch with B = N·(2 + K).
-      candidate_ids: int32 [G, N·(1 + K)]; number of each candidate, equal for equal candidates; -1 for a filler.
-      candidate_modality: int32 [G, N·(1 + K)]; of each candidate, an index into MODALITIES; -1 for a filler.
-      positive_ids: int32 [G, N, P]; all candidates that are right for the query, padded with -1.
-    """
-
-    packed: PackedBatch
-    candidate_ids: np.ndarray
-    candidate_modality: np.ndarray
-    positive_ids: np.ndarray
 
 
 class _Placed(NamedTuple):
@@ -173,7 +110,7 @@ class Packer:
         pool, pool_span = np.zeros((G, B), np.int32), np.zeros((G, B, 2), np.int32)
         valid = np.zeros((G, B), bool)
         bounds = np.cumsum([0, *self._lengths])
-        index, home = np.full((G, bounds[-1]), R * S, np.int32), np.full(G * R * S, bounds[-1], np.int32)
+        token_index, inverse_index = np.full((G, bounds[-1]), R * S, np.int32), np.full(G * R * S, bounds[-1], np.int32)
         # In the order in which they lie.
         placed = [
             (g, *one)
@@ -196,8 +133,8 @@ class Packer:
             number = np.arange(len(unit)) - np.searchsorted(unit, unit) + 1
             segments[where] = np.repeat(number.astype(np.int32), lengths)
             positions[where] = inside
-            home[where] = np.repeat(place, lengths) + inside
-            index[np.repeat(group, lengths), home[where]] = np.repeat(starts, lengths) + inside
+            inverse_index[where] = np.repeat(place, lengths) + inside
+            token_index[np.repeat(group, lengths), inverse_index[where]] = np.repeat(starts, lengths) + inside
             pool[group, item_index] = starts + lengths - 1
             pool_span[group, item_index, 0] = starts
             pool_span[group, item_index, 1] = starts + lengths
@@ -218,14 +155,16 @@ class Packer:
             pool,
             pool_span,
             valid,
-            Bins(self._by_length(index), home.reshape(shape)) if self.bins else None,
+            AttentionBins(self._by_length(token_index), inverse_index.reshape(shape)) if self.bins else None,
         )
 
-    def _by_length(self, index: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _by_length(self, token_index: np.ndarray) -> tuple[np.ndarray, ...]:
         # [G, places of all bins] → [G, W, L] of each length.
         ends = np.cumsum([length * count for length, count in self.bins])
-        parts = np.split(index, ends[:-1], axis=1)
-        return tuple(part.reshape(len(index), -1, length) for part, (length, _) in zip(parts, self.bins, strict=True))
+        parts = np.split(token_index, ends[:-1], axis=1)
+        return tuple(
+            part.reshape(len(token_index), -1, length) for part, (length, _) in zip(parts, self.bins, strict=True)
+        )
 
 
 def pack(

@@ -10,8 +10,8 @@ from typing import Any
 
 import grain
 
+from jfe_jax.data.batch import ContrastiveBatch
 from jfe_jax.data.pipeline.batch_builder import BatchShape, EncodedPair, Filling, fill
-from jfe_jax.data.pipeline.packer import ContrastiveBatch
 from jfe_jax.data.pipeline.pair_dataset import BadPair
 from jfe_jax.data.pipeline.pair_reader import PairReader
 from jfe_jax.errors import UserError

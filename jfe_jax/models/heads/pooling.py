@@ -6,7 +6,7 @@ Axes: G groups, R rows, S tokens of a row, D width, B items, E embedding.
 import jax
 import jax.numpy as jnp
 
-from jfe_jax.data.pipeline.packer import PackedBatch
+from jfe_jax.data.batch import PackedBatch
 
 
 def pool(hidden: jax.Array, packed: PackedBatch, how: str, mask: jax.Array | None = None) -> jax.Array:

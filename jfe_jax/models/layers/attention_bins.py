@@ -1,4 +1,4 @@
-"""Packed tokens ↔ the bins that attention works on (`packing.Bins`).
+"""Packed tokens ↔ the bins that attention works on (`batch.AttentionBins`).
 
 Axes: G groups, R rows, S tokens of a row, W bins of L tokens.
 """
@@ -9,31 +9,31 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jfe_jax.data.pipeline.packer import Bins
+from jfe_jax.data.batch import AttentionBins
 
 
-def longest(bins: Bins) -> int:
+def longest(bins: AttentionBins) -> int:
     """Tokens of the longest bin."""
-    return max(index.shape[-1] for index in bins.index)
+    return max(index.shape[-1] for index in bins.token_index)
 
 
-def split(x: jax.Array, bins: Bins) -> list[jax.Array]:
+def split(x: jax.Array, bins: AttentionBins) -> list[jax.Array]:
     """[G, R, S, …] → [G, W, L, …] for each length; 0 where a bin holds no token."""
     flat = x.reshape(x.shape[0], -1, *x.shape[3:])
-    places = _move(flat, _flat(bins.index), _flat([bins.home]))
+    places = _move(flat, _flat(bins.token_index), _flat([bins.inverse_index]))
     return _parts(places, bins)
 
 
-def join(parts: Sequence[jax.Array], bins: Bins) -> jax.Array:
+def join(parts: Sequence[jax.Array], bins: AttentionBins) -> jax.Array:
     """Back again: [G, W, L, …] for each length → [G, R, S, …]; 0 for padding."""
-    places = _move(_flat(parts), _flat([bins.home]), _flat(bins.index))
-    return places.reshape(*bins.home.shape, *places.shape[2:])
+    places = _move(_flat(parts), _flat([bins.inverse_index]), _flat(bins.token_index))
+    return places.reshape(*bins.inverse_index.shape, *places.shape[2:])
 
 
-def split_ids(ids: jax.Array, bins: Bins) -> list[jax.Array]:
+def split_ids(ids: jax.Array, bins: AttentionBins) -> list[jax.Array]:
     """int32 [G, R, S] → [G, W, L] for each length; -1 where a bin holds no token."""
     flat = ids.reshape(ids.shape[0], -1)
-    places = jnp.take_along_axis(flat, _flat(bins.index), axis=1, mode="fill", fill_value=-1)
+    places = jnp.take_along_axis(flat, _flat(bins.token_index), axis=1, mode="fill", fill_value=-1)
     return _parts(places, bins)
 
 
@@ -41,8 +41,8 @@ def _flat(parts: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate([part.reshape(part.shape[0], -1, *part.shape[3:]) for part in parts], axis=1)
 
 
-def _parts(places: jax.Array, bins: Bins) -> list[jax.Array]:
-    shapes = [index.shape for index in bins.index]
+def _parts(places: jax.Array, bins: AttentionBins) -> list[jax.Array]:
+    shapes = [index.shape for index in bins.token_index]
     ends = itertools.accumulate(w * length for _, w, length in shapes)
     parts = jnp.split(places, list(ends)[:-1], axis=1)
     return [part.reshape(*shape, *part.shape[2:]) for part, shape in zip(parts, shapes, strict=True)]

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jfe_jax.config import TextConfig
-from jfe_jax.data.pipeline.packer import Bins
+from jfe_jax.data.batch import AttentionBins
 from jfe_jax.models.layers import attention_bins, blocks
 from jfe_jax.models.layers.attention import Segments, attend
 from jfe_jax.models.layers.blocks import SAVED_UP, UNROLLED_DEPTH, Adaptable, run_stack, stack, weight, zeros
@@ -67,7 +67,7 @@ class Masks(NamedTuple):
     """
 
     each: tuple[Any, ...]
-    bins: Bins | None
+    bins: AttentionBins | None
 
 
 class RMSNorm(nnx.Module):
@@ -195,7 +195,7 @@ class GemmaTower(nnx.Module):
         segments: jax.Array,
         positions: jax.Array,
         where: jax.Array | None = None,
-        within: Bins | None = None,
+        within: AttentionBins | None = None,
     ) -> jax.Array:
         """Runs the blocks.
 
@@ -236,7 +236,7 @@ class GemmaTower(nnx.Module):
         return self.norm(x if last else take(x, where))[:, :, 0]
 
     def _masks(
-        self, segments: jax.Array, positions: jax.Array, windowed: bool, within: Bins | None
+        self, segments: jax.Array, positions: jax.Array, windowed: bool, within: AttentionBins | None
     ) -> tuple[Masks, Masks | None]:
         # Padding attends to padding: no row is empty, and no item sees it.
         window = self.cfg.sliding_window

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jfe_jax.config import ModelConfig, TextConfig, VisionConfig
-from jfe_jax.data.pipeline.packer import PackedBatch
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.models.heads.pooling import in_span, pool, unit
 from jfe_jax.models.layers.blocks import Linear, attend, project, run_stack, stack, weight, zeros
 from jfe_jax.models.paligemma.gemma import MASKED

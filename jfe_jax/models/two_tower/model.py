@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jfe_jax.config import ModelConfig, VisionConfig
-from jfe_jax.data.pipeline.packer import PackedBatch
+from jfe_jax.data.batch import PackedBatch
 from jfe_jax.models.heads.pooling import in_span, pool, unit
 from jfe_jax.models.layers.blocks import Linear, embed_groups, weight, zeros
 from jfe_jax.models.paligemma.gemma import Embedder, GemmaTower

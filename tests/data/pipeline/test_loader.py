@@ -357,7 +357,7 @@ def test_bins_hold_the_pairs_that_rows_do(make_config):
     for batch, other in zip(
         *(take(training_batches(one, groups=2, split="train"), 2) for one in (cfg, binned)), strict=True
     ):
-        assert [part.shape for part in other.packed.bins.index] == [(2, cfg.data.rows, cfg.data.row_tokens)]
+        assert [part.shape for part in other.packed.bins.token_index] == [(2, cfg.data.rows, cfg.data.row_tokens)]
         assert other.packed.tokens.size == tokens
         assert other.packed.valid.sum() >= batch.packed.valid.sum()
 

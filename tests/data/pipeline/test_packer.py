@@ -126,10 +126,10 @@ def test_with_bins_tokens_have_no_gaps_and_every_item_lies_whole_in_one(drawn, g
         image_size=SIZE,
         bins=((23, per_group), (40, 1)),
     )
-    home = batch.bins.home.reshape(groups, -1)
-    sizes = [part.shape[1:] for part in batch.bins.index]
+    home = batch.bins.inverse_index.reshape(groups, -1)
+    sizes = [part.shape[1:] for part in batch.bins.token_index]
     assert sizes == [(per_group, 23), (1, 40)]
-    index = np.concatenate([part.reshape(groups, -1) for part in batch.bins.index], axis=1)
+    index = np.concatenate([part.reshape(groups, -1) for part in batch.bins.token_index], axis=1)
     ends = np.cumsum([length for count, length in sizes for _ in range(count)])
     for group in range(groups):
         real = np.flatnonzero(batch.segments[group].ravel())

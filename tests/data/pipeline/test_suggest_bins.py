@@ -53,7 +53,7 @@ def test_the_verb_suggests_bins_that_the_run_takes(make_config, tmp_path, capsys
         packed = next(batches).packed
     finally:
         batches.close()
-    assert [part.shape[1:] for part in packed.bins.index] == [(n // 2, size) for size, n in sorted(bins.items())]
+    assert [part.shape[1:] for part in packed.bins.token_index] == [(n // 2, size) for size, n in sorted(bins.items())]
     file.write_text(to_yaml(cfg))
     assert load(file, []) == cfg
     with pytest.raises(UserError, match="90 is more than the 80 tokens of a group's rows"):
