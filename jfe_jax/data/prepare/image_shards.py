@@ -1,4 +1,4 @@
-"""Images → the shards of the parts that want them, in one pass over where they come from."""
+"""Writes images into the shards of the parts that need them, in one pass over the image source."""
 
 import io
 import os
@@ -18,19 +18,19 @@ from jfe_jax.data.storage.image_source import ImageSource
 from jfe_jax.data.storage.shard_writer import RecordShardWriter
 from jfe_jax.errors import UserError
 
-_AT_ONCE = 64
+_DECODE_BATCH = 64
 _JPEG_QUALITY = 92
 
 
 @dataclass(kw_only=True)
 class ImagePart:
-    """A part that wants images.
+    """A part of images to write.
 
     Attributes:
-      ids: int64, sorted: those it wants.
-      names: gives their names, any number of times each.
+      ids: int64, sorted: the images it needs.
+      names: yields their names; a name may repeat.
       staging: directory of its shards.
-      missing: what could not be had, as a line for each.
+      missing: one line for each image that could not be read.
     """
 
     name: str
@@ -41,10 +41,10 @@ class ImagePart:
     missing: list[str] = field(default_factory=list)
 
     def open(self) -> None:
-        """Finds out what is there from a run that was killed."""
+        """Loads the finished shards of a run that was killed."""
         self.writer = RecordShardWriter(self.staging, self.fingerprint, len(self.ids))
         finished = [self._ids_file(number) for number in range(len(self.writer.finished))]
-        # Numbers of eight bytes: there are millions.
+        # Eight bytes per id: there are millions.
         self.written = array("q")
         for file in finished:
             self.written.frombytes(np.load(file).tobytes())
@@ -57,16 +57,16 @@ class ImagePart:
         self.writer.write({"image_id": key, "image": content})
 
     def fail(self, problem: str, max_bad_share: float) -> None:
-        """Notes what cannot be had.
+        """Records an image that cannot be read.
 
         Raises:
-          UserError: that is more than the share `max_bad_share` of all.
+          UserError: the share of such images exceeds `max_bad_share`.
         """
         self.missing.append(problem)
         if len(self.missing) > max_bad_share * len(self.ids):
             raise UserError(
-                f"{problem}; {len(self.missing)} of the {len(self.ids)} images of {self.name} cannot be had, more than "
-                f"the share of {max_bad_share:g} that --max-bad-share allows"
+                f"{problem}; {len(self.missing)} of the {len(self.ids)} images of {self.name} cannot be read, more "
+                f"than the share of {max_bad_share:g} that --max-bad-share allows"
             )
 
     def _ids_file(self, number: int) -> Path:
@@ -77,7 +77,7 @@ class ImagePart:
         self._new = []
 
 
-class _Job(NamedTuple):
+class _EncodeJob(NamedTuple):
     key: int
     name: str
     read: Callable[[], bytes]
@@ -87,30 +87,30 @@ class _Job(NamedTuple):
 def write_image_shards(
     parts: list[ImagePart], source: ImageSource, *, short_side: int, max_bad_share: float, tick: Callable[[int], None]
 ) -> None:
-    """Writes what the parts want into their staging directories; what is in finished shards is not read again.
+    """Writes the parts' images into their staging directories. Images in finished shards are not read again.
 
     Args:
-      short_side: an image whose shorter side is longer is made so small and written as JPEG; 0 leaves all as they are.
+      short_side: an image whose shorter side exceeds this is downscaled to it and written as JPEG; 0 disables this.
       max_bad_share: the share of a part's images that may be missing or unreadable.
-      tick: called with the number of images just done.
+      tick: called with the number of images just processed.
 
     Raises:
-      UserError: more than that cannot be had.
+      UserError: more images than `max_bad_share` allows are missing or unreadable.
     """
     for part in parts:
         part.open()
         tick(len(part.written))
-    left = [np.setdiff1d(part.ids, np.array(part.written, np.int64)) for part in parts]
-    ids = np.concatenate(left) if left else np.zeros(0, np.int64)
-    owners = np.repeat(np.arange(len(parts)), [len(one) for one in left])
+    remaining = [np.setdiff1d(part.ids, np.array(part.written, np.int64)) for part in parts]
+    ids = np.concatenate(remaining) if remaining else np.zeros(0, np.int64)
+    owners = np.repeat(np.arange(len(parts)), [len(part_ids) for part_ids in remaining])
     order = np.argsort(ids, kind="stable")
     ids, owners, found = ids[order], owners[order], np.zeros(len(ids), bool)
 
-    def wanted() -> Iterator[str]:
+    def needed_names() -> Iterator[str]:
         for part in parts:
             yield from part.names()
 
-    def finish(jobs: list[_Job]) -> None:
+    def finish(jobs: list[_EncodeJob]) -> None:
         results = pool.map(lambda job: _encode_image(job, source.describe_location(job.name), short_side), jobs)
         for job, (content, problem) in zip(jobs, results, strict=True):
             for number in job.parts:
@@ -121,10 +121,10 @@ def write_image_shards(
                 tick(1)
         jobs.clear()
 
-    jobs: list[_Job] = []
-    # Pillow releases the interpreter's lock while it decodes.
+    jobs: list[_EncodeJob] = []
+    # Pillow releases the GIL while it decodes.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for name, read in source.iter_images(wanted()) if len(ids) else ():
+        for name, read in source.iter_images(needed_names()) if len(ids) else ():
             key = name_id(name)
             start, end = np.searchsorted(ids, key), np.searchsorted(ids, key, "right")
             if start == end or found[start]:
@@ -133,29 +133,29 @@ def write_image_shards(
             if source.sequential_only:
                 content = read()
                 read = lambda content=content: content  # noqa: E731
-            jobs.append(_Job(key, name, read, owners[start:end].tolist()))
-            if len(jobs) == _AT_ONCE:
+            jobs.append(_EncodeJob(key, name, read, owners[start:end].tolist()))
+            if len(jobs) == _DECODE_BATCH:
                 finish(jobs)
         finish(jobs)
     if not found.all():
-        gone = {int(key) for key in ids[~found]}
+        not_found = {int(key) for key in ids[~found]}
         for part in parts:
-            for name in dict.fromkeys(name for name in part.names() if name_id(name) in gone):
+            for name in dict.fromkeys(name for name in part.names() if name_id(name) in not_found):
                 part.fail(f"{name}: not in {source}", max_bad_share)
     for part in parts:
         part.writer.close()
 
 
-def _encode_image(job: _Job, where: str, short_side: int) -> tuple[bytes | None, str]:
+def _encode_image(job: _EncodeJob, where: str, short_side: int) -> tuple[bytes | None, str]:
     try:
         content = job.read()
         image = decode(content, where)
     except UserError as error:
         return None, str(error)
-    least = min(image.size)
-    if not short_side or least <= short_side:
+    shorter_side = min(image.size)
+    if not short_side or shorter_side <= short_side:
         return content, ""
-    size = tuple(max(1, round(side * short_side / least)) for side in image.size)
+    size = tuple(max(1, round(side * short_side / shorter_side)) for side in image.size)
     out = io.BytesIO()
     image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(out, "JPEG", quality=_JPEG_QUALITY)
     return out.getvalue(), ""

@@ -1,4 +1,4 @@
-"""M-BEIR directory → prepared parts: decides which are to be written, and has builder.py write them."""
+"""Prepares an M-BEIR directory: decides which parts must be written and writes them with tfds_builder.py."""
 
 import contextlib
 import hashlib
@@ -31,10 +31,10 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int]
 
 @dataclass(frozen=True)
 class PartResult:
-    """What became of one part: "written", "kept" (it was finished before), or "empty" (nothing to write).
+    """Outcome of one part: "written", "kept" (it was finished before), or "empty" (nothing to write).
 
     Attributes:
-      missing: images that could not be had; `missing.txt` in the part's directory lists them.
+      missing: number of images that could not be read; `missing.txt` in the part's directory lists them.
     """
 
     name: str
@@ -58,16 +58,16 @@ def prepare_dataset(
 ) -> Iterator[PartResult]:
     """Writes the parts that are missing or whose source has changed, one after the other, images last.
 
-    The source is the text files: an image that is replaced under its old name is not noticed. A part that a killed run
-    left unfinished goes on after its last finished shard.
+    The source is the text files: an image that is replaced under its old name goes unnoticed. A part that a killed run
+    left unfinished resumes after its last finished shard.
 
     Args:
-      splits: those to write; by default all but test ones, which training never reads, and the unions of others.
-      units: names of the units to write; by default all. The datasets they point into are written too.
-      images: where images come from; by default the directory's files, or its archive if it has no mbeir_images/.
-      short_side: images whose shorter side is longer are made so small; 0 leaves all as they are.
+      splits: the splits to write; by default all but test splits, which training never reads, and unions of others.
+      units: names of the units to write; by default all. The datasets of their candidates are written too.
+      images: the image source; by default the directory's files, or its archive if it has no mbeir_images/.
+      short_side: images whose shorter side exceeds this are downscaled to it; 0 disables this.
       max_bad_share: the share of a part's images that may be missing or unreadable.
-      progress: (part, records expected) → a context that gives a function to call with the records done.
+      progress: (part, expected records) → a context manager that yields a function to call with the records done.
 
     Raises:
       UserError: a row is malformed, or more than `max_bad_share` of the images are missing or unreadable (the message
@@ -81,7 +81,7 @@ def prepare_dataset(
 def _select_units(
     mbeir: Mbeir, splits: Sequence[str] | None, units: Sequence[str] | None
 ) -> dict[str, dict[str, Unit]]:
-    """Names of units → split → unit."""
+    """Returns the selected units: name → split → unit."""
     if splits is None:
         splits = [split for split in mbeir.splits if not split.startswith(("test", "union"))]
     found: dict[str, dict[str, Unit]] = {}
@@ -103,9 +103,9 @@ class _DatasetPreparer:
         self._mbeir, self._out, self._images = mbeir, out, images
         self._short_side, self._max_bad_share, self._progress = short_side, max_bad_share, progress
         self._indices = CandidateIndices(mbeir)
-        # Parts of images that may have to be written, and those that are there.
-        self._wanted: list[ImagePart] = []
-        self._kept: list[PartResult] = []
+        # Parts of images that must be written, and those that are finished already.
+        self._pending_images: list[ImagePart] = []
+        self._finished_images: list[PartResult] = []
 
     def run(self, chosen: dict[str, dict[str, Unit]]) -> Iterator[PartResult]:
         datasets: set[int] = set()
@@ -115,11 +115,11 @@ class _DatasetPreparer:
             yield part
         for dataset in sorted(datasets):
             yield self._candidates(dataset)
-        yield from self._kept
+        yield from self._finished_images
         yield from self._write_images()
 
     def _queries(self, name: str, by_split: dict[str, Unit]) -> tuple[PartResult, set[int]]:
-        """Writes or keeps a unit's queries; also says into which datasets they point."""
+        """Writes or reuses a unit's queries. Also returns the datasets of their candidates."""
         part = f"{QUERIES}/{name}"
         unit = next(iter(by_split.values()))
         table = [
@@ -128,7 +128,7 @@ class _DatasetPreparer:
             for candidate in MODALITIES
             if (prompts := self._mbeir.instructions(unit.dataset, query, candidate, required=False))
         ]
-        source, rows = _digest(self._mbeir, by_split, table)
+        source, rows = _digest_queries(self._mbeir, by_split, table)
         if not rows:
             return PartResult(part, "empty", 0), set()
         finished = self._finished(part)
@@ -145,7 +145,7 @@ class _DatasetPreparer:
                 splits=list(rows),
                 expected=max(rows.values()),
                 indices=self._indices,
-                # Numbers may be of any dataset: a change of any pool begins anew.
+                # Candidates may be of any dataset: a change of any pool starts over.
                 fingerprint=hashlib.blake2b(source + self._indices.fingerprint.encode(), digest_size=16).hexdigest(),
                 staging=self._staging(part),
                 final_fingerprint=lambda seen: self._with_pools(source, seen),
@@ -193,10 +193,10 @@ class _DatasetPreparer:
                         yield query.image
 
         def ids() -> np.ndarray:
-            mine = np.unique(np.fromiter((image_id(one, self._mbeir.path) for one in images()), np.int64))
+            own_ids = np.unique(np.fromiter((image_id(one, self._mbeir.path) for one in images()), np.int64))
             for dataset in datasets:
-                mine = np.setdiff1d(mine, self._indices.for_dataset(dataset).image_ids, assume_unique=True)
-            return mine
+                own_ids = np.setdiff1d(own_ids, self._indices.for_dataset(dataset).image_ids, assume_unique=True)
+            return own_ids
 
         self._add_images(name, fingerprint, ids, lambda: (image_name(one, self._mbeir.path) for one in images()))
 
@@ -207,22 +207,26 @@ class _DatasetPreparer:
         finished = self._finished(part)
         if finished and finished.metadata["fingerprint"] == fingerprint:
             records = sum(split.num_examples for split in finished.splits.values())
-            self._kept.append(PartResult(part, "kept", records, missing=finished.metadata["missing"]))
+            self._finished_images.append(PartResult(part, "kept", records, missing=finished.metadata["missing"]))
             return
         wanted = ids()
         if len(wanted):
-            self._wanted.append(
+            self._pending_images.append(
                 ImagePart(name=part, fingerprint=fingerprint, ids=wanted, names=names, staging=self._staging(part))
             )
 
     def _write_images(self) -> Iterator[PartResult]:
-        if not self._wanted:
+        if not self._pending_images:
             return
-        with self._progress(IMAGES, sum(len(part.ids) for part in self._wanted)) as tick:
+        with self._progress(IMAGES, sum(len(part.ids) for part in self._pending_images)) as tick:
             write_image_shards(
-                self._wanted, self._images, short_side=self._short_side, max_bad_share=self._max_bad_share, tick=tick
+                self._pending_images,
+                self._images,
+                short_side=self._short_side,
+                max_bad_share=self._max_bad_share,
+                tick=tick,
             )
-        for part in self._wanted:
+        for part in self._pending_images:
             config = ImagesConfig(
                 name=part.name.partition("/")[2],
                 fingerprint=part.fingerprint,
@@ -242,13 +246,13 @@ class _DatasetPreparer:
         return self._out / part / "unfinished"
 
     def _finished(self, part: str) -> tfds.core.DatasetInfo | None:
-        """What TFDS knows of a part, if it was finished."""
+        """Returns TFDS's description of a part, if it is finished."""
         place = self._out / part / VERSION
         return tfds.builder_from_directory(place).info if (place / "dataset_info.json").is_file() else None
 
 
-def _digest(mbeir: Mbeir, by_split: dict[str, Unit], table: list[list[str]]) -> tuple[bytes, dict[str, int]]:
-    """A digest of a unit's query files and instructions, and the number of lines of each split that has any."""
+def _digest_queries(mbeir: Mbeir, by_split: dict[str, Unit], table: list[list[str]]) -> tuple[bytes, dict[str, int]]:
+    """Returns a digest of a unit's query files and instructions, and the line count of each non-empty split."""
     digest, rows = hashlib.blake2b(repr(table).encode()), {}
     for split, unit in by_split.items():
         digest.update(split.encode())

@@ -1,14 +1,15 @@
-"""M-BEIR directory → TFDS data sets in ArrayRecord, without TensorFlow: what training reads.
+"""Converts an M-BEIR directory to TFDS data sets in ArrayRecord, which training reads without TensorFlow.
 
-    OUT/mbeir_queries/{unit}/2.0.0/            one split for each split of the unit's queries
+    OUT/mbeir_queries/{unit}/2.0.0/            a split for each split of the unit's queries
     OUT/mbeir_candidates/dataset{id}/2.0.0/    split "pool": every candidate of a dataset, once
-    OUT/mbeir_images/dataset{id}/2.0.0/        split "images": those the dataset's candidates name, once each
-    OUT/mbeir_images/{unit}/2.0.0/             the same for the unit's queries, but those that are in a dataset's
+    OUT/mbeir_images/dataset{id}/2.0.0/        split "images": the images of the dataset's candidates, once each
+    OUT/mbeir_images/{unit}/2.0.0/             the images of the unit's queries that are not in a dataset's part
 
-All are ordinary TFDS directories (`tfds.builder_from_directory`), a part for each dataset or unit, so that it can be
-prepared, copied or left out alone. A candidate's number is dataset·10⁷ + its record's index, as M-BEIR hashes ids;
-queries name positives and negatives by number, and both name images by `image_id` (0 without one). Beside the images of
-a part lie `ids.npy`, their ids in ascending order, and `rows.npy`, their records' indices.
+All are ordinary TFDS directories (`tfds.builder_from_directory`). There is a part for each dataset or unit, so that
+each can be prepared, copied or omitted independently. A candidate's integer id is dataset·10⁷ + its record's index, as
+M-BEIR hashes ids. Queries refer to positives and negatives by integer id. Queries and candidates refer to images by
+`image_id` (0 without one). The images of a part come with `ids.npy`, their ids in ascending order, and `rows.npy`, the indices
+of their records.
 
 Candidate record: did, text, image_id, modality (index into MODALITIES). Query record: qid, text, image_id, modality,
 task, positives, positive_modalities, negatives, negative_modalities. Image record: image_id, image (encoded bytes). A
@@ -42,13 +43,13 @@ _ITEM_FEATURES = {"text": tfds.features.Text(), "image_id": np.int64, "modality"
 
 @dataclass(kw_only=True)
 class _PartConfig(tfds.core.BuilderConfig):
-    """What every part needs.
+    """Settings common to all parts.
 
     Attributes:
-      fingerprint: of what the part is made of.
-      staging: where its shards are written before they are all there.
-      expected: at most so many records in a split.
-      tick: called with the number of records just done.
+      fingerprint: fingerprint of the part's source.
+      staging: directory for its shards until all are finished.
+      expected: maximum number of records in a split.
+      tick: called with the number of records just processed.
     """
 
     fingerprint: str = ""
@@ -58,9 +59,9 @@ class _PartConfig(tfds.core.BuilderConfig):
 
 
 class _ShardedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Moves finished shards into their place, whole shards being kept over a kill.
+    """Moves finished shards to their final location. Finished shards survive a kill.
 
-    TFDS's own writer needs ten times as long for a record, a second copy, and begins anew.
+    TFDS's own writer takes ten times as long per record, writes a second copy, and starts over after a kill.
     """
 
     VERSION = tfds.core.Version(VERSION)
@@ -70,7 +71,7 @@ class _ShardedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         for split, shards in self._split_generators(dl_manager).items():
             template = self._get_filename_template(split_name=split)
             for index, shard in enumerate(shards):
-                # A shard's name tells how many there are.
+                # A shard's final name contains the number of shards.
                 os.replace(shard.file, template.sharded_filepath(shard_index=index, num_shards=len(shards)))
             if shards:
                 size = sum(shard.size for shard in shards)
@@ -86,7 +87,7 @@ class _ShardedBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
 @dataclass(kw_only=True)
 class CandidatesConfig(_PartConfig):
-    """Which candidates."""
+    """Selects the candidates of a part."""
 
     index: CandidateIndex | None = None
 
@@ -123,10 +124,10 @@ class MbeirCandidates(_ShardedBuilder, skip_registration=True):
 
 @dataclass(kw_only=True)
 class QueriesConfig(_PartConfig):
-    """Which queries, numbered by which indices.
+    """Selects the queries of a part and the indices of their candidates.
 
-    Afterwards `counts` tells "records", "dropped" and "dangling", and `datasets` into which datasets they point;
-    `final_fingerprint` makes the part's fingerprint of these.
+    After the build, `counts` holds "records", "dropped" and "dangling", and `datasets` the datasets of the candidates.
+    `final_fingerprint` computes the part's fingerprint from the latter.
     """
 
     mbeir: Mbeir | None = None
@@ -140,7 +141,7 @@ class QueriesConfig(_PartConfig):
 
 
 class MbeirQueries(_ShardedBuilder, skip_registration=True):
-    """The queries of one unit of an M-BEIR directory, with what is right and wrong for each."""
+    """The queries of one unit of an M-BEIR directory, with their positives and hard negatives."""
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
@@ -170,7 +171,7 @@ class MbeirQueries(_ShardedBuilder, skip_registration=True):
         self.info.metadata.update(
             fingerprint=config.final_fingerprint(config.datasets),
             datasets=list(pools),
-            # What the loader needs: ids that are in no pool may name datasets that have none.
+            # The loader needs only these: ids that are in no pool may be of datasets without candidates.
             pools={
                 f"dataset{dataset}": pools[dataset] for dataset in pools if len(config.indices.for_dataset(dataset))
             },
@@ -178,7 +179,7 @@ class MbeirQueries(_ShardedBuilder, skip_registration=True):
 
     def _generate_examples(self, split: str) -> Iterator[Record]:
         config = self.builder_config
-        most = self.info.metadata["max_positives"]
+        max_positives = self.info.metadata["max_positives"]
         for query in config.mbeir.iter_queries(split, config.unit):
             config.tick(1)
             dids = list(dict.fromkeys((*query.pos, *query.neg)))
@@ -188,31 +189,31 @@ class MbeirQueries(_ShardedBuilder, skip_registration=True):
             except ValueError as error:
                 file = config.mbeir.query_file(split, config.unit)
                 raise UserError(f"{file}: query {query.qid}: candidate id {error}") from error
-            right, wrong = (
+            positives, negatives = (
                 {found[did][0]: found[did][1] for did in ids if found[did][0] >= 0} for ids in (query.pos, query.neg)
             )
             config.counts["dangling"] += sum(number < 0 for number, _ in found.values())
-            if not right:
+            if not positives:
                 config.counts["dropped"] += 1
                 continue
             config.counts["records"] += 1
-            most[split] = max(most.get(split, 0), len(right))
+            max_positives[split] = max(max_positives.get(split, 0), len(positives))
             yield {
                 "qid": query.qid,
                 "text": query.text or "",
                 "modality": MODALITIES.index(query.modality),
-                "task": _task(config.unit, query, right.values()),
-                "positives": list(right),
-                "positive_modalities": list(right.values()),
-                "negatives": list(wrong),
-                "negative_modalities": list(wrong.values()),
+                "task": _task(config.unit, query, positives.values()),
+                "positives": list(positives),
+                "positive_modalities": list(positives.values()),
+                "negatives": list(negatives),
+                "negative_modalities": list(negatives.values()),
                 "image_id": image_id(query.image, config.mbeir.path),
             }
 
 
 @dataclass(kw_only=True)
 class ImagesConfig(_PartConfig):
-    """Images that are in finished shards already, with the id of each; `missing` could not be read."""
+    """Images in finished shards, with the id of each. Those in `missing` could not be read."""
 
     shards: list[RecordShard] = dataclasses.field(default_factory=list)
     ids: np.ndarray | None = None
@@ -241,19 +242,19 @@ class MbeirImages(_ShardedBuilder, skip_registration=True):
         return {"images": config.shards}
 
     def _generate_examples(self) -> Iterator[Record]:
-        raise NotImplementedError("the shards are there before the builder")
+        raise NotImplementedError("the shards are written before the builder runs")
 
 
 def build_part(kind: type[_ShardedBuilder], config: _PartConfig, out: Path, part: str) -> None:
-    """Writes the part OUT/{part}/{VERSION}, in place of any other source's or version's."""
-    # Also what a killed run left half moved.
+    """Writes the part OUT/{part}/{VERSION}, replacing one of any other source or version."""
+    # This also removes the leftovers of a run that was killed while moving shards.
     for leftover in (out / part).glob("[0-9]*"):
         shutil.rmtree(leftover)
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.ERROR)
     tfds.disable_progress_bar()
     try:
-        # TFDS announces itself on standard output, which is the command line's.
+        # TFDS prints to standard output, which is reserved for the command's own output.
         with contextlib.redirect_stdout(io.StringIO()):
             builder = kind(data_dir=out, config=config, file_format="array_record")
             builder.download_and_prepare(download_dir=out / "downloads")

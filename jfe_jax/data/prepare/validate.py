@@ -1,8 +1,8 @@
-"""Validates an M-BEIR directory in one streaming pass: what is in it, and what is wrong, with file and line.
+"""Validates an M-BEIR directory in one streaming pass: counts its contents and reports defects with file and line.
 
-An error is a row that reading stops at. A warning is what may be meant so: candidates that are in no pool (the
-published OVEN and InfoSeek have many), units without instructions. Those are counted for each file and shown at the
-first line.
+An error is a row that reading would fail on. A warning may be intentional: candidates that are in no pool (the
+published OVEN and InfoSeek have many), or units without instructions. Warnings are counted per file and reported at
+their first line.
 """
 
 import collections
@@ -18,7 +18,7 @@ from jfe_jax.errors import UserError
 
 
 def validate_mbeir(path: Path, *, images: ImageMode = "none") -> ValidationReport:
-    """Reads the whole directory; `images` says how many images are decoded too.
+    """Reads the entire directory. `images` selects the images to decode.
 
     Raises:
       UserError: `path` is no M-BEIR directory.
@@ -32,7 +32,7 @@ class _MbeirValidator:
         self._report = ValidationReport(str(mbeir.path))
         self._add = self._report.add
         self._images = ImageValidator(mbeir.path, images, self._report)
-        # Candidate id's hash → 4 × the pool file's number + modality: one small entry for each of millions.
+        # Hash of candidate id → 4 · index of the pool file + modality: a compact entry for each of millions.
         self._candidates: dict[int, int] = {}
         self._first: dict[tuple[str, str], int] = {}
 

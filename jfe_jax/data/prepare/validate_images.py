@@ -1,4 +1,4 @@
-"""Images that rows name: are they there, and can they be read?"""
+"""Validates the images that rows refer to: checks that they exist and can be decoded."""
 
 import os
 import random
@@ -17,18 +17,18 @@ from jfe_jax.data.storage.tar_archive import find_archives
 from jfe_jax.errors import UserError
 
 ImageMode = Literal["none", "sample", "all"]
-# Images opened as a sample of one file of rows.
+# Number of images decoded as the sample of one file of rows.
 SAMPLE_SIZE = 200
 _DECODE_BATCH = 256
 
 
 class ImageValidator:
-    """Looks for the images that rows name while these are read, and opens some or all of them.
+    """Checks that the images of rows exist while the rows are read, and decodes some or all of them.
 
     Args:
-      root: M-BEIR directory. If it has no mbeir_images/ but the archive of that name, images are looked for in there,
-        which takes a pass over all of it: only if `mode` asks for images.
-      mode: "none" opens no image, "sample" at most SAMPLE of each file of rows, "all" every one.
+      root: M-BEIR directory. If it has no mbeir_images/ but the archive of that name, images are searched in the
+        archive. That takes a pass over all of it, and is done only if `mode` is not "none".
+      mode: "none" decodes no image, "sample" at most SAMPLE_SIZE per file of rows, "all" every one.
     """
 
     def __init__(self, root: Path, mode: ImageMode, report: ValidationReport):
@@ -37,15 +37,15 @@ class ImageValidator:
         self._seen: set[int] = set()
         self._jobs: list[_ImageJob] = []
         self._pool = ThreadPoolExecutor(os.cpu_count())
-        # The sample of each file of rows, and how many images it was drawn from.
+        # The sample of each file of rows, and the number of images it was drawn from.
         self._sample: dict[Path, list[_ImageJob]] = {}
         self._drawn_from: Counter[Path] = Counter()
-        # What the archive has to have: hash of the path, number of the file of rows, line.
+        # Images expected in the archive: hash of the path, index of the file of rows, line.
         self._wanted, self._files, self._lines = array("q"), array("h"), array("q")
         self._file_numbers: dict[Path, int] = {}
 
     def add(self, file: Path, line: int, image: Path | None) -> None:
-        """A row on `line` of `file` names `image`."""
+        """Registers `image`, which the row on `line` of `file` refers to."""
         if image is None or (self._archive and self._mode == "none"):
             return
         path = os.fspath(image)
@@ -67,7 +67,7 @@ class ImageValidator:
             self._enqueue(job)
 
     def finish(self) -> None:
-        """Opens what is still to be opened, and says in the report what was done."""
+        """Decodes the remaining images, and notes in the report what was done."""
         sample = [job for jobs in self._sample.values() for job in jobs]
         if self._archive and self._mode != "none":
             self._read_archive({hash(job.name) for job in sample})
@@ -82,7 +82,7 @@ class ImageValidator:
             self._report.images = f"{self._report.images_opened} images opened"
 
     def _sample_image(self, job: "_ImageJob") -> None:
-        # Reservoir sampling; drawn by file and row, so that the same directory gives the same sample.
+        # Reservoir sampling, seeded by file and row, so that the same directory gives the same sample.
         chosen = self._sample.setdefault(job.file, [])
         self._drawn_from[job.file] += 1
         if len(chosen) < SAMPLE_SIZE:
@@ -98,7 +98,7 @@ class ImageValidator:
             self._decode_pending()
 
     def _decode_pending(self) -> None:
-        # Pillow releases the interpreter's lock while it decodes.
+        # Pillow releases the GIL while it decodes.
         for job, problem in zip(self._jobs, self._pool.map(_find_image_defect, self._jobs), strict=True):
             self._report.images_opened += 1
             if problem:
@@ -123,13 +123,13 @@ class ImageValidator:
                     self._enqueue(_ImageJob(file, line, f"{name} in {archive}", read()))
         except UserError as error:
             self._report.add("error", "unreadable_image", archive, 0, str(error).removeprefix(f"{archive}: "))
-        for place in np.sort(order[~found]):
+        for index in np.sort(order[~found]):
             message = f"the image that this row names is not in {archive}"
-            self._report.add("error", "missing_image", files[self._files[place]], self._lines[place], message)
+            self._report.add("error", "missing_image", files[self._files[index]], self._lines[index], message)
 
 
 class _ImageJob(NamedTuple):
-    """An image to open: the row that names it, what errors call it, its file or bytes."""
+    """An image to decode: the row that refers to it, its name in errors, its file or bytes."""
 
     file: Path
     line: int

@@ -1,4 +1,4 @@
-"""What `jfe data check` found: counts and defects, as text and as JSON."""
+"""Report of `jfe data check`: counts and defects, as text and as JSON."""
 
 import collections
 import dataclasses
@@ -21,14 +21,14 @@ DefectKind = Literal[
     "unknown_query",
 ]
 Severity = Literal["error", "warning"]
-# Of each kind in each file so many are kept one by one; all are counted. A directory whose images are not there yet
-# has a defect in every row.
+# Maximum number of defects listed per kind and file; all are counted. A directory whose images are still missing has
+# a defect in every row.
 MAX_LISTED_DEFECTS = 1000
 
 
 @dataclass(frozen=True, slots=True)
 class Defect:
-    """One thing that is wrong. `line` is 0 if it is about the whole file."""
+    """A defect. `line` is 0 if it concerns the entire file."""
 
     severity: Severity
     kind: DefectKind
@@ -42,15 +42,15 @@ class Defect:
 
 @dataclass
 class ValidationReport:
-    """What the check found.
+    """Counts and defects of an M-BEIR directory.
 
     Attributes:
       counts: rows by (query or candidate, split or pool, dataset, task or -1, modality).
-      defects: in the order they were found, at most LISTED of a kind in a file.
-      totals: (severity, kind, file) → how many defects there are, those not in `defects` included.
-      dangling: (file, list) → how many ids there are in no pool.
-      images: what was done about images, as a person reads it.
-      images_opened: how many were decoded.
+      defects: in the order they were found, at most MAX_LISTED_DEFECTS per kind and file.
+      totals: (severity, kind, file) → number of defects, including those not in `defects`.
+      dangling: (file, list) → number of ids that are in no pool.
+      images: summary of the image checks, for people.
+      images_opened: number of images decoded.
     """
 
     path: str
@@ -76,7 +76,7 @@ class ValidationReport:
         return self.totals.total() - self.errors
 
     def as_dict(self) -> dict[str, Any]:
-        """The report as JSON has it."""
+        """Returns the report as a JSON-compatible dict."""
         names = ("rows", "where", "dataset", "task", "modality")
         return {
             "path": self.path,
@@ -94,11 +94,11 @@ class ValidationReport:
         }
 
     def as_text(self) -> str:
-        """A table of the counts, then a line for each defect."""
+        """Formats a table of the counts, then a line for each defect."""
         lines = [f"{'rows':10} {'where':14} {'dataset':24} {'task':>4} {'modality':12} {'count':>9}"]
         for (rows, where, dataset, task, modality), count in sorted(self.counts.items()):
-            shown = str(task) if task >= 0 else "-"
-            lines.append(f"{rows:10} {where:14} {dataset:24} {shown:>4} {modality:12} {count:9d}")
+            task_column = str(task) if task >= 0 else "-"
+            lines.append(f"{rows:10} {where:14} {dataset:24} {task_column:>4} {modality:12} {count:9d}")
         lines += [f"{defect.severity}: {defect}" for defect in self.defects]
         for (severity, kind, file), count in sorted(self.totals.items()):
             if count > MAX_LISTED_DEFECTS:
