@@ -8,8 +8,8 @@
 All are ordinary TFDS directories (`tfds.builder_from_directory`). There is a part for each dataset or unit, so that
 each can be prepared, copied or omitted independently. A candidate's integer id is dataset·10⁷ + its record's index, as
 M-BEIR hashes ids. Queries refer to positives and negatives by integer id. Queries and candidates refer to images by
-`image_id` (0 without one). The images of a part come with `ids.npy`, their ids in ascending order, and `rows.npy`, the indices
-of their records.
+`image_id` (0 without one). The images of a part come with `ids.npy`, their ids in ascending order, and `rows.npy`, the
+indices of their records.
 
 Candidate record: did, text, image_id, modality (index into MODALITIES). Query record: qid, text, image_id, modality,
 task, positives, positive_modalities, negatives, negative_modalities. Image record: image_id, image (encoded bytes). A
