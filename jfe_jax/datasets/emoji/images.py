@@ -1,4 +1,4 @@
-"""The vendors' pictures as RGB PNG files, each distinct picture once.
+"""Reads the vendors' pictures and writes them as RGB PNG files, each distinct picture once.
 
 Axes: H W pixels.
 """
@@ -21,9 +21,9 @@ class Picture:
     """One vendor's drawing of one emoji.
 
     Attributes:
-      emoji: what it shows.
+      emoji: the emoji it shows.
       style: the vendor, "google" (Noto) or "twitter" (Twemoji).
-      image: number of its pixels in `Gallery.pixels`; equal for pictures that look exactly the same.
+      image: index of its pixels in `Gallery.pixels`; equal for pictures with identical pixels.
     """
 
     emoji: Emoji
@@ -33,12 +33,12 @@ class Picture:
 
 @dataclass(frozen=True)
 class Gallery:
-    """All pictures.
+    """All pictures of all vendors.
 
     Attributes:
       pictures: by vendor, then in the labels' order.
       pixels: uint8 [H, W, 3] of each distinct image, on white.
-      paths: where the image lies in the data set, relative to its root.
+      paths: path of the image, relative to the data set's root.
     """
 
     pictures: list[Picture]
@@ -47,7 +47,7 @@ class Gallery:
 
 
 def find_images(directory: Path) -> dict[str, Path]:
-    """Image file of each code (see `plain_code`)."""
+    """Returns the image file of each code (see `normalize_code`)."""
     return {normalize_code(path.stem): path for path in sorted(directory.glob("*.png"))}
 
 
@@ -84,7 +84,7 @@ def write_emoji_images(gallery: Gallery, root: Path, size: int) -> None:
 
 
 def pictures_by_image(gallery: Gallery) -> dict[int, list[Picture]]:
-    """The pictures of each image."""
+    """Groups the pictures by image."""
     found = defaultdict(list)
     for picture in gallery.pictures:
         found[picture.image].append(picture)

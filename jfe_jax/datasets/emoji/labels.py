@@ -1,8 +1,8 @@
-"""What an emoji is called and which values it has: base group, concept, gender, skin tone.
+"""Reads the names and attributes of emoji: base group, concept, gender, skin tone.
 
-A *group* is what a split may not tear apart: one base emoji with all its tones, genders and directions. A *concept* is
-what stays the same when tone, gender and vendor change: "cook", "person walking: facing right". A group has one concept
-or a few.
+A *group* must not be divided between splits: it is one base emoji with all its tones, genders and directions. A
+*concept* is invariant to tone, gender and vendor: "cook", "person walking: facing right". A group has one or a few
+concepts.
 """
 
 import json
@@ -46,7 +46,7 @@ _IRREGULAR = {
 }
 _GENDER_WORDS = {"man": MALE, "woman": FEMALE, "person": NEUTRAL}
 _REGULAR = re.compile(r"(man|woman|person)(?:: | )(.+)")
-# Several people in one picture: their gender is not one value.
+# Several people in one picture have no single gender.
 _SEVERAL = re.compile(r"(?:people|men|women|woman and man) (.+)|(kiss|couple with heart|family)(?:: .+)?")
 _FACING = ": facing right"
 _DIRECTIONS = re.compile(r"\b(?:leftwards|rightwards|left-facing|right-facing|left|right|up|down)\b ?")
@@ -80,15 +80,15 @@ class Emoji:
 
 
 def normalize_code(code: str) -> str:
-    """Code points as the packages' file names and emojibase spell them → one spelling."""
+    """Normalizes the code points of the packages' file names and of emojibase to one spelling."""
     return code.upper().replace("-FE0F", "")
 
 
 def read_labels(emojibase: Path, codes: Collection[str]) -> list[Emoji]:
-    """The emoji of `codes` (see `plain_code`), in emojibase's order.
+    """Reads the emoji of `codes` (see `normalize_code`), in emojibase's order.
 
     Raises:
-      UserError: a file of the package is missing or not what it should be.
+      UserError: a file of the package is missing or malformed.
     """
     try:
         entries = json.loads((emojibase / "data.json").read_text(encoding="utf-8"))
@@ -138,7 +138,7 @@ def _parse_emoji(entries: list[dict[str, Any]], categories: dict[tuple[int, int]
 
 
 def _parse_person_label(label: str, roles: set[str]) -> tuple[str, str, str | None]:
-    """Group, concept and gender of a picture of people or of a part of the body."""
+    """Returns the group, concept and gender of a picture of people or of a body part."""
     base = label.removesuffix(_FACING)
     facing = label[len(base) :]
     if base in _IRREGULAR:

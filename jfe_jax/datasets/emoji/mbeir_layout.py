@@ -1,8 +1,7 @@
 """Writes candidates, queries, judgements and prompts as an M-BEIR directory.
 
-A candidate has one id in the whole directory, whatever unit's pool it is in: what looks and reads exactly alike is one
-candidate, so pools hold no copies that would have to be judged equal. Queries of every data set answer with the same
-ids.
+A candidate has one id in the entire directory, in every unit's pool. Candidates with identical image and text are one,
+so pools contain no duplicates that would have to be judged equal. The positives of all data sets share these ids.
 """
 
 import json
@@ -30,7 +29,7 @@ class EmojiUnit:
 
 
 class MbeirLayout:
-    """An M-BEIR directory in the making."""
+    """Writes an M-BEIR directory unit by unit."""
 
     def __init__(self, root: Path, scenes: SceneIndex):
         self._root = root

@@ -1,4 +1,4 @@
-"""The npm packages that the emoji benchmark is made of, pinned by checksum."""
+"""The npm packages of the emoji benchmark, pinned by checksum."""
 
 from jfe_jax.datasets.npm import NpmPackage
 

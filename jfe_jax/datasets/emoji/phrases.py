@@ -1,7 +1,7 @@
-"""The benchmark's language: values, paraphrases of each edit, and the prompts.
+"""Texts of the benchmark: attribute values, paraphrases of each edit, and prompts.
 
-A small closed vocabulary, so that a small model can learn it from scratch. `{name}` is what the text names outright,
-never what the query's image shows.
+The vocabulary is small and closed, so that a small model can learn it from scratch. `{name}` is stated in the text and
+is never the name of what the query's image shows.
 """
 
 from jfe_jax.datasets.emoji.labels import FEMALE, MALE, NEUTRAL
@@ -10,7 +10,7 @@ STYLES = {"google": "Noto", "twitter": "Twemoji"}
 TONES = {0: "yellow", 1: "light", 2: "medium-light", 3: "medium", 4: "medium-dark", 5: "dark"}
 GENDERS = (FEMALE, MALE, NEUTRAL)
 
-# What a picture is called in plain tasks beside its label: the same in other words, and whose drawing is wanted.
+# Captions of plain tasks, in addition to the label: paraphrases, and the vendor's style.
 CAPTIONS = {
     "tone": ("{name} with {tone} skin", "{tone} skin tone, {name}", "{name}, the skin is {tone}"),
     "style": ("{text}, in {style} style", "{style} style: {text}", "{text}, drawn by {style}"),

@@ -1,4 +1,4 @@
-"""Queries that ask for the same thing in another form, and the stage-1 pairs of captions with images and texts."""
+"""Generates queries for the same content in another modality or wording, and the stage 1 caption pairs."""
 
 import random
 from collections import defaultdict
@@ -11,7 +11,7 @@ from jfe_jax.datasets.emoji.phrases import CAPTIONS, STYLES, TONES
 from jfe_jax.datasets.emoji.query_spec import Key, QuerySpec, SceneIndex
 
 _MOST_TAGS = 3
-# Tags that fit more names than this describe nothing.
+# Tags that match more names than this are not descriptive.
 _MOST_NAMES = 6
 
 
@@ -75,7 +75,7 @@ def caption_to_image(scenes: SceneIndex, images: list[int], rng: random.Random) 
 
 
 def image_to_caption(scenes: SceneIndex, images: list[int], rng: random.Random) -> Iterator[QuerySpec]:
-    """Stage 1, task 3: an image's captions are right one and all, each row is made from another."""
+    """Stage 1, task 3: all captions of an image are positives; each row lists another one first."""
     for image in images:
         captions = [caption for picture in scenes.pictures_of_image[image] for caption in captions_of(picture)]
         rng.shuffle(captions)
@@ -97,26 +97,26 @@ def text_to_text(scenes: SceneIndex, images: list[int], rng: random.Random) -> I
 
 
 def captions_of(picture: Picture) -> list[str]:
-    """All that a picture may be captioned with: its label, that in other words, and each with the style."""
+    """Returns all captions of a picture: its label, the paraphrases of it, and the first two with the style."""
     plain = [picture.emoji.label, *_all_paraphrases(picture.emoji)]
     form = CAPTIONS["style"][0]
     return [*plain, *(form.format(text=text, style=STYLES[picture.style]) for text in plain[:2])]
 
 
 class _TagIndex:
-    """Which names fit a set of keywords."""
+    """Finds the names that match a set of keywords."""
 
     def __init__(self, scenes: SceneIndex):
         self._names: dict[str, dict[str, None]] = defaultdict(dict)
         for label in scenes.labels:
             emoji = scenes.pictures_of_label[label][0].emoji
-            # Keywords say nothing of the tone: they stand for the emoji without one.
+            # Keywords do not describe the tone, so they refer to the emoji without one.
             if not emoji.tone:
                 for tag in emoji.tags:
                     self._names[tag][label] = None
 
     def draw(self, emoji: Emoji, rng: random.Random) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Some keywords of an emoji and all names that they fit, its own first; none if they fit too many."""
+        """Yields sampled keywords of an emoji with all matching names, its own first; none if too many match."""
         if emoji.tone or not emoji.tags:
             return
         tags = rng.sample(emoji.tags, min(_MOST_TAGS, len(emoji.tags)))
@@ -126,7 +126,7 @@ class _TagIndex:
 
 
 def _name_queries(scenes: SceneIndex, picture: Picture, rng: random.Random) -> Iterator[tuple[str, str, list[Picture]]]:
-    """Edit, words and the pictures that they fit."""
+    """Yields the edit, the text and the pictures that match it."""
     emoji = picture.emoji
     text = _paraphrase(emoji, rng) if rng.random() < 0.5 else None
     named = text or emoji.label

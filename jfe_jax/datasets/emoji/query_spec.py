@@ -1,4 +1,4 @@
-"""Ask: a query before it has ids, the index that queries are made from, and the balanced sample of them."""
+"""Defines query specifications without ids, the index they are generated from, and their balanced sampling."""
 
 import random
 from collections import defaultdict
@@ -15,17 +15,17 @@ Key = int | str | tuple[int, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuerySpec:
-    """What a query shows and says, and what is right.
+    """A query and its positives, before ids are assigned.
 
     Attributes:
-      source: the image it shows, if any.
-      text: its words, if any.
-      answers: all candidates that are right, the one it was made from first.
-      group: base group that it is about.
+      source: the query's image, if any.
+      text: the query's text, if any.
+      answers: all positives, the one it was generated from first.
+      group: base group of the query.
       kind: "plain" asks for the same thing in another form; "additive" replaces a value of the image by one that the
         text names; "relational" by a function of the image's own value; "selective" names what of the image counts.
       edit: finer than `kind`.
-      foil: a wrong candidate that answers the same words for another image, or the image itself; for two-way accuracy.
+      foil: a negative that answers the same text for another image, or the image itself; for two-way accuracy.
     """
 
     source: int | None
@@ -38,15 +38,15 @@ class QuerySpec:
 
 
 class SceneIndex:
-    """Pictures by what they show.
+    """Indexes pictures by their attributes.
 
     Attributes:
       gallery: all of them.
-      of_image: image → the pictures that look so.
+      pictures_of_image: image → the pictures with these pixels.
       at: (concept, gender, tone, style) → picture.
-      of_label: label → its pictures, one per vendor.
+      pictures_of_label: label → its pictures, one per vendor.
       labels: every label, in order.
-      group: emoji's group → the group that it is split with.
+      group: an emoji's group → the group it is split with.
     """
 
     def __init__(self, gallery: Gallery):
@@ -67,15 +67,15 @@ class SceneIndex:
             self._images[picture.emoji.concept][picture.image] = None
 
     def genders(self, concept: str) -> dict[str | None, str]:
-        """Genders that a concept comes in → its name in each."""
+        """Returns the genders of a concept → its name in each."""
         return self._genders[concept]
 
     def tones(self, concept: str) -> list[int]:
-        """Skin tones that a concept comes in, those of one person only."""
+        """Returns the skin tones of a concept, those of a single person only."""
         return [tone for tone in self._tones[concept] if isinstance(tone, int)]
 
     def find_variant(self, picture: Picture, **values) -> Picture | None:
-        """The picture that differs in the given values (gender, tone, style) only, if there is one."""
+        """Returns the picture that differs only in the given values (gender, tone, style), if there is one."""
         concept, gender, tone, style = picture_key(picture)
         return self.at.get(
             (concept, values.get("gender", gender), values.get("tone", tone), values.get("style", style))
@@ -85,16 +85,16 @@ class SceneIndex:
         return self.group[self.pictures_of_image[image][0].emoji.group]
 
     def other_images_of_concept(self, image: int) -> list[int]:
-        """The other images of its concept."""
+        """Returns the other images of an image's concept."""
         concept = self.pictures_of_image[image][0].emoji.concept
         return [one for one in self._images[concept] if one != image]
 
     def labels_of(self, images: Iterable[int]) -> list[str]:
-        """Labels of all that the images show, each once, in order."""
+        """Returns the distinct labels of the images, in order."""
         return list(dict.fromkeys(p.emoji.label for image in images for p in self.pictures_of_image[image]))
 
     def pairs_of(self, images: Iterable[int]) -> list[tuple[int, str]]:
-        """The images with each of their labels."""
+        """Returns the images with each of their labels."""
         return [(image, label) for image in images for label in self.labels_of([image])]
 
 
@@ -105,10 +105,10 @@ def picture_key(picture: Picture) -> tuple[str, str | None, object, str]:
 def restrict_to_split(
     queries: Iterable[QuerySpec], pool: set[Key], view: SplitView, strict: bool
 ) -> Iterator[QuerySpec]:
-    """The asks that a split may use: source and answers allowed, answers outside taken away.
+    """Yields the queries that a split may use, without the answers outside the split.
 
     Args:
-      strict: all images among the answers must be targets of the view, or the ask is dropped.
+      strict: drop a query unless all images among its answers are targets of the view.
     """
     for query in queries:
         if query.source is not None and query.source not in view.sources:
@@ -135,14 +135,14 @@ def restrict_to_split(
 
 
 def image_of(key: Key) -> int | None:
-    """The image of a candidate, if it has one."""
+    """Returns the image of a candidate, if it has one."""
     if isinstance(key, tuple):
         return key[0]
     return key if isinstance(key, int) else None
 
 
 def text_of(key: Key) -> str | None:
-    """The text of a candidate, if it has one."""
+    """Returns the text of a candidate, if it has one."""
     if isinstance(key, tuple):
         return key[1]
     return key if isinstance(key, str) else None

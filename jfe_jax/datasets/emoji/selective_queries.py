@@ -1,4 +1,4 @@
-"""Select queries: the text says which values of the image count, and names the rest of what is wanted."""
+"""Generates select queries: the text selects values of the image to keep, and states the other values."""
 
 import random
 from collections import defaultdict
@@ -16,11 +16,11 @@ _KEPT = ("gender", "tone", "style")
 def select(scenes: SceneIndex, view: SplitView, rng: random.Random, draws: int) -> Iterator[QuerySpec]:
     """Image + what to keep of it + what to take instead of the rest → image.
 
-    Except for `keep_concept`, what the text names is a picture of `view.named`: the wanted thing's words were seen in
-    training, what was not seen is the image that the values are read from.
+    Except for `keep_concept`, the text names a picture of `view.named`: the target's words were seen in training, but
+    the image that the values are read from was not.
 
     Args:
-      draws: random sources for every wanted picture and edit.
+      draws: number of random sources per target picture and edit.
     """
     for edit in SELECT:
         if edit == "keep_concept":
@@ -35,7 +35,7 @@ def _keep_values(scenes: SceneIndex, view: SplitView, rng: random.Random, draws:
     for image in sorted(view.sources):
         pictures = scenes.pictures_of_image[image]
         values = {_kept_values(picture, kept) for picture in pictures}
-        # Of an image with two meanings nobody can say which value to keep.
+        # For an image with two meanings, the value to keep is ambiguous.
         if len(values) == 1 and None not in values:
             sources[values.pop()].append(pictures[0])
     for target in _pictures(scenes, view.named):
@@ -89,7 +89,7 @@ def _pictures(scenes: SceneIndex, images: frozenset[int]) -> Iterator[Picture]:
 
 
 def _kept_values(picture: Picture, kept: list[str]) -> tuple | None:
-    """The kept values of a picture that has a skin tone, and a gender if that is kept."""
+    """Returns the values to keep of a picture with a skin tone, and with a gender if that is kept."""
     emoji = picture.emoji
     if not isinstance(emoji.tone, int) or ("gender" in kept and emoji.gender is None):
         return None
@@ -98,14 +98,14 @@ def _kept_values(picture: Picture, kept: list[str]) -> tuple | None:
 
 
 def _source_free_name(scenes: SceneIndex, picture: Picture, kept: list[str]) -> str | None:
-    """What the text calls a picture: without a gender where the image gives it, None if there is no such name."""
+    """Returns the picture's name for the text, without a gender if the image supplies it; None if there is none."""
     if "gender" not in kept:
         return picture.emoji.name
     return scenes.genders(picture.emoji.concept).get(NEUTRAL)
 
 
 def _foil_picture(scenes: SceneIndex, picture: Picture, kept: str, rng: random.Random) -> Picture | None:
-    """The same with another value of what the image supplies."""
+    """Returns the picture with another value of an attribute that the image supplies."""
     values = {"gender": GENDERS, "tone": tuple(TONES), "style": tuple(STYLES)}[kept]
     own = {"gender": picture.emoji.gender, "tone": picture.emoji.tone, "style": picture.style}[kept]
     return scenes.find_variant(picture, **{kept: rng.choice([value for value in values if value != own])})

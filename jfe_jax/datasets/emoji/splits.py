@@ -1,7 +1,7 @@
-"""Who may see what: groups by fold, unseen combinations of seen groups, and the distractors of a pool.
+"""Splits the pictures: groups by fold, unseen combinations of seen groups, and the distractors of a pool.
 
 Test and validation groups are never seen in training. Of some training groups a few images (a concept in a gender, a
-tone and a vendor's style) are held out of every role in training: the split `combo` asks for them.
+tone and a vendor's style) are held out of every role in training: the split `combo` queries for them.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from jfe_jax.datasets.emoji.images import Gallery, Picture, pictures_by_image
 FOLDS = 5
 SPLITS = ("train", "val", "test", "combo")
 
-# Shares of the groups that are not in the test fold, by whether they come in skin tones. Only those that do make most
-# composed queries, and there are few of them.
+# Shares of the groups outside the test fold, with and without skin tones. Groups with skin tones yield most composed
+# queries, and there are few of them.
 _VAL_SHARE = {"tones": 0.08, "plain": 0.04}
 _COMBO_SHARE = 0.25
 _DISTRACTOR_SHARE = {"tones": 0.16, "plain": 0.03}
@@ -24,11 +24,11 @@ _HELD_OUT_SHARE = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class SplitView:
-    """What one split may use.
+    """The images and groups that one split may use.
 
     Attributes:
-      sources: images that a query may show.
-      targets: images that a query may be answered with.
+      sources: images that may be query images.
+      targets: images that may be positives.
       named: images that a query may name outright although it shows another (the select queries): seen in training.
       pool: images of the split's candidate pools.
       groups: the base groups that queries are about.
@@ -42,7 +42,7 @@ class SplitView:
 
 
 def map_split_groups(gallery: Gallery) -> dict[str, str]:
-    """Group of an emoji → the group it is split with: groups that share an image are one."""
+    """Maps the group of an emoji to the group it is split with: groups that share an image are merged."""
     leader: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -57,7 +57,7 @@ def map_split_groups(gallery: Gallery) -> dict[str, str]:
 
 
 def make_split_views(gallery: Gallery, seed: int, fold: int) -> dict[str, SplitView]:
-    """The view of each of SPLITS, a function of the pictures, `seed` and `fold` alone."""
+    """Returns the view of each of SPLITS, a function of the pictures, `seed` and `fold` only."""
     base = map_split_groups(gallery)
     members = defaultdict(list)
     for picture in gallery.pictures:
@@ -91,7 +91,7 @@ def make_split_views(gallery: Gallery, seed: int, fold: int) -> dict[str, SplitV
 
 
 def split_stratum(pictures: Sequence[Picture]) -> str:
-    """What is spread evenly over the folds: groups with tones and genders, with one of them, or of a category."""
+    """Returns the stratum for even folds: groups with tones and genders, with one of them, or of a category."""
     tones = any(isinstance(picture.emoji.tone, int) for picture in pictures)
     genders = any(picture.emoji.gender for picture in pictures)
     if tones or genders:
@@ -107,7 +107,7 @@ def _assign_roles(members: dict[str, list[Picture]], seed: int, fold: int) -> di
     dealt = 0
     for name in sorted(strata):
         ordered = _hash_order(strata[name], f"fold/{seed}")
-        # Dealing on where the last stratum stopped keeps the folds of one size.
+        # Continuing where the last stratum ended keeps the folds balanced in size.
         test = {group for i, group in enumerate(ordered) if (i + dealt) % FOLDS == fold}
         dealt += len(ordered)
         rest = _hash_order([group for group in ordered if group not in test], f"roles/{seed}/{fold}")
@@ -138,5 +138,5 @@ def _images(members: dict[str, list[Picture]], groups: Iterable[str]) -> frozens
 
 
 def _hash_order(things, salt: str, key=str) -> list:
-    """An order that depends on each thing's name and the salt, not on its neighbours."""
+    """Orders items by a hash of each item's name and the salt, independently of the other items."""
     return sorted(things, key=lambda thing: hashlib.sha256(f"{salt}/{key(thing)}".encode()).digest())

@@ -1,4 +1,4 @@
-"""The units of the benchmark: which queries, which candidates, how many."""
+"""Defines the units of the benchmark: their queries, candidates and sizes."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from jfe_jax.datasets.emoji.mbeir_layout import EmojiUnit
 from jfe_jax.datasets.emoji.query_spec import Key, QuerySpec, SceneIndex, image_of, restrict_to_split, sample_balanced
 from jfe_jax.datasets.emoji.splits import SplitView
 
-# Queries of a unit and split at most. Evaluating every unit costs what its queries and its pool cost to embed.
+# Maximum number of queries per unit and split. The cost of evaluating a unit is that of embedding its queries and pool.
 MAX_QUERIES = {"train": 12_000, "val": 110, "test": 800, "combo": 330}
 _NEGATIVES = 4
 _VALUES = frozenset(edit_queries.list_attribute_answers())
@@ -20,13 +20,13 @@ MakeQueries = Callable[[SceneIndex, SplitView, str, random.Random], Iterator[Que
 
 @dataclass(frozen=True, kw_only=True)
 class UnitSpec:
-    """How a unit is made.
+    """Specifies how a unit is generated.
 
     Attributes:
-      wanted: what its candidates are: "image", "pair", "name" (labels), "answer" (labels and answers to questions) or
-        "caption".
-      make: all queries of a view.
-      splits: those it is in.
+      wanted: the kind of its candidates: "image", "pair", "name" (labels), "answer" (labels and answers to questions)
+        or "caption".
+      make: generates all queries of a view.
+      splits: the splits that contain it.
     """
 
     unit: EmojiUnit
@@ -36,7 +36,7 @@ class UnitSpec:
 
 
 def _from_images(make: Callable[[SceneIndex, list[int], random.Random], Iterator[QuerySpec]]) -> MakeQueries:
-    """Queries made from images: those that the query shows or, if it shows none, those that it is answered with."""
+    """Adapts a generator of queries from images: the query images or, if there are none, the positives."""
 
     def queries(scenes: SceneIndex, view: SplitView, split: str, rng: random.Random) -> Iterator[QuerySpec]:
         return make(scenes, sorted(view.sources | view.targets), rng)
@@ -110,7 +110,7 @@ SPECS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TaskData:
-    """A unit's queries of one split, wrong candidates for each, and its pool."""
+    """A unit's queries of one split, the hard negatives of each, and its pool."""
 
     queries: list[QuerySpec]
     negatives: list[list[Key]]
@@ -118,13 +118,13 @@ class TaskData:
 
 
 def make_task_data(spec: UnitSpec, scenes: SceneIndex, view: SplitView, split: str, seed: int) -> TaskData:
-    """Chooses a unit's queries; depends on nothing but its arguments."""
+    """Samples a unit's queries. Deterministic in its arguments."""
     rng = random.Random(f"{seed}/{split}/{spec.unit.name}")
     pool = _pool(spec.wanted, scenes, view)
     members = set(pool)
     combo = split == "combo"
     if combo and spec.wanted in ("name", "answer"):
-        # What is new in a combination is its image: here it is the query's.
+        # The new part of a combination is its image, which here is the query's.
         view = SplitView(
             sources=view.targets, targets=view.targets, named=view.named, pool=view.pool, groups=view.groups
         )
@@ -151,7 +151,7 @@ def _pool(wanted: str, scenes: SceneIndex, view: SplitView) -> list[Key]:
 
 
 def _negatives(query: QuerySpec, scenes: SceneIndex, members: set[Key], rng: random.Random) -> list[Key]:
-    """Wrong candidates of the right modality: the foil, the query's own image, others of its base."""
+    """Samples hard negatives of the positive's modality: the foil, the query's image, others of its base."""
     first = query.answers[0]
     found: list[Key] = [query.foil] if query.foil is not None else []
     near = [
