@@ -14,7 +14,7 @@ from benchmarks.data.mbeir_units import MODALITIES, PROMPTS, UNITS, lengths, sha
 from jfe_jax.config import Config
 from jfe_jax.data.batch import ContrastiveBatch
 from jfe_jax.data.item import EncodedItem
-from jfe_jax.data.pipeline.batch_builder import BatchShape, EncodedPair, fill
+from jfe_jax.data.pipeline.batch_builder import BatchShape, EncodedPair, build_batch
 
 # Of PaliGemma's tokenizer on the texts of `mbeir_like`; <bos>, newline and <eos> around a text; the longest text.
 TOKENS_PER_WORD, TEMPLATE, LONGEST = 1.18, 3, 380
@@ -92,10 +92,10 @@ def packed(config: Config, pairs: Sequence[EncodedPair], batches: int) -> list[t
     made, waiting, stream = [], {}, iter(enumerate(pairs))
     for _ in range(batches):
         try:
-            filling, waiting = fill(shape, sorted(waiting.items()), stream)
+            builder, waiting = build_batch(shape, sorted(waiting.items()), stream)
         except StopIteration:
             raise ValueError(f"{len(pairs)} pairs are too few for {batches} batches of {data.pairs}") from None
-        made.append((filling.finish(), sorted(filling.indices[0])))
+        made.append((builder.finish(), sorted(builder.indices[0])))
     return made
 
 

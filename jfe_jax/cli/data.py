@@ -130,7 +130,7 @@ def _bins(args: argparse.Namespace) -> None:
 
     if min(args.groups, args.steps) < 1:
         raise UserError("--groups and --steps have to be 1 or more")
-    found = suggest_bins.of_run(configs.load(args.config, args.overrides), args.groups, args.steps)
+    found = suggest_bins.suggest_for_run(configs.load(args.config, args.overrides), args.groups, args.steps)
     listed = ", ".join(f"{size}: {count}" for size, count in found.bins.items())
     print(f"data:\n  bins: {{{listed}}}")
     print(f"# Rows are {found.full:.1%} full; attention over these bins multiplies {found.attention:.0%} as much.")

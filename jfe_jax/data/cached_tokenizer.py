@@ -1,4 +1,4 @@
-"""Text → ids, word by word where that changes nothing: the words of a language come again and again."""
+"""Text → token ids, encoded word by word with a cache where that gives the same ids: words repeat often."""
 
 import json
 import re
@@ -13,22 +13,22 @@ _SPLITS_NOTHING = [
     {"type": "Split", "pattern": {"String": " "}, "behavior": behavior, "invert": False}
     for behavior in ("MergedWithPrevious", "MergedWithNext", "Isolated", "Removed")
 ]
-# Words that are kept, and the longest of them: megabytes.
+# Number of cached words, and the longest of them in characters: together a few megabytes.
 _MOST, _LONGEST = 100_000, 40
 
 
 class TextEncoder:
-    """`tokenizer`'s ids of a text, without special tokens. Picklable.
+    """Encodes a text into ids of `tokenizer`, without special tokens. Picklable.
 
-    Gemma's tokenizer takes a whole text as one word and merges it pair by pair. As no entry of its vocabulary reaches
-    over a space into the next word, the words' own ids, side by side, are the same, and most are known already.
+    Gemma's tokenizer treats an entire text as one word and merges it pair by pair. As no entry of its vocabulary spans a
+    space into the next word, concatenating the ids of the words gives the same result, and most words are cached.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         # A text that spells a special token is text.
         tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self.by_word = words_are_apart(tokenizer)
+        self.by_word = is_word_separable(tokenizer)
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
@@ -43,7 +43,7 @@ class TextEncoder:
         new = [piece for piece in {*pieces} if piece not in known]
         encoded = dict(zip(new, self._encode(new), strict=True))
         ids = [one for piece in pieces for one in (encoded[piece] if piece in encoded else known[piece])]
-        # Threads share what is known; one that still holds what another has dropped is as right.
+        # Threads share the cache. A thread that still holds a dictionary that another has dropped is equally correct.
         if len(known) > _MOST:
             self._known = known = {}
         known.update((piece, one) for piece, one in encoded.items() if len(piece) <= _LONGEST)
@@ -58,15 +58,15 @@ class TextEncoder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _known={})
-        # Pickling forgets it.
+        # Pickling does not preserve this flag.
         self._tokenizer.encode_special_tokens = True
 
 
-def words_are_apart(tokenizer: Tokenizer) -> bool:
-    """Whether a text's ids are those of its words, each with the spaces before it, one after the other.
+def is_word_separable(tokenizer: Tokenizer) -> bool:
+    """Returns True if a text's ids are the concatenated ids of its words, each with its leading spaces.
 
-    So it is for BPE over bytes and characters that knows a space as "▁" and has no entry in which one follows another
-    character, if nothing else looks at more than a word.
+    This holds for BPE with byte fallback that maps a space to "▁" and has no vocabulary entry in which "▁" follows
+    another character, provided that no other step of the tokenizer looks beyond a single word.
     """
     tree = json.loads(tokenizer.to_str())
     model, added = tree["model"], tree["added_tokens"]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from jfe_jax.config import ModelConfig
-from jfe_jax.data.pipeline.offline_packing import Room, Size, fill
+from jfe_jax.data.pipeline.offline_packing import GroupShape, Size, pack_offline
 
 
 class Scale(NamedTuple):
@@ -57,7 +57,7 @@ class Rooms:
         self._chosen: list[int] = []
         self._excess = 1.0
 
-    def single(self, sizes: Collection[Size]) -> Room | None:
+    def single(self, sizes: Collection[Size]) -> GroupShape | None:
         """A row for all of these items, if they are few."""
         if len(sizes) > LONGEST_SINGLE // _TOKENS_OF_ITEM:
             return None
@@ -67,19 +67,19 @@ class Rooms:
         short = length <= max(LONGEST_SINGLE, _rounded(max(size.tokens for size in sizes), _COARSE))
         return room if short and images <= room.image_slots and len(sizes) <= room.items else None
 
-    def several(self, sizes: Sequence[Size]) -> list[Room]:
-        """For many items of these sizes: what `fitting.fill` may choose from."""
+    def several(self, sizes: Sequence[Size]) -> list[GroupShape]:
+        """For many items of these sizes: what `offline_packing.pack_offline` may choose from."""
         return [self._of(length) for length in self._lengths(sizes)]
 
-    def _of(self, length: int) -> Room:
+    def _of(self, length: int) -> GroupShape:
         return self._room(max(1, self._scale.tokens // length), length)
 
-    def _room(self, rows: int, length: int) -> Room:
+    def _room(self, rows: int, length: int) -> GroupShape:
         slots = rows * (length // self._shortest_with_image)
         if self._model.kind == "dual":
             # An image takes no tokens there: as many as would fit if it did.
             slots = rows * length // self._shortest_with_image
-        return Room(rows, length, max(1, slots), max(1, rows * length // _TOKENS_OF_ITEM))
+        return GroupShape(rows, length, max(1, slots), max(1, rows * length // _TOKENS_OF_ITEM))
 
     def _lengths(self, sizes: Sequence[Size]) -> list[int]:
         """Each S to be used: those that cost least, unless those chosen before are nearly as good."""
@@ -123,7 +123,7 @@ class Rooms:
 
     def _cost(self, sizes: Sequence[Size], lengths: Sequence[int]) -> float:
         cost = 0.0
-        for room, rows in fill(sizes, [self._of(length) for length in lengths]):
+        for room, rows in pack_offline(sizes, [self._of(length) for length in lengths]):
             cost += sum(map(bool, rows)) * room.row_tokens * self._token_cost(room.row_tokens)
         return cost
 

@@ -16,7 +16,7 @@ import numpy as np
 from jfe_jax.config import Config
 from jfe_jax.data.batch import PackedBatch
 from jfe_jax.data.item import EncodedItem, Item
-from jfe_jax.data.pipeline.offline_packing import Room, Size, fill
+from jfe_jax.data.pipeline.offline_packing import GroupShape, Size, pack_offline
 from jfe_jax.data.pipeline.packer import Packer
 from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.embedding.batch_shapes import ACCELERATOR, Rooms, Scale
@@ -35,7 +35,7 @@ _DECODED_AHEAD = 2
 class _Plan(NamedTuple):
     """A batch of items: their numbers, group by group in the order that the packer needs; and each one's tokens."""
 
-    room: Room
+    room: GroupShape
     groups: list[list[int]]
     tokens: dict[int, np.ndarray]
 
@@ -95,16 +95,16 @@ class BatchMaker:
                     break
                 yield _Plan(room, groups, {number: tokens.pop(number) for group in groups for number in group})
 
-    def _batched(self, sizes: dict[int, Size]) -> Iterator[tuple[Room, list[list[int]]]]:
+    def _batched(self, sizes: dict[int, Size]) -> Iterator[tuple[GroupShape, list[list[int]]]]:
         """The items' numbers, group by group of a batch; those that are left for the last fit into a row, perhaps."""
         numbers, left = list(sizes), dict(sizes)
-        filled: Iterator[tuple[Room, list[list[int]]]] = iter(())
+        filled: Iterator[tuple[GroupShape, list[list[int]]]] = iter(())
         while left:
             if room := self._rooms.single(left.values()):
                 yield room, [list(left)]
                 return
             if len(left) == len(numbers):
-                filled = fill(list(sizes.values()), self._rooms.several(list(sizes.values())), self._groups)
+                filled = pack_offline(list(sizes.values()), self._rooms.several(list(sizes.values())), self._groups)
             made = list(itertools.islice(filled, self._groups))
             groups = [[numbers[index] for row in rows for index in row] for _, rows in made]
             for number in itertools.chain.from_iterable(groups):

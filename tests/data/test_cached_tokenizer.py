@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
-from jfe_jax.data.cached_tokenizer import TextEncoder, words_are_apart
+from jfe_jax.data.cached_tokenizer import TextEncoder, is_word_separable
 
 TEXTS = ["the old red house by the sea", "the sea is red", "a  house   with two spaces", "old, older; oldest!\n"] * 5
 
@@ -40,7 +40,7 @@ def test_gemmas_own_tokenizer_is_read_word_by_word():
     """Its two forms: spaces are gone before they are split at; and without that step."""
     split = gemma_like()
     split.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    assert words_are_apart(split) and words_are_apart(GEMMA)
+    assert is_word_separable(split) and is_word_separable(GEMMA)
     text = "the old  red\thouse\n"
     assert TextEncoder(split)(text) == split.encode(text, add_special_tokens=False).ids
 
@@ -67,9 +67,9 @@ def test_a_copy_in_another_process_starts_empty_and_encodes_the_same():
 
 
 def test_a_tokenizer_that_looks_beyond_words_is_given_the_whole_text():
-    assert words_are_apart(GEMMA)
+    assert is_word_separable(GEMMA)
     over_spaces = gemma_like(crossing=True)
-    assert not words_are_apart(over_spaces)
+    assert not is_word_separable(over_spaces)
     assert TextEncoder(over_spaces)("the sea is") == over_spaces.encode("the sea is", add_special_tokens=False).ids
     unknown = gemma_like(without="<0xC3>")
     strips = gemma_like()
@@ -79,7 +79,7 @@ def test_a_tokenizer_that_looks_beyond_words_is_given_the_whole_text():
     lower = gemma_like()
     lower.normalizer = normalizers.Lowercase()
     for other in (unknown, strips, splits, lower):
-        assert not words_are_apart(other)
+        assert not is_word_separable(other)
 
 
 @pytest.mark.parametrize("most", [0, 3])

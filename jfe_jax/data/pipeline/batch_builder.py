@@ -1,4 +1,4 @@
-"""A batch while it fills with pairs.
+"""Builds a batch from pairs.
 
 Axes: G groups, N pairs of a group, K hard negatives of a pair, P positives of a query, B items of a group.
 """
@@ -15,8 +15,8 @@ from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.packer import Packer
 from jfe_jax.errors import UserError
 
-# While fewer than one in so many of a step's pairs wait, others are tried in their place.
-_TRIED = 8
+# Further pairs of the stream are tried while fewer than 1 / _MAX_WAITING_DIVISOR of a step's pairs are deferred.
+_MAX_WAITING_DIVISOR = 8
 
 
 class EncodedPair(NamedTuple):
@@ -53,8 +53,8 @@ class BatchShape:
     bins: tuple[tuple[int, int], ...] = ()
 
 
-class Filling:
-    """A batch while it fills.
+class BatchBuilder:
+    """Builds a batch by adding pairs to it.
 
     Attributes:
       count: pairs in it so far.
@@ -130,9 +130,9 @@ class Filling:
         return ContrastiveBatch(packed, self._candidates, self._modalities, self._positives)
 
 
-def fill(
+def build_batch(
     shape: BatchShape, waiting: Iterable[tuple[int, EncodedPair]], stream: Iterator[tuple[int, EncodedPair]]
-) -> tuple[Filling, dict[int, EncodedPair]]:
+) -> tuple[BatchBuilder, dict[int, EncodedPair]]:
     """Fills a batch with pairs, which come with their indices; returns it and those that found no room.
 
     Those that wait are packed first, in their order, so that none waits for long. Then as many of the stream as make
@@ -142,20 +142,20 @@ def fill(
       UserError: a pair fits into no batch.
     """
     total = shape.groups * shape.pairs
-    filling, left = Filling(shape), {}
+    builder, left = BatchBuilder(shape), {}
 
     def place(index: int, pair: EncodedPair) -> None:
-        if not filling.add(index, pair):
+        if not builder.add(index, pair):
             left[index] = pair
 
     for index, pair in waiting:
         place(index, pair)
-    fresh = itertools.islice(stream, max(0, total - filling.count - len(left)))
+    fresh = itertools.islice(stream, max(0, total - builder.count - len(left)))
     for index, pair in sorted(fresh, key=_size, reverse=True):
         place(index, pair)
-    while filling.count < total and len(left) < max(1, total // _TRIED):
+    while builder.count < total and len(left) < max(1, total // _MAX_WAITING_DIVISOR):
         place(*next(stream))
-    return filling, left
+    return builder, left
 
 
 def _size(numbered: tuple[int, EncodedPair]) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from jfe_jax.config import Config
 from jfe_jax.data.pipeline.batch_builder import BatchShape
 from jfe_jax.data.pipeline.mixture import mix, shuffled, weights
 from jfe_jax.data.pipeline.pair_batcher import PairBatches
-from jfe_jax.data.pipeline.pair_dataset import Caches, EncodePair, UnitQueries
+from jfe_jax.data.pipeline.pair_dataset import Caches, EncodePair, TaskQueries
 from jfe_jax.data.pipeline.pair_reader import PairReader
 from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.data.storage.prepared_dataset import PreparedDataset
@@ -81,7 +81,7 @@ def training_batches(
     for name in shares:
         metadata = prepared.metadata(name)
         most_positives = max(most_positives, metadata["max_positives"][split])
-        queries = UnitQueries(prepared.queries(name, split), metadata["instructions"], (name, *metadata["pools"]))
+        queries = TaskQueries(prepared.queries(name, split), metadata["instructions"], (name, *metadata["pools"]))
         if cfg.data.shuffle:
             # Of the seed and the unit alone: another unit in the mixture leaves this one's order as it is.
             seed = np.random.SeedSequence([cfg.seed, zlib.crc32(name.encode())]).generate_state(1)[0]

@@ -1,6 +1,6 @@
-"""Which items share which rows, decided for many at once where `packing.Packer` takes them as they come.
+"""Assigns many items to rows at once, while `packer.Packer` takes them one pair at a time.
 
-Only lengths count, so that it can be decided before an image is read.
+Only lengths matter, so the assignment can be computed before any image is read.
 
 Axes: R rows, S tokens of a row, M image slots, B items.
 """
@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 
 class Size(NamedTuple):
-    """What an item takes: tokens, and an image slot or none."""
+    """Space that an item takes: its tokens, and an image slot if it has an image."""
 
     tokens: int
     image: bool
 
 
-class Room(NamedTuple):
-    """What a group has: R, S, M, B."""
+class GroupShape(NamedTuple):
+    """Capacity of a group: R, S, M, B."""
 
     rows: int
     row_tokens: int
@@ -26,22 +26,24 @@ class Room(NamedTuple):
     items: int
 
 
-def fill(sizes: Sequence[Size], rooms: Sequence[Room], together: int = 1) -> Iterator[tuple[Room, list[list[int]]]]:
-    """Fills group after group, each row with the longest item that still fits, again and again.
+def pack_offline(
+    sizes: Sequence[Size], shapes: Sequence[GroupShape], together: int = 1
+) -> Iterator[tuple[GroupShape, list[list[int]]]]:
+    """Fills one group after another; each row repeatedly takes the longest item that still fits.
 
-    Long items with an image come first, and short texts fill the gaps that they leave; what is left are groups of texts
-    alone. A `packing.Packer` that is given a group's items in this order puts them into the same rows.
+    Long items with an image come first, and short texts fill the gaps that they leave. The last groups hold only texts.
+    A `packer.Packer` that gets a group's items in this order puts them into the same rows.
 
     Args:
-      sizes: of the items; one of the rooms has rows for the longest.
-      rooms: what a group may be: the one with the shortest rows that the longest item left fits into. So items of about
-        a length come together, and the last group of long rows is filled up with what is shorter.
-      together: so many groups, one after the other, are of one room.
+      sizes: Sizes of the items. At least one shape must have rows long enough for the longest item.
+      shapes: Allowed group shapes. Each group takes the one with the shortest rows that the longest remaining item fits
+        into. So items of similar length share a group, and the last group of long rows is filled up with shorter items.
+      together: Number of consecutive groups that must have the same shape.
 
     Yields:
-      A group's room, and the items' indices in each of its R rows.
+      The group's shape, and the indices of the items in each of its R rows.
     """
-    # Without and with an image: the different lengths, ascending, and the items of each length.
+    # For items without and with an image: the distinct lengths in ascending order, and the items of each length.
     lengths: tuple[list[int], list[int]] = ([], [])
     items: tuple[dict[int, list[int]], dict[int, list[int]]] = ({}, {})
     for index in reversed(range(len(sizes))):
@@ -63,18 +65,18 @@ def fill(sizes: Sequence[Size], rooms: Sequence[Room], together: int = 1) -> Ite
             lengths[image].remove(tokens)
         return index
 
-    rooms = sorted(rooms, key=lambda room: room.row_tokens)
+    shapes = sorted(shapes, key=lambda shape: shape.row_tokens)
     left, made = len(sizes), 0
     while left:
         if made % together == 0:
             longest_left = max(own[-1] for own in lengths if own)
-            room = next(room for room in rooms if room.row_tokens >= longest_left)
+            shape = next(shape for shape in shapes if shape.row_tokens >= longest_left)
         made += 1
         rows: list[list[int]] = []
-        slots, places = room.image_slots, room.items
-        for _ in range(room.rows):
+        slots, places = shape.image_slots, shape.items
+        for _ in range(shape.rows):
             row: list[int] = []
-            free = room.row_tokens
+            free = shape.row_tokens
             while places:
                 text, pictured = longest(False, free), longest(True, free) if slots else 0
                 tokens, image = max(text, pictured), pictured >= text
@@ -84,4 +86,4 @@ def fill(sizes: Sequence[Size], rooms: Sequence[Room], together: int = 1) -> Ite
                 free, slots, places = free - tokens, slots - image, places - 1
             rows.append(row)
             left -= len(row)
-        yield room, rows
+        yield shape, rows

@@ -13,11 +13,11 @@ from jfe_jax.data.batch import AttentionBins, Layout, PackedBatch
 from jfe_jax.data.item import EncodedItem
 from jfe_jax.errors import UserError
 
-# A group of more items is not laid anew: that would take longer than it is worth.
-_LAID_ANEW = 512
+# A group with more items than this is not repacked: repacking would take longer than it saves.
+MAX_REPACK_ITEMS = 512
 
 
-class _Placed(NamedTuple):
+class _Placement(NamedTuple):
     """An item, its index in the group's B, and where it starts: so many tokens into a row, or into a bin."""
 
     index: int
@@ -59,9 +59,9 @@ class Packer:
         self.image_slots, self.image_size, self.layout = image_slots, image_size, layout
         self.free = [rows * row_tokens] * groups
         # (tokens left, row or bin), in that order.
-        self._left = [self._empty() for _ in range(groups)]
+        self._free_space = [self._empty() for _ in range(groups)]
         self._images = [0] * groups
-        self._placed: list[list[_Placed]] = [[] for _ in range(groups)]
+        self._placements: list[list[_Placement]] = [[] for _ in range(groups)]
 
     def add(self, group: int, items: Sequence[tuple[int, EncodedItem]]) -> bool:
         """Takes all of `items` (each with its index in the group's B) into `group`, or, if they do not fit, none.
@@ -72,21 +72,23 @@ class Packer:
         total = sum(len(item.tokens) for _, item in items)
         if images > self.image_slots or total > self.free[group]:
             return False
-        left, placed = self._left[group].copy(), self._placed[group]
-        taken = self._lay(left, items)
-        if taken is None and self.layout == "packed" and len(placed) <= _LAID_ANEW:
+        left, placed = self._free_space[group].copy(), self._placements[group]
+        taken = self._place_items(left, items)
+        if taken is None and self.layout == "packed" and len(placed) <= MAX_REPACK_ITEMS:
             left, placed = self._empty(), []
-            taken = self._lay(left, [*(one[:2] for one in self._placed[group]), *items])
+            taken = self._place_items(left, [*(one[:2] for one in self._placements[group]), *items])
         if taken is None:
             return False
-        self._left[group], self._images[group], self._placed[group] = left, images, placed + taken
+        self._free_space[group], self._images[group], self._placements[group] = left, images, placed + taken
         self.free[group] -= total
         return True
 
     def _empty(self) -> list[tuple[int, int]]:
         return [(length, row) for row, length in enumerate(self._lengths)]
 
-    def _lay(self, left: list[tuple[int, int]], items: Sequence[tuple[int, EncodedItem]]) -> "list[_Placed] | None":
+    def _place_items(
+        self, left: list[tuple[int, int]], items: Sequence[tuple[int, EncodedItem]]
+    ) -> "list[_Placement] | None":
         # Into what `left` names, which changes; None if they do not fit.
         taken = []
         # The longest first: they fit into the fewest rows.
@@ -98,7 +100,7 @@ class Packer:
             room, row = left.pop(at)
             if self.layout == "packed":
                 insort(left, (room - length, row))
-            taken.append(_Placed(index, item, row, self._lengths[row] - room))
+            taken.append(_Placement(index, item, row, self._lengths[row] - room))
         return taken
 
     def finish(self, items_per_group: int) -> PackedBatch:
@@ -114,7 +116,7 @@ class Packer:
         # In the order in which they lie.
         placed = [
             (g, *one)
-            for g, own in enumerate(self._placed)
+            for g, own in enumerate(self._placements)
             for one in sorted(own, key=lambda one: (one.row, one.offset))
         ]
         starts = ()
@@ -155,10 +157,10 @@ class Packer:
             pool,
             pool_span,
             valid,
-            AttentionBins(self._by_length(token_index), inverse_index.reshape(shape)) if self.bins else None,
+            AttentionBins(self._split_by_length(token_index), inverse_index.reshape(shape)) if self.bins else None,
         )
 
-    def _by_length(self, token_index: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _split_by_length(self, token_index: np.ndarray) -> tuple[np.ndarray, ...]:
         # [G, places of all bins] → [G, W, L] of each length.
         ends = np.cumsum([length * count for length, count in self.bins])
         parts = np.split(token_index, ends[:-1], axis=1)

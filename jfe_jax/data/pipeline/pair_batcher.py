@@ -11,7 +11,7 @@ from typing import Any
 import grain
 
 from jfe_jax.data.batch import ContrastiveBatch
-from jfe_jax.data.pipeline.batch_builder import BatchShape, EncodedPair, Filling, fill
+from jfe_jax.data.pipeline.batch_builder import BatchBuilder, BatchShape, EncodedPair, build_batch
 from jfe_jax.data.pipeline.pair_dataset import BadPair
 from jfe_jax.data.pipeline.pair_reader import PairReader
 from jfe_jax.errors import UserError
@@ -24,15 +24,15 @@ _FEW = 0.9
 
 
 def empty_batch(shape: BatchShape) -> ContrastiveBatch:
-    """A batch of fillers."""
-    return Filling(shape).finish()
+    """Builds a batch of padding pairs only."""
+    return BatchBuilder(shape).finish()
 
 
 class PairBatches(grain.DatasetIterator):
     """A stream of pairs → ContrastiveBatch of one shape.
 
-    A step's pairs are those that wait, then the stream's next (see `filling.fill`). So the state is the next place in
-    the stream and the pairs that wait, by their index in it.
+    A step takes the deferred pairs first, then the next pairs of the stream (see `batch_builder.build_batch`). So the
+    state is the next position in the stream, and the stream indices of the deferred pairs.
 
     Args:
       reader: where pairs come from.
@@ -71,16 +71,16 @@ class PairBatches(grain.DatasetIterator):
 
     def __next__(self) -> ContrastiveBatch:
         """Raises UserError if a pair fits into no batch, or more than the share of them cannot be read."""
-        filling, waiting = fill(self._shape, self._held_back(), self._stream())
-        batch = filling.finish()
+        builder, waiting = build_batch(self._shape, self._deferred_pairs(), self._stream())
+        batch = builder.finish()
         self._waiting = sorted(waiting)
         self._held = {index: waiting[index].copied() for index in self._waiting}
         total = self._shape.groups * self._shape.pairs
-        if filling.count < _FEW * total:
-            self._warn_short(batch, filling.count, total)
+        if builder.count < _FEW * total:
+            self._warn_short(batch, builder.count, total)
         return batch
 
-    def _held_back(self) -> Iterator[tuple[int, EncodedPair]]:
+    def _deferred_pairs(self) -> Iterator[tuple[int, EncodedPair]]:
         for index in self._waiting:
             pair = self._held.get(index) or self._reader.at(index)
             if isinstance(pair, BadPair):

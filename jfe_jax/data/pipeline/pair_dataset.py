@@ -51,7 +51,7 @@ class StoredQuery(NamedTuple):
         return self.image_parts[0]
 
 
-class UnitQueries(grain.MapDataset):
+class TaskQueries(grain.MapDataset):
     """A unit's queries by index.
 
     A data set rather than a source for `grain.MapDataset.source`, whose metrics cost as much as reading the record.

@@ -1,4 +1,4 @@
-"""Which bins a run's items ask for: `data.bins` from the items' lengths."""
+"""Suggests bins for a run: `data.bins` from the lengths of its items."""
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ import numpy as np
 from jfe_jax.config import Config
 from jfe_jax.data.processor import ItemEncoder
 
-# A bin is as long as the longest item, or as items are up to which these shares of the tokens lie.
-_SHARES = (0.75, 0.95, 1.0)
-# In steps of so many tokens, as each way to attend works on them.
-_STEPS = {"xla": 32, "cudnn": 64, "splash": 128}
-# Batches that are drawn; so many of them need no more bins of a length than are suggested.
-_DRAWS, _ENOUGH = 64, 0.75
+# Bin lengths are these quantiles of the item lengths, weighted by tokens; the last is the longest item.
+_TOKEN_QUANTILES = (0.75, 0.95, 1.0)
+# Bin lengths are rounded up to a multiple of this many tokens, the tile size of each attention implementation.
+_LENGTH_MULTIPLE = {"xla": 32, "cudnn": 64, "splash": 128}
+# Number of batches drawn; share of them that need no more bins of a length than are suggested.
+_DRAWS, _COUNT_QUANTILE = 64, 0.75
 
 
 class Suggestion(NamedTuple):
@@ -32,8 +32,8 @@ class Suggestion(NamedTuple):
     attention: float
 
 
-def of_run(cfg: Config, groups: int, steps: int) -> Suggestion:
-    """From the items of a run's first steps.
+def suggest_for_run(cfg: Config, groups: int, steps: int) -> Suggestion:
+    """Suggests bins from the items of a run's first steps.
 
     Args:
       groups: of the batch, one for each device of the mesh's batch axes.
@@ -77,25 +77,26 @@ def suggest(lengths: Sequence[int], tokens: int, attention: str, longest: int = 
         raise ValueError(f"{len(lengths)} items, the longest of {max(lengths, default=0)} tokens; batches of {tokens}")
     ordered = np.sort(np.asarray(lengths))
     share = np.cumsum(ordered) / ordered.sum()
-    of_share = (ordered[min(np.searchsorted(share, one), len(ordered) - 1)] for one in _SHARES)
-    step = _STEPS[attention]
+    of_share = (ordered[min(np.searchsorted(share, one), len(ordered) - 1)] for one in _TOKEN_QUANTILES)
+    step = _LENGTH_MULTIPLE[attention]
     sizes = sorted({min(tokens, -(-int(length) // step) * step) for length in (*of_share, longest) if length})
     random = np.random.default_rng(0)
     counts = []
     for _ in range(_DRAWS):
         drawn = random.choice(ordered, 1 + int(2 * tokens / ordered.mean()))
-        counts.append(_needed(drawn[np.cumsum(drawn) <= tokens].tolist(), sizes))
-    found = np.ceil(np.quantile(counts, _ENOUGH, axis=0)).astype(int)
-    # The longest item needs one, though few batches have it.
+        counts.append(_count_bins(drawn[np.cumsum(drawn) <= tokens].tolist(), sizes))
+    found = np.ceil(np.quantile(counts, _COUNT_QUANTILE, axis=0)).astype(int)
+    # The longest item needs a bin, though few batches contain it.
     found[-1] = max(found[-1], 1)
-    # Bins hold at least a batch.
+    # The bins must hold at least a full batch.
     missing = tokens - int(found @ sizes)
     found[0] += max(0, -(-missing // sizes[0]))
     return {size: int(count) for size, count in zip(sizes, found, strict=True) if count}
 
 
-def _needed(lengths: list[int], sizes: list[int]) -> list[int]:
-    # Bins of each size that these items open, each the smallest that holds it; the next go into the fullest with room.
+def _count_bins(lengths: list[int], sizes: list[int]) -> list[int]:
+    # Counts the bins of each size that these items open. An item goes into the fullest open bin with room (best fit);
+    # otherwise it opens the smallest bin that holds it.
     left: list[int] = []
     counts = dict.fromkeys(sizes, 0)
     for length in sorted(lengths, reverse=True):

@@ -104,7 +104,7 @@ def _serve(file: int, pairs: Any, turn: int, count: int) -> None:
     with contextlib.suppress(BrokenPipeError):
         for chunk in itertools.count(turn, count):
             try:
-                told, images = _taken_apart([pairs[chunk * _CHUNK + i] for i in range(_CHUNK)])
+                told, images = _encode_chunk([pairs[chunk * _CHUNK + i] for i in range(_CHUNK)])
             except Exception as error:
                 told, images = error, []
             described = pickle.dumps(told)
@@ -122,11 +122,11 @@ def _next_chunk(file: int) -> list[Pair]:
     pixels = _receive(file, size)
     if isinstance(told, Exception):
         raise told
-    return _joined(*told, pixels)
+    return _decode_chunk(*told, pixels)
 
 
-def _taken_apart(pairs: Sequence[Pair]) -> tuple[tuple[Any, ...], list[np.ndarray]]:
-    """What `_joined` puts together again, and the images."""
+def _encode_chunk(pairs: Sequence[Pair]) -> tuple[tuple[Any, ...], list[np.ndarray]]:
+    """Splits a chunk into a picklable description for `_decode_chunk`, and the images."""
     items = [item for pair in pairs if isinstance(pair, EncodedPair) for item in pair.items]
     images = [item.pixels for item in items if item.pixels is not None]
     rest = [pair if isinstance(pair, BadPair) else pair._replace(items=len(pair.items)) for pair in pairs]
@@ -135,7 +135,7 @@ def _taken_apart(pairs: Sequence[Pair]) -> tuple[tuple[Any, ...], list[np.ndarra
     return (rest, [(len(item.tokens), item.pixels is not None) for item in items], tokens, shape), images
 
 
-def _joined(
+def _decode_chunk(
     rest: list[Any], sizes: list[tuple[int, bool]], tokens: np.ndarray, shape: tuple[int, int, int], pixels: np.ndarray
 ) -> list[Pair]:
     images = iter(pixels.reshape(-1, *shape) if len(pixels) else ())

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jfe_jax.data.item import EncodedItem
-from jfe_jax.data.pipeline.offline_packing import Room, Size, fill
+from jfe_jax.data.pipeline.offline_packing import GroupShape, Size, pack_offline
 from jfe_jax.data.pipeline.packer import Packer
 
 
@@ -16,9 +16,11 @@ def sizes():
     return [Size(int(length), bool(image)) for length, image in zip(lengths, images, strict=True)]
 
 
-@pytest.mark.parametrize("room", [Room(4, 160, 8, 80), Room(3, 200, 2, 9)], ids=["roomy", "few slots and items"])
+@pytest.mark.parametrize(
+    "room", [GroupShape(4, 160, 8, 80), GroupShape(3, 200, 2, 9)], ids=["roomy", "few slots and items"]
+)
 def test_every_item_has_a_place_and_no_group_too_many(sizes, room):
-    groups = [rows for _, rows in fill(sizes, [room])]
+    groups = [rows for _, rows in pack_offline(sizes, [room])]
     assert sorted(index for rows in groups for row in rows for index in row) == list(range(500))
     for rows in groups:
         assert len(rows) <= room.rows
@@ -28,14 +30,16 @@ def test_every_item_has_a_place_and_no_group_too_many(sizes, room):
 
 
 def test_rows_are_filled_better_than_in_the_order_that_items_come(sizes):
-    room = Room(4, 160, 8, 80)
+    room = GroupShape(4, 160, 8, 80)
     least = sum(size.tokens for size in sizes) / (room.rows * room.row_tokens)
-    assert len(list(fill(sizes, [room]))) <= 1.06 * least + 1
+    assert len(list(pack_offline(sizes, [room]))) <= 1.06 * least + 1
 
 
-@pytest.mark.parametrize("room", [Room(4, 160, 8, 80), Room(3, 200, 2, 9)], ids=["roomy", "few slots and items"])
+@pytest.mark.parametrize(
+    "room", [GroupShape(4, 160, 8, 80), GroupShape(3, 200, 2, 9)], ids=["roomy", "few slots and items"]
+)
 def test_the_packer_puts_them_into_the_same_rows(sizes, room):
-    for _, rows in fill(sizes, [room]):
+    for _, rows in pack_offline(sizes, [room]):
         packer = Packer(
             groups=1,
             rows=room.rows,
@@ -55,8 +59,8 @@ def test_the_packer_puts_them_into_the_same_rows(sizes, room):
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_groups_have_the_shortest_rows_that_hold_what_is_left(sizes, together):
-    rooms = [Room(3, 160, 6, 60), Room(8, 70, 8, 70), Room(5, 100, 5, 62)]
-    found = list(fill(sizes, rooms, together))
+    rooms = [GroupShape(3, 160, 6, 60), GroupShape(8, 70, 8, 70), GroupShape(5, 100, 5, 62)]
+    found = list(pack_offline(sizes, rooms, together))
     assert sorted(index for _, rows in found for row in rows for index in row) == list(range(500))
     left = {index: size.tokens for index, size in enumerate(sizes)}
     for number, (room, rows) in enumerate(found):
