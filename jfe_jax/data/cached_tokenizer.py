@@ -20,8 +20,8 @@ _MOST, _LONGEST = 100_000, 40
 class TextEncoder:
     """Encodes a text into ids of `tokenizer`, without special tokens. Picklable.
 
-    Gemma's tokenizer treats an entire text as one word and merges it pair by pair. As no entry of its vocabulary spans a
-    space into the next word, concatenating the ids of the words gives the same result, and most words are cached.
+    Gemma's tokenizer treats an entire text as one word and merges it pair by pair. No entry of its vocabulary spans a
+    space into the next word, so concatenating the ids of the words gives the same result. Most words are cached.
     """
 
     def __init__(self, tokenizer: Tokenizer):

@@ -20,19 +20,24 @@ _MAX_WAITING_DIVISOR = 8
 
 
 class EncodedPair(NamedTuple):
-    """A pair as it enters a batch: `items` are the query, the positive and the negatives.
+    """An encoded query with its candidates, ready for a batch.
 
-    `numbers` and `modalities` (indices into MODALITIES) are the candidates', `positives` all that is right.
+    Attributes:
+      qid: id of the query.
+      items: the query, the positive and the negatives, in this order.
+      candidate_ids: ids of the candidates: the positive's, then the negatives'.
+      modalities: indices into MODALITIES of the candidates.
+      positives: ids of all positives of the query.
     """
 
     qid: str
     items: tuple[EncodedItem, ...]
-    numbers: tuple[int, ...]
+    candidate_ids: tuple[int, ...]
     modalities: tuple[int, ...]
     positives: tuple[int, ...]
 
     def copied(self) -> "EncodedPair":
-        """With arrays of its own."""
+        """Returns a copy of the pair that owns its arrays."""
         items = (EncodedItem(np.array(t), None if p is None else np.array(p)) for t, p in self.items)
         return self._replace(items=tuple(items))
 
@@ -57,8 +62,8 @@ class BatchBuilder:
     """Builds a batch by adding pairs to it.
 
     Attributes:
-      count: pairs in it so far.
-      indices: of each group's pairs, in the order in which they came.
+      count: number of pairs added so far.
+      indices: stream indices of each group's pairs, in the order in which they were added.
     """
 
     def __init__(self, shape: BatchShape):
@@ -80,27 +85,33 @@ class BatchBuilder:
         self._positives = np.full((G, N, P), -1, np.int32)
 
     def add(self, index: int, pair: EncodedPair) -> bool:
-        """Takes the pair with that index in the stream into the emptiest group that can hold it, or says that none can.
+        """Adds the pair to the emptiest group that has room for it.
+
+        Args:
+          index: of the pair in the stream.
+
+        Returns:
+          False if no group has room.
 
         Raises:
-          UserError: not even an empty batch can.
+          UserError: the pair does not fit into an empty batch either.
         """
         N, K, P = self._shape.pairs, self._shape.negatives, self._shape.positives
         for g in sorted(range(self._shape.groups), key=lambda g: -self._packer.free[g]):
             n = len(self.indices[g])
             if n == N:
                 continue
-            # The places of the group's queries, positives and negatives in B (see ContrastiveBatch).
+            # Indices of the pair's query, positive and negatives in B (see ContrastiveBatch).
             places = (n, N + n, *range(2 * N + n * K, 2 * N + n * K + len(pair.items) - 2))
             if self._packer.add(g, list(zip(places, pair.items, strict=True))):
-                for place, number, modality in zip(places[1:], pair.numbers, pair.modalities, strict=True):
-                    self._candidates[g, place - N] = number
+                for place, candidate_id, modality in zip(places[1:], pair.candidate_ids, pair.modalities, strict=True):
+                    self._candidates[g, place - N] = candidate_id
                     self._modalities[g, place - N] = modality
-                # The drawn one first: it is there whatever P is.
-                right = pair.positives[:P]
-                if pair.numbers[0] not in right:
-                    right = [pair.numbers[0], *right[: P - 1]]
-                self._positives[g, n, : len(right)] = right
+                # Put the sampled positive first so that truncation to P never drops it.
+                positives = pair.positives[:P]
+                if pair.candidate_ids[0] not in positives:
+                    positives = [pair.candidate_ids[0], *positives[: P - 1]]
+                self._positives[g, n, : len(positives)] = positives
                 self.indices[g].append(index)
                 self.count += 1
                 return True
@@ -115,7 +126,7 @@ class BatchBuilder:
         return False
 
     def finish(self) -> ContrastiveBatch:
-        """The batch; a group's pairs stand in the order of their indices."""
+        """Returns the batch, with each group's pairs sorted by their stream index."""
         N, K = self._shape.pairs, self._shape.negatives
         packed = self._packer.finish(N * (2 + K))
         for g, indices in enumerate(self.indices):
@@ -133,29 +144,33 @@ class BatchBuilder:
 def build_batch(
     shape: BatchShape, waiting: Iterable[tuple[int, EncodedPair]], stream: Iterator[tuple[int, EncodedPair]]
 ) -> tuple[BatchBuilder, dict[int, EncodedPair]]:
-    """Fills a batch with pairs, which come with their indices; returns it and those that found no room.
+    """Fills a batch with pairs, each given with its stream index.
 
-    Those that wait are packed first, in their order, so that none waits for long. Then as many of the stream as make
-    up the batch, the largest first: small ones fit into what these leave. Then, one by one, what comes next.
+    The deferred pairs in `waiting` are packed first, in their order, so that none is deferred for long. Then as many
+    pairs of the stream as complete the batch are added, the largest first, because small ones fit into the space that
+    large ones leave. After that the next pairs of the stream are tried one by one.
+
+    Returns:
+      The builder, and the pairs that found no room, by index.
 
     Raises:
-      UserError: a pair fits into no batch.
+      UserError: a pair does not fit into an empty batch.
     """
     total = shape.groups * shape.pairs
-    builder, left = BatchBuilder(shape), {}
+    builder, deferred = BatchBuilder(shape), {}
 
-    def place(index: int, pair: EncodedPair) -> None:
+    def add_or_defer(index: int, pair: EncodedPair) -> None:
         if not builder.add(index, pair):
-            left[index] = pair
+            deferred[index] = pair
 
     for index, pair in waiting:
-        place(index, pair)
-    fresh = itertools.islice(stream, max(0, total - builder.count - len(left)))
+        add_or_defer(index, pair)
+    fresh = itertools.islice(stream, max(0, total - builder.count - len(deferred)))
     for index, pair in sorted(fresh, key=_size, reverse=True):
-        place(index, pair)
-    while builder.count < total and len(left) < max(1, total // _MAX_WAITING_DIVISOR):
-        place(*next(stream))
-    return builder, left
+        add_or_defer(index, pair)
+    while builder.count < total and len(deferred) < max(1, total // _MAX_WAITING_DIVISOR):
+        add_or_defer(*next(stream))
+    return builder, deferred
 
 
 def _size(numbered: tuple[int, EncodedPair]) -> tuple[int, int]:
