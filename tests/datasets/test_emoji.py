@@ -1,4 +1,4 @@
-"""The emoji benchmark, made of drawn emoji: what the splits keep apart, that answers are right and need the image."""
+"""Tests the emoji benchmark on drawn emoji: splits are disjoint, answers are correct and need the image."""
 
 import hashlib
 import json
@@ -263,7 +263,7 @@ def test_two_runs_give_the_same_bytes(root, packages, tmp_path):
     assert _digests(tmp_path / "again") == _digests(root)
 
 
-def test_images_and_tokenizer(root):
+def test_images_have_the_size_and_the_tokenizer_the_vocabulary_asked_for(root):
     image = next((root / "mbeir_images").rglob("*.png"))
     with Image.open(image) as opened:
         assert opened.size == (32, 32) and opened.mode == "RGB"
@@ -273,7 +273,7 @@ def test_images_and_tokenizer(root):
     assert "CC-BY-4.0" in (root / "LICENSES.md").read_text(encoding="utf-8")
 
 
-def test_a_finished_directory_is_kept_and_a_foreign_one_refused(root, packages, tmp_path):
+def test_a_finished_directory_is_reused_and_a_foreign_one_refused(root, packages, tmp_path):
     settings = dict(size=32, seed=3, fold=1, packages=packages, vocab_size=512)
     before = _digests(root)
     assert emoji.write_benchmark(root, **settings)["test/emoji_task0"] > 0

@@ -1,4 +1,4 @@
-"""Labels of the real set, as emojibase spells them, are put into the right group with the right gender and tone."""
+"""Tests that labels in emojibase's spelling get the correct group, gender and tone."""
 
 import json
 
@@ -64,7 +64,7 @@ def by_label(tmp_path_factory):
     return {emoji.label: emoji for emoji in read_labels(root, codes)}
 
 
-def test_genders_of_one_concept(by_label):
+def test_genders_of_one_concept_share_its_group(by_label):
     for group, concepts in PEOPLE.items():
         for concept, names in concepts.items():
             for name, gender in zip(names, (NEUTRAL, MALE, FEMALE), strict=True):
@@ -83,7 +83,7 @@ def test_a_gender_without_another_is_none(by_label):
     assert all(by_label[name].gender is None for name in ALONE)
 
 
-def test_tones(by_label):
+def test_tones_are_parsed_from_the_labels(by_label):
     assert [by_label[f"ninja{end}"].tone for end in ("", ": light skin tone", ": two")] == [0, 1, (1, 2)]
     assert by_label["pizza"].tone is None and by_label["pizza"].category == "food: some"
 

@@ -1,4 +1,4 @@
-"""Fetching: npm is a script on PATH that hands out archives made here, so that no network is needed."""
+"""Tests fetching with a script as npm on PATH that serves archives made here, so that no network is needed."""
 
 import base64
 import hashlib
@@ -80,13 +80,13 @@ def test_only_wanted_files_arrive_and_nothing_leaves_the_directory(npm, content,
     assert not list(tmp_path.rglob("evil*")) and told == ["fetching pictures 1.0.0"]
 
 
-def test_what_is_there_is_not_fetched_again(npm, content, tmp_path):
+def test_cached_packages_are_not_fetched_again(npm, content, tmp_path):
     (tmp_path / "cache/pictures-1.0.0").mkdir(parents=True)
     npm("exit 9")
     assert fetch_packages(tmp_path / "cache", pytest.fail, {"pictures": package(content)})["pictures"].is_dir()
 
 
-def test_another_archive_is_refused(npm, content, tmp_path):
+def test_an_archive_with_another_checksum_is_refused(npm, content, tmp_path):
     (tmp_path / "served.tgz").write_bytes(content + b"\0")
     npm(f"cp {tmp_path}/served.tgz pictures-1.0.0.tgz")
     with pytest.raises(UserError, match="not sha512-"):
@@ -94,13 +94,13 @@ def test_another_archive_is_refused(npm, content, tmp_path):
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_offline_says_so(npm, content, tmp_path):
+def test_a_fetch_without_network_names_the_network(npm, content, tmp_path):
     npm("echo 'npm error code ENOTFOUND' >&2; exit 1")
     with pytest.raises(UserError, match=r"pictures@1\.0\.0.*ENOTFOUND.*network"):
         fetch_packages(tmp_path / "cache", str, {"pictures": package(content)})
 
 
-def test_full_disk_says_where(npm, content, tmp_path, monkeypatch):
+def test_a_full_disk_names_the_cache_directory(npm, content, tmp_path, monkeypatch):
     (tmp_path / "served.tgz").write_bytes(content)
     npm(f"cp {tmp_path}/served.tgz pictures-1.0.0.tgz")
 

@@ -1,4 +1,4 @@
-"""A few drawn emoji in the packages' layout: people with tones and genders, hands with tones, things, equal flags."""
+"""Draws a few emoji in the packages' layout: people with tones and genders, hands with tones, things, equal flags."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ _INK = {"red": (220, 30, 30), "blue": (30, 30, 220), "green": (30, 160, 30), "bl
 
 
 def packages(root: Path) -> dict[str, Path]:
-    """Writes both vendors' images and emojibase's three files; a directory each."""
+    """Writes both vendors' images and emojibase's three files; returns the directory of each."""
     places = {key: root / key for key in ("google", "twitter", "emojibase")}
     for place in places.values():
         place.mkdir(parents=True)
@@ -40,7 +40,7 @@ def packages(root: Path) -> dict[str, Path]:
         _draw(places, entries[-1], 60 + number, 0)
     for number, name in enumerate(("Norway", "Bouvet Island")):
         entries.append(_entry(f"flag: {name}", f"1F1E6-{0x1F1E7 + number:X}", 9, 98, ["flag", name]))
-        # Not told apart by any vendor.
+        # No vendor distinguishes them.
         _draw(places, entries[-1], 90, 0)
     entries.append({"label": "regional indicator A", "hexcode": "1F1E6"})
     _write(places["emojibase"] / "data.json", entries)

@@ -1,4 +1,4 @@
-"""Makes small M-BEIR directories in the published format, for tests: drawn shapes, every task, both spellings."""
+"""Writes small M-BEIR directories in the published format for tests: drawn shapes, every task, both spellings."""
 
 import json
 import random
@@ -39,7 +39,7 @@ def make_mbeir(
     """Writes query/, cand_pool/, qrels/, instructions/, images and a tokenizer (path/"tokenizer"); returns `path`.
 
     Args:
-      queries_per_task: of each task in each split; the first of a task has two right answers.
+      queries_per_task: number of queries per task and split; the first of each task has two positives.
       spelling: "code" writes did strings, "image,text" and cand_pool/global; "card" writes {"did": …} objects,
         "text,image" and cand_pool/union_pool.
     """
@@ -81,7 +81,7 @@ def make_mbeir(
 
 
 def edit_line(file: Path, line: int, change: Callable[[str], str]) -> tuple[Path, int]:
-    """Rewrites line `line` (from 1) of a file, to plant a defect; returns where it is."""
+    """Rewrites line `line` (from 1) of a file, to plant a defect; returns its file and line."""
     lines = file.read_text(encoding="utf-8").splitlines()
     lines[line - 1] = change(lines[line - 1])
     file.write_text("".join(f"{one}\n" for one in lines), encoding="utf-8")
@@ -89,7 +89,7 @@ def edit_line(file: Path, line: int, change: Callable[[str], str]) -> tuple[Path
 
 
 def edit_row(file: Path, line: int, **fields: object) -> tuple[Path, int]:
-    """Sets fields of the JSON object on a line; returns where it is."""
+    """Sets fields of the JSON object on a line; returns its file and line."""
     return edit_line(file, line, lambda text: json.dumps(json.loads(text) | fields))
 
 
@@ -193,7 +193,7 @@ def _write(file: Path, text: str) -> None:
 
 
 def archive_images(path: Path, parts: int = 0) -> None:
-    """Moves mbeir_images/ into mbeir_images.tar.gz, or into so many parts of it, as published."""
+    """Moves mbeir_images/ into mbeir_images.tar.gz, or into that number of parts, as published."""
     whole = path / "mbeir_images.tar.gz"
     with tarfile.open(whole, "w:gz") as archive:
         archive.add(path / "mbeir_images", "mbeir_images")

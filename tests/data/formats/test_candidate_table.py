@@ -1,4 +1,4 @@
-"""Candidates in compact arrays against plain Python."""
+"""Compares the candidate table with plain Python."""
 
 import json
 from pathlib import Path

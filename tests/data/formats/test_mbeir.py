@@ -9,7 +9,7 @@ from tests.support.mbeir_directory import MODALITIES, UNITS, edit_line, edit_row
 
 @pytest.fixture
 def own(tmp_path):
-    """A directory that a test may spoil."""
+    """A copy of the directory that a test may modify."""
     return make_mbeir(tmp_path, queries_per_task=2)
 
 
@@ -143,7 +143,7 @@ def test_text_that_is_not_utf8_is_named(own):
         mbeir.queries("val", mbeir.unit("val", "facts_task6"))
 
 
-def test_what_is_missing_is_named(own):
+def test_missing_files_are_named(own):
     mbeir = Mbeir(own)
     unit = mbeir.unit("val", "facts_task6")
     (own / POOL).unlink()
@@ -160,7 +160,7 @@ def test_what_is_missing_is_named(own):
         Mbeir(own / "query")
 
 
-def test_ids_tell_their_dataset():
+def test_ids_contain_their_dataset_number():
     assert parse_dataset_id("9:123") == 9
     with pytest.raises(ValueError, match="not dataset:number"):
         parse_dataset_id("mscoco-4")

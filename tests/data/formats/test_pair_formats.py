@@ -1,4 +1,4 @@
-"""Pairs in other people's formats, prepared and read back by the loader's own reader."""
+"""Tests pairs in published formats, prepared and read back by the loader's own reader."""
 
 import csv
 import io
@@ -65,7 +65,7 @@ CAPTIONED = {
 }
 
 
-def test_captions_as_json_lines_beside_images(tmp_path):
+def test_captions_in_json_lines_next_to_images_are_imported(tmp_path):
     (tmp_path / "in/pictures").mkdir(parents=True)
     for number in (1, 2):
         (tmp_path / f"in/pictures/{number}.png").write_bytes(picture(number))
@@ -80,7 +80,7 @@ def test_captions_as_json_lines_beside_images(tmp_path):
     assert {one.name for one in (tmp_path / "out" / IMAGES).iterdir()} == {"dataset100"}
 
 
-def test_webdataset_shards(tmp_path):
+def test_webdataset_shards_are_imported(tmp_path):
     (tmp_path / "in").mkdir()
     samples = [
         [("a/1.png", picture(1)), ("a/1.json", json.dumps({"caption": ["a dog", "a brown dog"]}).encode())],
@@ -97,7 +97,7 @@ def test_webdataset_shards(tmp_path):
 
 
 class Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """As somebody else would build it."""
+    """A TFDS data set as a third party would build it."""
 
     VERSION = tfds.core.Version("1.0.0")
     pkg_dir_path = None
@@ -120,13 +120,13 @@ class Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield number, {"image": io.BytesIO(picture(number)), "captions": captions}
 
 
-def test_a_tfds_data_set_of_captions(tmp_path):
+def test_a_tfds_data_set_of_captions_is_imported(tmp_path):
     Captioned(data_dir=tmp_path / "in", file_format="array_record").download_and_prepare(download_dir=tmp_path / "down")
     assert prepare(tmp_path / "in", tmp_path / "out", "tfds") == 0
     assert read_back(tmp_path / "out") == CAPTIONED
 
 
-def test_a_tfds_data_set_by_name(tmp_path, capsys):
+def test_a_tfds_data_set_is_found_by_name(tmp_path, capsys):
     made = Captioned(data_dir=tmp_path / "in", file_format="array_record")
     made.download_and_prepare(download_dir=tmp_path / "down")
     for number, name in enumerate((made.name, f"{made.name}:1.0.0")):
@@ -145,7 +145,7 @@ TRIPLET = {"mine_task1": [(("A man eats.", None), [("He has food.", None)], [("N
     "names",
     [("anchor", "positive", "negative"), ("sent0", "sent1", "hard_neg"), ("premise", "entailment", "contradiction")],
 )
-def test_nli_triplets_as_csv(tmp_path, names):
+def test_nli_triplets_are_imported_from_csv(tmp_path, names):
     with open(tmp_path / "nli.csv", "w", newline="") as stream:
         csv.writer(stream).writerows([names, ("a man eats", "he has food", "nobody eats")])
     assert prepare(tmp_path / "nli.csv", tmp_path / "out", "triplets") == 0
@@ -166,7 +166,7 @@ def mmeb_row(**fields):
 
 
 @pytest.mark.parametrize("form", ["jsonl", "parquet"])
-def test_mmeb_rows(tmp_path, form):
+def test_mmeb_rows_are_imported(tmp_path, form):
     (tmp_path / "rows").mkdir()
     (tmp_path / "pictures").mkdir()
     for number in (1, 2):
@@ -189,7 +189,7 @@ def test_mmeb_rows(tmp_path, form):
     }
 
 
-def test_what_is_done_is_kept_and_a_changed_source_is_read_again(tmp_path, capsys):
+def test_an_imported_source_is_reused_and_a_changed_one_is_read_again(tmp_path, capsys):
     source = tmp_path / "nli.jsonl"
     source.write_text(json.dumps({"query": "a", "pos": ["b"], "neg": ["c"]}))
     assert prepare(source, tmp_path / "out", "triplets") == 0
@@ -218,7 +218,7 @@ def test_what_is_done_is_kept_and_a_changed_source_is_read_again(tmp_path, capsy
         ("tfds", "", "no TFDS data set there"),
     ],
 )
-def test_bad_sources_are_one_line(tmp_path, capsys, kind, text, says):
+def test_malformed_sources_give_one_line_errors(tmp_path, capsys, kind, text, says):
     (tmp_path / "s.jsonl").write_text(text)
     assert prepare(tmp_path / "s.jsonl", tmp_path / "out", kind) == 1
     err = capsys.readouterr().err.splitlines()

@@ -23,7 +23,7 @@ from tests.support.mbeir_directory import DATASETS, archive_images, edit_row, ma
 
 @pytest.fixture
 def own(tmp_path):
-    """A directory that a test may spoil."""
+    """A copy of the directory that a test may modify."""
     return make_mbeir(tmp_path / "mbeir", queries_per_task=4)
 
 
@@ -85,7 +85,7 @@ def test_an_image_is_stored_once(mbeir_dir, prepared_dir):
     assert len({*stored.values()}) == len(stored) == 40
 
 
-def test_finished_parts_are_kept_and_changed_ones_are_written_again(own, tmp_path):
+def test_finished_parts_are_reused_and_changed_ones_are_rewritten(own, tmp_path):
     out = tmp_path / "out"
     first = run(own, out)
     assert {part.outcome for part in first} == {"written"} and len(first) == 12
@@ -105,7 +105,7 @@ def test_finished_parts_are_kept_and_changed_ones_are_written_again(own, tmp_pat
     }
 
 
-def test_a_part_that_was_killed_half_way_is_written_anew(own, tmp_path):
+def test_a_part_killed_halfway_is_rewritten(own, tmp_path):
     out = tmp_path / "out"
     run(own, out, units=["shapes_task0"])
     place = out / "mbeir_queries/shapes_task0"
@@ -116,7 +116,7 @@ def test_a_part_that_was_killed_half_way_is_written_anew(own, tmp_path):
     assert [one.name for one in place.iterdir()] == ["2.0.0"]
 
 
-def test_only_what_is_asked_for_is_written(own, tmp_path):
+def test_only_selected_units_and_splits_are_written(own, tmp_path):
     out = tmp_path / "out"
     run(own, out, units=["facts_task1"], splits=["val"])
     assert {one.name for one in (out / "mbeir_queries").iterdir()} == {"facts_task1"}
@@ -155,7 +155,7 @@ def test_a_file_of_several_tasks_gets_each_rows_own(own, tmp_path):
     assert [record["task"] for record in source] == [0] * 4 + [7] * 4
 
 
-def test_bad_input_is_named_and_leaves_no_half_written_part(own, tmp_path):
+def test_malformed_input_is_named_and_leaves_no_partial_part(own, tmp_path):
     row = json.loads((own / "query/train/mbeir_shapes_task7_train.jsonl").read_text().splitlines()[0])
     image = own / row["query_img_path"]
     whole = image.read_bytes()
@@ -222,7 +222,7 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.parametrize(("killed_after", "parts"), [(5, 0), (14, 0), (14, 3)])
-def test_a_killed_run_goes_on_after_its_last_finished_shard(own, tmp_path, monkeypatch, killed_after, parts):
+def test_a_killed_run_resumes_after_its_last_finished_shard(own, tmp_path, monkeypatch, killed_after, parts):
     monkeypatch.setattr(shard_writer, "MIN_RECORDS_PER_SHARD", 8)
     with_an_image_of_its_own(own)
     options = {"splits": ["train"], "units": ["shapes_task0", "shapes_task7"]}
@@ -261,7 +261,7 @@ def test_a_share_of_bad_images_is_left_out_and_listed(own, tmp_path):
         run(own, tmp_path / "archived")
 
 
-def test_larger_images_are_made_small_and_smaller_ones_stay_as_they_are(own, tmp_path):
+def test_larger_images_are_downscaled_and_smaller_ones_are_unchanged(own, tmp_path):
     content = with_an_image_of_its_own(own)
     run(own, tmp_path / "out", short_side=16, units=["shapes_task7"], splits=["train"])
     (new,) = stored_images(tmp_path / "out", "shapes_task7").values()

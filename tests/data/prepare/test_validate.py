@@ -20,7 +20,7 @@ TABLE = "instructions/query_instructions.tsv"
 
 @pytest.fixture
 def own(tmp_path):
-    """A directory that a test may spoil."""
+    """A copy of the directory that a test may modify."""
     return make_mbeir(tmp_path, queries_per_task=4)
 
 
@@ -171,7 +171,7 @@ def test_many_defects_are_counted_and_the_first_listed(own, monkeypatch):
     assert report.errors == sum(one["count"] for one in report.as_dict()["totals"])
 
 
-def test_a_directory_that_is_none_is_refused(tmp_path):
+def test_a_directory_without_queries_is_refused(tmp_path):
     with pytest.raises(UserError, match="no M-BEIR directory"):
         validate_mbeir(tmp_path)
 

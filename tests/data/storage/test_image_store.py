@@ -1,4 +1,4 @@
-"""Images in archives and prepared directories are those of the files they were made of, read anywhere."""
+"""Tests that images in archives and prepared directories equal the files they were made from."""
 
 import gzip
 import shutil
@@ -27,7 +27,7 @@ def source(tmp_path_factory):
 
 
 def made(source, path, form):
-    """A copy of the directory with its images in another form, and where they are to be opened."""
+    """Copies the directory with its images in another form; returns it and the location to open them from."""
     data = shutil.copytree(source, path / "data")
     if form == "prepared":
         list(prepare_dataset(Mbeir(data), path / "prepared", splits=["test"], progress=quiet))
@@ -55,7 +55,7 @@ def ids(source, data):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_form_has_the_files_bytes(source, tmp_path, form):
+def test_every_image_store_returns_the_bytes_of_the_files(source, tmp_path, form):
     data, place = made(source, tmp_path, form)
     images = open_images(data, place, lambda: ids(source, data), quiet)
     for name in np.random.default_rng(0).permutation(names(source)):
@@ -70,7 +70,7 @@ def test_every_form_has_the_files_bytes(source, tmp_path, form):
     assert isinstance(open_images(source, place / "none", list), DirectoryImages)
 
 
-def test_only_what_is_wanted_is_copied_and_a_killed_pass_goes_on(source, tmp_path, monkeypatch):
+def test_only_needed_images_are_extracted_and_a_killed_pass_resumes(source, tmp_path, monkeypatch):
     data, place = made(source, tmp_path, "gzip in parts")
     every = ids(source, data)
     passes = []
@@ -107,7 +107,7 @@ def test_only_what_is_wanted_is_copied_and_a_killed_pass_goes_on(source, tmp_pat
         open_images(data, tmp_path / "other", lambda: more, quiet)
 
 
-def test_archives_that_are_cut_short_are_refused(source, tmp_path):
+def test_truncated_archives_are_refused(source, tmp_path):
     data, _ = made(source, tmp_path, "tar in parts")
     parts = sorted(data.glob("*.part-*"))
     whole = TarImages(data, parts)
