@@ -1,4 +1,4 @@
-"""Item: what a person asks with, or what is found. Queries and candidates of every modality are the same type.
+"""Items: queries and candidates of every modality share one type.
 
 Axes: S tokens, H W pixels.
 """
@@ -15,9 +15,9 @@ class Item:
     """One thing to embed; at least one of `text` and `image` is given.
 
     Attributes:
-      text: what the person wrote, or the candidate's text; None or "" if there is none.
+      text: text of the query or of the candidate; None or "" if there is none.
       image: encoded image bytes, a path to an image file, or pixels as uint8 [height, width, 3]; None if there is none.
-      instruction: what kind of thing is wanted; only queries have one. It stands before the text.
+      instruction: describes the kind of candidate that is sought; only queries have one. It is prepended to the text.
     """
 
     text: str | None = None
@@ -26,13 +26,13 @@ class Item:
 
     @property
     def modality(self) -> str:
-        """M-BEIR's name of what the item carries: "text", "image" or "image,text"."""
+        """Returns M-BEIR's name of the item's modality: "text", "image" or "image,text"."""
         names = [name for name, there in (("image", self.image is not None), ("text", bool(self.text))) if there]
         return ",".join(names)
 
 
 class EncodedItem(NamedTuple):
-    """An item as the model takes it.
+    """An item in the form that the model takes as input.
 
     Attributes:
       tokens: int32 [S]; an item with an image begins with that image's placeholders.

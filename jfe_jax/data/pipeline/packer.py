@@ -1,4 +1,4 @@
-"""Many items of different lengths → one batch of fixed shape.
+"""Packs items of different lengths into one batch of fixed shape.
 
 Axes: G groups, R rows, S tokens of a row, M image slots, B items, H W pixels, W bins of L tokens.
 """
@@ -18,7 +18,7 @@ MAX_REPACK_ITEMS = 512
 
 
 class _Placement(NamedTuple):
-    """An item, its index in the group's B, and where it starts: so many tokens into a row, or into a bin."""
+    """Position of an item: its index in the group's B, its row (or bin), and its token offset in that row or bin."""
 
     index: int
     item: EncodedItem
@@ -27,19 +27,19 @@ class _Placement(NamedTuple):
 
 
 class Packer:
-    """Finds room for items, then lays them out.
+    """Assigns items to rows or bins, then builds the arrays.
 
     Each item goes into the fullest row or bin of its group that has room (best fit), or, in the padded layout, into
-    a row of its own. Finding room needs lengths only, so it costs microseconds; tokens and pixels are copied once, at
-    the end.
+    a separate row. The assignment needs lengths only and takes microseconds. Tokens and pixels are copied once, in
+    `finish`.
 
     Args:
       groups, rows, row_tokens, image_slots: G, and R, S and M of each group.
       image_size: H and W of the image slots.
-      bins: lengths and numbers of each group's bins; none for rows.
+      bins: (length, count) of each group's bins; empty to use rows.
 
     Attributes:
-      free: tokens that each group has left.
+      free: number of tokens still free in each group.
     """
 
     def __init__(
@@ -58,15 +58,18 @@ class Packer:
         self.groups, self.rows, self.row_tokens = groups, rows, row_tokens
         self.image_slots, self.image_size, self.layout = image_slots, image_size, layout
         self.free = [rows * row_tokens] * groups
-        # (tokens left, row or bin), in that order.
+        # Sorted (free tokens, row or bin) of each group.
         self._free_space = [self._empty() for _ in range(groups)]
         self._images = [0] * groups
         self._placements: list[list[_Placement]] = [[] for _ in range(groups)]
 
     def add(self, group: int, items: Sequence[tuple[int, EncodedItem]]) -> bool:
-        """Takes all of `items` (each with its index in the group's B) into `group`, or, if they do not fit, none.
+        """Adds all of `items` (each with its index in the group's B) to `group`, or none of them if they do not fit.
 
-        If they would fit but for how the others lie, all are laid anew.
+        If fragmentation alone keeps them from fitting, all items of the group are repacked.
+
+        Returns:
+          True if the items were added.
         """
         images = self._images[group] + sum(item.pixels is not None for _, item in items)
         total = sum(len(item.tokens) for _, item in items)
@@ -89,9 +92,9 @@ class Packer:
     def _place_items(
         self, left: list[tuple[int, int]], items: Sequence[tuple[int, EncodedItem]]
     ) -> "list[_Placement] | None":
-        # Into what `left` names, which changes; None if they do not fit.
+        # Places the items into the free space `left`, which is modified. Returns None if they do not fit.
         taken = []
-        # The longest first: they fit into the fewest rows.
+        # Longest first: this needs the fewest rows.
         for index, item in sorted(items, key=lambda one: -len(one[1].tokens)):
             length = len(item.tokens)
             at = bisect_left(left, (length, -1))
@@ -104,7 +107,7 @@ class Packer:
         return taken
 
     def finish(self, items_per_group: int) -> PackedBatch:
-        """Everything that was added, as one batch with B = `items_per_group`."""
+        """Builds one batch of all added items, with B = `items_per_group`."""
         G, R, S, M, B = self.groups, self.rows, self.row_tokens, self.image_slots, items_per_group
         tokens, segments, positions = (np.zeros(G * R * S, np.int32) for _ in range(3))
         pixels = np.zeros((G, M, self.image_size, self.image_size, 3), np.uint8)
@@ -113,7 +116,7 @@ class Packer:
         valid = np.zeros((G, B), bool)
         bounds = np.cumsum([0, *self._lengths])
         token_index, inverse_index = np.full((G, bounds[-1]), R * S, np.int32), np.full(G * R * S, bounds[-1], np.int32)
-        # In the order in which they lie.
+        # In the order of their position in the group.
         placed = [
             (g, *one)
             for g, own in enumerate(self._placements)
@@ -126,7 +129,7 @@ class Packer:
             ends = np.cumsum(lengths)
             inside = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
             group, item_index, place = np.array(group), np.array(item_index), bounds[list(row)] + np.array(offset)
-            # Tokens of bins follow each other without the gaps that rows have.
+            # With bins, the tokens of all items are contiguous, without the gaps that rows have.
             unit = group if self.bins else group * R + np.array(row)
             begins = ends - lengths
             starts = begins - begins[np.searchsorted(group, group)] if self.bins else place
@@ -161,7 +164,7 @@ class Packer:
         )
 
     def _split_by_length(self, token_index: np.ndarray) -> tuple[np.ndarray, ...]:
-        # [G, places of all bins] → [G, W, L] of each length.
+        # [G, positions of all bins] → [G, W, L] for each length.
         ends = np.cumsum([length * count for length, count in self.bins])
         parts = np.split(token_index, ends[:-1], axis=1)
         return tuple(
@@ -180,7 +183,7 @@ def pack(
     image_size: int | None = None,
     bins: Sequence[tuple[int, int]] = (),
 ) -> PackedBatch:
-    """Packs a list: the first len(items) / groups into group 0, and so on; None leaves a filler.
+    """Packs a list: the first len(items) / groups items go into group 0, and so on; None gives a padding item.
 
     Args:
       rows, row_tokens, image_slots: R, S, M of each group.

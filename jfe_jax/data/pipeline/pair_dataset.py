@@ -1,6 +1,6 @@
-"""Stored query → pair of a drawn positive with its query, encoded: the middle of the loader's chain.
+"""Turns a stored query into an encoded pair with a sampled positive: the middle of the loader's chain.
 
-Candidates and images come many times in an epoch: two caches make them cheap.
+Candidates and images occur many times in an epoch, so both are cached.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.data.storage.prepared_dataset import PreparedDataset, QueryRecord, RawRecords, parse_query
 from jfe_jax.errors import UserError
 
-# What an entry of a cache costs besides its array.
+# Bytes that a cache entry takes in addition to its array.
 _OVERHEAD = 400
 
 
 class Caches:
-    """What one reader keeps: images for `image_bytes`, and candidates' tokens for a quarter as much again.
+    """Caches of one reader: images up to `image_bytes`, and candidates' tokens up to a quarter of that in addition.
 
-    Queries are not kept: they come once in an epoch, and would push out candidates and images, which come often.
+    Queries are not cached: they occur once in an epoch and would evict candidates and images, which occur often.
     """
 
     def __init__(self, image_bytes: int):
@@ -37,9 +37,9 @@ class Caches:
 
 
 class StoredQuery(NamedTuple):
-    """A query with its unit's prompts by (query's, positive's modality), and the parts its image may be in.
+    """A query with its task's prompts by (query's, positive's modality), and the image parts that may hold its image.
 
-    The first of these is the unit's.
+    The first of `image_parts` is the task's.
     """
 
     record: QueryRecord
@@ -52,20 +52,20 @@ class StoredQuery(NamedTuple):
 
 
 class TaskQueries(grain.MapDataset):
-    """A unit's queries by index.
+    """Reads the queries of a task by index.
 
-    A data set rather than a source for `grain.MapDataset.source`, whose metrics cost as much as reading the record.
+    A dataset rather than a source for `grain.MapDataset.source`, whose metrics cost as much as reading the record.
 
     Args:
-      records: the serialized queries.
+      records: serialized queries.
       instructions: rows of query's modality, positive's modality, prompts.
-      image_parts: where the images are, the unit's name first.
+      image_parts: names of the parts that hold the images, the task's name first.
     """
 
     def __init__(self, records: RawRecords, instructions: Iterable[list[str]], image_parts: Iterable[str]):
         super().__init__()
         self._records, self._image_parts = records, tuple(image_parts)
-        # Grain asks for it several times at every read.
+        # Cached, because grain calls `len` several times at every read.
         self._count = len(records)
         self._prompts = {
             (MODALITIES.index(query), MODALITIES.index(candidate)): prompts
@@ -82,14 +82,14 @@ class TaskQueries(grain.MapDataset):
 
 @dataclass(frozen=True)
 class EncodePair(grain.transforms.MapWithIndex):
-    """Draws instruction, positive and negatives for the stream's i-th query, and encodes what was drawn.
+    """Samples instruction, positive and negatives for the stream's i-th query, and encodes them.
 
     Attributes:
-      seed: the draws are a function of it and of the index in the stream.
-      instruction_probability: how often the query gets an instruction.
-      negatives: K at most; a query with fewer in its list gets those.
+      seed: the samples are a function of the seed and of the index in the stream.
+      instruction_probability: probability that the query gets an instruction.
+      negatives: K, the maximum number of negatives; a query with fewer in its list gets all of them.
       wanted_modality: only negatives of the drawn positive's modality.
-      image_shift: each image is moved by up to so many pixels.
+      image_shift: maximum random shift of each image, in pixels.
     """
 
     prepared: PreparedDataset
@@ -140,7 +140,7 @@ class EncodePair(grain.transforms.MapWithIndex):
         return EncodedItem(tokens, self._pixels(query.image_id, element.image_parts, f"image of query {query.qid}"))
 
     def _candidate(self, number: int) -> EncodedItem:
-        # The record is read if its tokens or its pixels are not there, and once if neither is.
+        # The record is read if its tokens or its pixels are not cached, and only once if neither is.
         record = None
 
         def tokens() -> tuple[np.ndarray, int]:
@@ -160,7 +160,7 @@ class EncodePair(grain.transforms.MapWithIndex):
         return EncodedItem(ids, pixels)
 
     def _shifted(self, item: EncodedItem, down: float, right: float) -> EncodedItem:
-        """Moves the item's image; `down` and `right` in [0, 1) stand for the whole range."""
+        """Moves the item's image; `down` and `right` in [0, 1) span the full range of shifts."""
         if item.pixels is None:
             return item
         moves = (int(way * (2 * self.image_shift + 1)) - self.image_shift for way in (down, right))
@@ -178,13 +178,13 @@ class EncodePair(grain.transforms.MapWithIndex):
 
 
 class BadPair(NamedTuple):
-    """A pair that cannot be read: its query's unit, and why."""
+    """A pair that cannot be read: the task of its query, and the reason."""
 
     unit: str
     problem: str
 
 
 def uniform(seed: int, index: int, count: int) -> list[float]:
-    """`count` numbers in [0, 1): a function of seed and index, and cheaper than to seed a generator for each index."""
+    """Returns `count` numbers in [0, 1): a function of seed and index, cheaper than seeding a generator per index."""
     digest = hashlib.shake_128(b"%d:%d" % (seed, index)).digest(4 * count)
     return [int.from_bytes(digest[at : at + 4], "little") * 2.0**-32 for at in range(0, 4 * count, 4)]

@@ -1,7 +1,7 @@
-"""Processes that read pairs, each with a pipe to this one.
+"""Reads pairs in worker processes, each with a pipe to this process.
 
-Arrays go through the pipe as they are: nothing is copied on the way, and no shared memory is needed, of which a
-container has 64 MiB, and whose every new page the system has to clear.
+Arrays are written to the pipe without being copied first. No shared memory is needed: containers have only 64 MiB of
+it, and the system has to clear every new page of it.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from jfe_jax.data.pipeline.pair_dataset import BadPair
 from jfe_jax.errors import UserError
 from jfe_jax.utils.background_iterator import prefetch
 
-# Pairs that a worker reads and sends at once; of each worker, what waits here.
+# Number of pairs that a worker reads and sends at once; number of chunks prefetched from each worker.
 _CHUNK, _AHEAD = 8, 4
 _PIPE_BYTES = 1 << 20
-# What comes next in the pipe, as two int64: bytes of the description, and of the pixels after it.
+# Size of a message header: two int64, the bytes of the description and of the pixels that follow it.
 _SIZES_BYTES = 16
 
 Pair = EncodedPair | BadPair
 
 
 class Workers:
-    """An endless data set's pairs in their order, read ahead by `count` processes.
+    """Yields the pairs of an endless dataset in order, prefetched by `count` processes.
 
     Args:
       pairs: EncodedPair or BadPair by index. Picklable.
@@ -44,7 +44,7 @@ class Workers:
         self._chunk: Iterator[Pair] = iter(())
 
     def __next__(self) -> Pair:
-        """Raises what a worker raised; UserError if one has been killed."""
+        """Returns the next pair. Raises the exception of a worker, or UserError if a worker was killed."""
         pair = next(self._chunk, None)
         if pair is None:
             self._chunk = iter(next(next(self._turns).chunks))
@@ -52,24 +52,24 @@ class Workers:
         return pair
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Kills the worker processes."""
         for worker in self._workers:
             worker.close()
 
 
 class _Worker:
-    """The chunks turn, turn + count, turn + 2 · count, … of the pairs, `chunks` in this process."""
+    """A process that reads the chunks turn, turn + count, turn + 2 · count, … of the pairs; `chunks` yields them here."""
 
     def __init__(self, pairs: Any, turn: int, count: int):
-        # Not forked: this process has threads.
+        # Spawned rather than forked, because this process has threads.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe(duplex=False)
-        # A system that allows less has its reasons; so does one that has no such call.
+        # Best effort: a system may limit the pipe size or lack this call.
         with contextlib.suppress(OSError, AttributeError):
             fcntl.fcntl(theirs.fileno(), fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
         self._process = context.Process(target=_work, args=(theirs, pairs, turn, count), daemon=True)
         self._process.start()
-        # From here on the pipe ends when the process does.
+        # With this end closed, the pipe ends when the worker process does.
         theirs.close()
         self.chunks = prefetch(self._read(), _AHEAD)
 
@@ -86,7 +86,7 @@ class _Worker:
             yield chunk
 
     def close(self) -> None:
-        # It only reads, so there is nothing that it would have to end.
+        # Workers are read-only, so killing them is safe.
         self._process.kill()
         self.chunks.close()
         self._process.join()
@@ -94,13 +94,13 @@ class _Worker:
 
 
 def _work(pipe: Any, pairs: Any, turn: int, count: int) -> None:
-    # Ctrl-C goes to the whole group; what becomes of this process is for the other one to say.
+    # Ctrl-C is sent to the entire process group; the parent decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _serve(pipe.fileno(), pairs, turn, count)
 
 
 def _serve(file: int, pairs: Any, turn: int, count: int) -> None:
-    # The pipe breaks when nobody reads any more.
+    # The pipe breaks when the reader has closed it.
     with contextlib.suppress(BrokenPipeError):
         for chunk in itertools.count(turn, count):
             try:
@@ -116,7 +116,7 @@ def _serve(file: int, pairs: Any, turn: int, count: int) -> None:
 
 
 def _next_chunk(file: int) -> list[Pair]:
-    """Raises what the other side raised, and EOFError if the pipe ends."""
+    """Receives one chunk. Raises the exception of the worker, or EOFError if the pipe ends."""
     described, size = _receive(file, _SIZES_BYTES).view("<i8").tolist()
     told = pickle.loads(_receive(file, described))
     pixels = _receive(file, size)
@@ -159,7 +159,7 @@ def _send(file: int, content: bytes | np.ndarray) -> None:
 
 
 def _receive(file: int, size: int) -> np.ndarray:
-    """uint8 [size]. Raises EOFError if the pipe ends before."""
+    """Receives uint8 [size]. Raises EOFError if the pipe ends before that."""
     content = np.empty(size, np.uint8)
     left = memoryview(content)
     while left:

@@ -1,4 +1,4 @@
-"""Items laid out at once: nothing lost, nothing too much for a group, and the packer agrees."""
+"""Offline packing: no item is lost, no group is over capacity, and the packer gives the same rows."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def sizes():
 @pytest.mark.parametrize(
     "room", [GroupShape(4, 160, 8, 80), GroupShape(3, 200, 2, 9)], ids=["roomy", "few slots and items"]
 )
-def test_every_item_has_a_place_and_no_group_too_many(sizes, room):
+def test_every_item_is_packed_once_within_group_capacity(sizes, room):
     groups = [rows for _, rows in pack_offline(sizes, [room])]
     assert sorted(index for rows in groups for row in rows for index in row) == list(range(500))
     for rows in groups:
@@ -38,7 +38,7 @@ def test_rows_are_filled_better_than_in_the_order_that_items_come(sizes):
 @pytest.mark.parametrize(
     "room", [GroupShape(4, 160, 8, 80), GroupShape(3, 200, 2, 9)], ids=["roomy", "few slots and items"]
 )
-def test_the_packer_puts_them_into_the_same_rows(sizes, room):
+def test_packer_assigns_items_to_the_same_rows(sizes, room):
     for _, rows in pack_offline(sizes, [room]):
         packer = Packer(
             groups=1,
@@ -58,7 +58,7 @@ def test_the_packer_puts_them_into_the_same_rows(sizes, room):
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_groups_have_the_shortest_rows_that_hold_what_is_left(sizes, together):
+def test_groups_have_the_shortest_rows_that_hold_the_remaining_items(sizes, together):
     rooms = [GroupShape(3, 160, 6, 60), GroupShape(8, 70, 8, 70), GroupShape(5, 100, 5, 62)]
     found = list(pack_offline(sizes, rooms, together))
     assert sorted(index for _, rows in found for row in rows for index in row) == list(range(500))

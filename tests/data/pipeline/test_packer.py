@@ -11,7 +11,7 @@ SIZE, PATCHES, IMAGE = 2, 3, 9
 
 
 def item(number: int, length: int, image: bool) -> EncodedItem:
-    """Tokens tell the item from every other; its pixels hold its number."""
+    """Builds an item with unique tokens, whose pixels hold its number."""
     tokens = 100 * (number + 1) + np.arange(length, dtype=np.int32)
     if not image:
         return EncodedItem(tokens, None)
@@ -21,7 +21,7 @@ def item(number: int, length: int, image: bool) -> EncodedItem:
 
 
 def check_placed(batch, group: int, index: int, one: EncodedItem) -> None:
-    """Everything the batch says of an item is true of it, and it is the item's."""
+    """Checks all entries of the batch for one item against that item."""
     start, end = batch.pool_span[group, index]
     row_tokens = batch.tokens.shape[2]
     assert batch.valid[group, index]
@@ -46,7 +46,7 @@ ITEMS = st.lists(st.tuples(st.integers(1, 20), st.booleans()), min_size=0, max_s
 
 @given(ITEMS, st.integers(1, 3), st.sampled_from(["packed", "padded"]))
 @settings(deadline=None, max_examples=80)
-def test_every_item_lies_once_in_one_row_with_its_image(drawn, groups, layout):
+def test_every_item_is_packed_once_in_one_row_with_its_image(drawn, groups, layout):
     items = [item(number, *one) for number, one in enumerate(drawn)]
     items += [None] * (-len(items) % groups)
     per_group = len(items) // groups
@@ -81,7 +81,7 @@ def test_items_share_rows_first_fit():
     np.testing.assert_array_equal(batch.segments[0], [[1] * 6 + [2] * 4, [1] * 5 + [2] * 3 + [3] * 2])
 
 
-def test_items_are_laid_anew_if_another_fits_then():
+def test_group_is_repacked_if_another_item_then_fits():
     items = [item(n, length, False) for n, length in enumerate([3, 3, 7, 7])]
     batch = pack(items, groups=1, rows=2, row_tokens=10, image_slots=0)
     for index, one in enumerate(items):
@@ -90,7 +90,7 @@ def test_items_are_laid_anew_if_another_fits_then():
 
 
 @pytest.mark.parametrize(("lengths", "image"), [([11], False), ([6, 6, 6], False), ([1, 1], True)])
-def test_what_does_not_fit_is_refused(lengths, image):
+def test_item_that_does_not_fit_raises(lengths, image):
     with pytest.raises(UserError, match="fits into no row"):
         pack(
             [item(n, length, image) for n, length in enumerate(lengths)],
@@ -103,7 +103,7 @@ def test_what_does_not_fit_is_refused(lengths, image):
         )
 
 
-def test_a_split_that_is_not_even_and_an_unknown_image_size_are_programming_errors():
+def test_uneven_split_and_unknown_image_size_raise_value_error():
     with pytest.raises(ValueError, match="equal groups"):
         pack([item(0, 3, False)], groups=2, rows=2, row_tokens=10, image_slots=0)
     with pytest.raises(ValueError, match="image_size"):
@@ -112,7 +112,7 @@ def test_a_split_that_is_not_even_and_an_unknown_image_size_are_programming_erro
 
 @given(ITEMS.filter(bool), st.integers(1, 3))
 @settings(deadline=None, max_examples=60)
-def test_with_bins_tokens_have_no_gaps_and_every_item_lies_whole_in_one(drawn, groups):
+def test_bins_leave_no_token_gaps_and_hold_each_item_entirely(drawn, groups):
     items = [item(number, *one) for number, one in enumerate(drawn)]
     items += [None] * (-len(items) % groups)
     per_group = len(items) // groups

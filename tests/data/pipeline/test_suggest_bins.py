@@ -1,4 +1,4 @@
-"""Bins that are suggested hold what they are suggested for."""
+"""Suggested bins hold the items that they are suggested for."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What goes through a reader's pipe, with a thread at its other end in place of a process."""
+"""Messages of a worker's pipe, with a thread instead of a process at the other end."""
 
 import os
 import threading
@@ -66,7 +66,7 @@ def same(one, other):
     return one._replace(items=()) == other._replace(items=())
 
 
-def test_what_was_sent_arrives(serve):
+def test_sent_chunks_arrive_unchanged(serve):
     pipe = serve(Pairs(), 1, 2)
     for chunk in (1, 3, 5):
         got = worker_pool._next_chunk(pipe)
@@ -78,7 +78,7 @@ def test_a_chunk_of_bad_pairs_alone_arrives(serve):
     assert worker_pool._next_chunk(serve(Pairs(), 2, 1)) == [Pairs()[i] for i in range(16, 24)]
 
 
-def test_an_error_arrives_in_its_turn_and_ends_it(serve):
+def test_worker_error_arrives_in_order_and_ends_the_stream(serve):
     pipe = serve(Pairs(last=11), 0, 1)
     assert len(worker_pool._next_chunk(pipe)) == 8
     with pytest.raises(UserError, match="nothing at 11"):
