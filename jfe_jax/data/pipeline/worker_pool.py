@@ -58,7 +58,7 @@ class Workers:
 
 
 class _Worker:
-    """A process that reads the chunks turn, turn + count, turn + 2 · count, … of the pairs; `chunks` yields them here."""
+    """A process that reads the chunks turn, turn + count, … of the pairs; `chunks` yields them in this process."""
 
     def __init__(self, pairs: Any, turn: int, count: int):
         # Spawned rather than forked, because this process has threads.
