@@ -2,7 +2,7 @@
 
     checkpoint.json              which checkpoint
     {name}.{dtype}.{digest}/     an index as `jfe embed` writes it, finished or not
-      contents.npy               int64 [B]: catalogue.content_id of its items
+      contents.npy               int64 [B]: candidate_table.content_id of its items
 
 What any finished index holds is not embedded again; what none holds becomes a new one. The same items with the same
 indices beside them make the same new one, so that a killed run goes on with it.
@@ -42,7 +42,7 @@ class Wanted(Protocol):
 
     Attributes:
       kind: what they are, for people.
-      contents: int64 [N]; catalogue.content_id.
+      contents: int64 [N]; candidate_table.content_id.
       files: int16 [N]; which of `names` the index is named after that an item goes into.
       path: where they are from, for people.
     """
@@ -71,7 +71,7 @@ class Stores:
     """The directory, opened for one checkpoint.
 
     Args:
-      form: of the images, as stored_images.Images has it.
+      form: of the images, as image_store.ImageLookup has it.
       overwrite: if another checkpoint's embeddings are there, or damaged ones, remove them.
 
     Raises:

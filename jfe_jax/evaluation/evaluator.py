@@ -68,7 +68,7 @@ class Keep:
     Attributes:
       folder: where finished searches are; None keeps nothing.
       embeddings: where the embeddings are, which evaluations of one checkpoint can share; folder/embeddings if None.
-      images: where images are read from, or copied to, if they are not unpacked; see stored_images.open_images;
+      images: where images are read from, or copied to, if they are not unpacked; see image_store.open_images;
         `embeddings`/images if None.
       dtype: how the candidates' embeddings are stored, one of storage.DTYPES; the queries' are float32.
       shard: items that are embedded at a time.

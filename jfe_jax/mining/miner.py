@@ -72,7 +72,7 @@ def mine(
     embedding, the search and the choice; what is written is the same.
 
     Args:
-      images: where images are read from, or copied to, if they are not unpacked; see stored_images.open_images;
+      images: where images are read from, or copied to, if they are not unpacked; see image_store.open_images;
         out/mining/images if not given.
       shard: items that are embedded at a time.
       overwrite: embed anew, whatever is there.

@@ -74,15 +74,17 @@ def find_tfds_directory(name: str, data_dir: Path | None) -> Path:
     Raises:
       UserError: it is not found.
     """
-    whole, _, version = name.partition(":")
-    dataset, _, config = whole.partition("/")
+    full_name, _, version = name.partition(":")
+    dataset, _, config = full_name.partition("/")
     try:
         found = tfds.core.read_only_builder.builder_from_files(
             dataset, config=config or None, version=version or None, data_dir=data_dir
         )
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        where = data_dir or "TFDS's own data_dir (give another with --images)"
-        raise UserError(f"{name}: neither a directory nor a TFDS data set that is prepared in {where}") from error
+        search_directory = data_dir or "TFDS's own data_dir (give another with --images)"
+        raise UserError(
+            f"{name}: neither a directory nor a TFDS data set that is prepared in {search_directory}"
+        ) from error
     return Path(found.data_dir)
 
 
