@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from jfe_jax.config import ModelConfig
 from jfe_jax.data.pipeline.offline_packing import GroupShape, Size, pack_offline
+from jfe_jax.models.registry import get_backbone
 
 
 class Scale(NamedTuple):
@@ -51,6 +52,7 @@ class Rooms:
 
     def __init__(self, model: ModelConfig, scale: Scale):
         self._model, self._scale = model, scale
+        self._backbone = get_backbone(model)
         self._shortest_with_image = model.vision.patches + 2
         # All that were used; those of the last choice, and what they cost beside the items alone.
         self._used: set[int] = set()
@@ -76,8 +78,8 @@ class Rooms:
 
     def _room(self, rows: int, length: int) -> GroupShape:
         slots = rows * (length // self._shortest_with_image)
-        if self._model.kind == "dual":
-            # An image takes no tokens there: as many as would fit if it did.
+        if not self._backbone.image_takes_tokens():
+            # As many as would fit if it did.
             slots = rows * length // self._shortest_with_image
         return GroupShape(rows, length, max(1, slots), max(1, rows * length // _TOKENS_OF_ITEM))
 
@@ -129,11 +131,8 @@ class Rooms:
 
     def _token_cost(self, length: int) -> float:
         """Of a token in a layer of the text tower, in rows of this length: FLOPs, those of attention weighed."""
-        text, dual = self._model.text, self._model.kind == "dual"
-        heads = text.width if dual else text.num_heads * text.head_dim
-        keys = text.width if dual else text.num_kv_heads * text.head_dim
-        weights = text.width * (2 * heads + 2 * keys + (2 if dual else 3) * text.mlp_dim)
-        return 2.0 * weights + _ATTENTION * 4.0 * length * heads
+        matrices, attention = self._backbone.token_flops(self._model)
+        return matrices + _ATTENTION * length * attention
 
 
 def _rounded(tokens: int, step: int) -> int:

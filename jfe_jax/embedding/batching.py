@@ -21,6 +21,7 @@ from jfe_jax.data.pipeline.packer import Packer
 from jfe_jax.data.processor import ItemEncoder
 from jfe_jax.embedding.batch_shapes import ACCELERATOR, Rooms, Scale
 from jfe_jax.errors import UserError
+from jfe_jax.models.registry import get_backbone
 
 # Items that are laid out at once, for each group; those that do not fill a batch wait for the next ones.
 WINDOW = 1024
@@ -115,8 +116,7 @@ class BatchMaker:
         room = plan.room
         most_images = max(sum(number in images for number in group) for group in plan.groups)
         most_items = max(map(len, plan.groups))
-        # The dual encoders and the late-fusion baseline need at least one slot.
-        least = 0 if self._model.kind == "fusion" else 1
+        least = get_backbone(self._model).min_image_slots
         slots = max(least, _stepped(most_images, room.image_slots, _SLOT_STEPS if room.rows > 1 else 1))
         parts = (-(-room.items // part) for part in (_ITEM_PARTS if room.rows > 1 else (1,)))
         places = next(part for part in parts if part >= most_items)

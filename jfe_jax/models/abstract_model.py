@@ -10,7 +10,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jfe_jax.config import ModelConfig
 from jfe_jax.errors import UserError
-from jfe_jax.models.registry import build_model, logical_axes
+from jfe_jax.models.layers.blocks import logical_axes
+from jfe_jax.models.registry import build_model
 from jfe_jax.parallel import sharding
 
 # A run does not start if more than this share of the parameters, and more than so many bytes, lie whole on each device.

@@ -236,7 +236,7 @@ class _ModelSize(NamedTuple):
     @classmethod
     def of(cls, config: Config) -> "_ModelSize":
         from jfe_jax.models.abstract_model import shapes_of
-        from jfe_jax.models.registry import count_parameters, logical_axes
+        from jfe_jax.models.layers.blocks import count_parameters, logical_axes
         from jfe_jax.train.optimizer import trained_mask
         from jfe_jax.utils.pytrees import select
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jfe_jax.config import Config
 from jfe_jax.losses import contrastive
 from jfe_jax.models.abstract_model import Blueprint, blueprint, random_parameters, require_split, shardings_of
-from jfe_jax.models.registry import dual_logits
+from jfe_jax.models.siglip_clip.model import dual_logits
 from jfe_jax.parallel import sharding
 from jfe_jax.parallel.sharding import path_name
 from jfe_jax.train.optimizer import make_optimizer, trained_mask

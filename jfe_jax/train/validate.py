@@ -2,7 +2,7 @@
 
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
-from jfe_jax.models.registry import embedding_width
+from jfe_jax.models.registry import get_backbone
 from jfe_jax.utils.local_paths import require_checkpoint_path
 
 
@@ -10,8 +10,9 @@ def check(config: Config) -> None:
     """Raises UserError for values that cannot work on any machine."""
     require_checkpoint_path(config.output, "output")
     optimizer, loss, data, checkpoint = config.optimizer, config.loss, config.data, config.checkpoint
-    width = embedding_width(config.model)
-    own_temperature = loss.temperature == 0 and config.model.kind == "dual"
+    backbone = get_backbone(config.model)
+    width = backbone.embedding_width(config.model)
+    own_temperature = loss.temperature == 0 and backbone.own_temperature
     for bad, problem in (
         (optimizer.steps < 1, f"optimizer.steps is {optimizer.steps}; it has to be 1 or more"),
         (
@@ -77,6 +78,10 @@ def check(config: Config) -> None:
         (
             config.model.lora.rank > 0 and not config.init,
             "model.lora: adapters stand on trained weights; give a checkpoint as init",
+        ),
+        (
+            bool(data.bins) and not backbone.bins,
+            "data.bins: this backbone's attention does not work on bins; leave them out",
         ),
         (data.pairs < 2, f"data.pairs is {data.pairs}; contrast needs 2 or more"),
     ):

@@ -12,7 +12,8 @@ from transformers import SiglipConfig, SiglipModel
 
 from jfe_jax import config
 from jfe_jax.data.batch import PackedBatch
-from jfe_jax.models.registry import build_model, count_parameters, embedding_width
+from jfe_jax.models.layers.blocks import count_parameters
+from jfe_jax.models.registry import build_model, embedding_width
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "paligemma_3b"
 # google/paligemma-3b-pt-224 as published

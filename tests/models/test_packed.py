@@ -13,7 +13,8 @@ from jfe_jax.config import ModelConfig
 from jfe_jax.data.item import EncodedItem
 from jfe_jax.data.pipeline.packer import pack
 from jfe_jax.errors import UserError
-from jfe_jax.models.registry import build_model, embedding_width, logical_axes
+from jfe_jax.models.layers.blocks import logical_axes
+from jfe_jax.models.registry import build_model, embedding_width
 from tests.support import tiny_models as tiny
 
 KINDS = list(tiny.KINDS)

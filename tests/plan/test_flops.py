@@ -19,7 +19,7 @@ from jfe_jax.config import (
     VisionConfig,
 )
 from jfe_jax.data.batch import PackedBatch
-from jfe_jax.models.registry import count_parameters
+from jfe_jax.models.layers.blocks import count_parameters
 from jfe_jax.parallel import sharding
 from jfe_jax.plan import flops
 from jfe_jax.plan.hlo import HloModule

@@ -168,8 +168,8 @@ def _bins(cfg: Config, groups: int) -> tuple[tuple[int, int], ...]:
     data = cfg.data
     if not data.bins:
         return ()
-    if data.layout == "padded" or cfg.model.kind == "dual":
-        raise UserError("data.bins: only for packed items of a fusion or two_tower model")
+    if data.layout == "padded":
+        raise UserError("data.bins: only for packed items, not with data.layout padded")
     for length, count in data.bins.items():
         if length < 1 or count < 1 or count % groups:
             raise UserError(f"data.bins: {count} bins of {length} tokens do not divide among {groups} groups")

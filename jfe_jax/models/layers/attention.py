@@ -33,8 +33,8 @@ class Segments(NamedTuple):
     near: jax.Array | None
 
 
-def check(cfg: ModelConfig) -> None:
-    """Raises UserError if `cfg.attention` cannot do what the model needs."""
+def check(cfg: ModelConfig, supported: tuple[str, ...]) -> None:
+    """Raises UserError if the backbone does not support `cfg.attention`, or that cannot do what the model needs."""
     text = cfg.text
     h, patch_h = text.head_dim, cfg.vision.width // cfg.vision.num_heads
     conditions = {
@@ -52,8 +52,8 @@ def check(cfg: ModelConfig) -> None:
     for holds, problem in conditions.get(cfg.attention, ()):
         if not holds:
             raise UserError(f"model.attention: {cfg.attention} {problem}; take xla")
-    if cfg.kind == "dual" and cfg.attention != "xla":
-        raise UserError(f"model.attention: a dual encoder has xla only, not {cfg.attention}")
+    if cfg.attention not in supported:
+        raise UserError(f"model.attention: this backbone has {' and '.join(supported)} only, not {cfg.attention}")
 
 
 def attend(

@@ -387,7 +387,7 @@ def test_fewer_negatives_than_wanted_leave_fillers(make_config):
         ({"bins": {64: 13}}, {}, "data.bins: 13 bins of 64 tokens do not divide among 2 groups"),
         ({"bins": {64: 2}}, {}, "data.bins: they have room for 128 tokens, fewer than"),
         ({"bins": {40: 64}}, {}, "data.bins: 40 is less than the longest item"),
-        ({"bins": {64: 64}, "layout": "padded"}, {}, "data.bins: only for packed items"),
+        ({"bins": {64: 64}, "layout": "padded"}, {}, "data.bins: only for packed items, not with data.layout padded"),
         ({"layout": "padded"}, {}, "needs a row for each of the 32 items"),
         ({}, {"tokenizer": "/nowhere"}, "does not exist"),
     ],
