@@ -27,11 +27,14 @@ def output_lock(path: str | os.PathLike[str], command: str) -> Iterator[None]:
       command: The name of the holder in the other command's error, such as "jfe train".
 
     Raises:
-      UserError: Another process holds the lock; names it, its host and its start.
-      OSError: The parent of the path cannot be made.
+      UserError: Another process holds the lock; names it, its host and its start. Or the parent of the path cannot be
+        made or written to.
     """
-    file = _lock_file(Path(os.path.realpath(path)))
-    descriptor = _acquire(file, path)
+    try:
+        file = _lock_file(Path(os.path.realpath(path)))
+        descriptor = _acquire(file, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot write there ({error.strerror}: {error.filename})") from error
     if descriptor is None:
         yield
         return

@@ -84,3 +84,11 @@ def test_compare_is_refused_an_output_in_use(tmp_path, monkeypatch, capsys):
     with output_lock(tmp_path / "out", "jfe compare"):
         assert main(["compare", "--out", str(tmp_path / "out"), f"a={tmp_path}"]) == 1
     assert "in use by `jfe compare`" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    for inner in ("out", "deep/out"):
+        refused = pytest.raises(UserError, match=f"{tmp_path}/file/{inner}: cannot write there")
+        with refused, output_lock(tmp_path / "file" / inner, "jfe embed"):
+            pass
