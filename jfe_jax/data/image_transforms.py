@@ -1,4 +1,4 @@
-"""Image file → pixels, the way SiglipImageProcessor and CLIPImageProcessor do it with Pillow.
+"""Decodes and resizes images to pixels as SiglipImageProcessor and CLIPImageProcessor do with Pillow.
 
 Axes: H W pixels.
 """
@@ -15,31 +15,32 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from jfe_jax.errors import UserError
 
-# Pillow only warns of an image between one and two times its limit; an image that large is refused here.
+# Pillow only warns of an image between one and two times its limit; here such an image is an error.
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112
-# How a JPEG begins, and its marker APP1, which compressed pixels never spell.
+# First bytes of a JPEG, and its marker APP1, which never occurs in compressed pixel data.
 _JPEG, _EXIF = b"\xff\xd8\xff", b"\xff\xe1"
 _LARGEST_RESIZED = 1 << 25
-# One of each thread: it has a lock.
+# One resizer per thread, because a resizer has a lock.
 _RESIZER = threading.local()
 
 
-class Stored(Protocol):
-    """An image that is no file of its own, such as one in an archive; `str` says where it is."""
+class ReadableImage(Protocol):
+    """An image that is not a separate file, such as one in an archive; `str` gives its location."""
 
     def read_bytes(self) -> bytes: ...
 
 
-def decode(image: "bytes | Path | Stored | np.ndarray", name: str = "image") -> Image.Image:
+def decode(image: "bytes | Path | ReadableImage | np.ndarray", name: str = "image") -> Image.Image:
     """Opens an image as RGB.
 
-    EXIF orientation is applied, palettes are resolved, 16-bit grey is scaled to 8 bits, transparency is laid on white.
+    EXIF orientation is applied, palettes are resolved, 16-bit gray is scaled to 8 bits, and transparency is composited
+    on white.
 
     Args:
       image: encoded bytes, a file, one stored elsewhere, or uint8 [height, width, 3].
-      name: what errors call an image that has no file name.
+      name: name in errors of an image that has no file name.
 
     Raises:
       UserError: the file is missing, not an image, cut short, or has more pixels than Pillow's limit (89 million).
@@ -48,24 +49,24 @@ def decode(image: "bytes | Path | Stored | np.ndarray", name: str = "image") -> 
     return Image.fromarray(decoded) if isinstance(decoded, np.ndarray) else decoded
 
 
-def _decode(image: "bytes | Path | Stored | np.ndarray", name: str) -> Image.Image | np.ndarray:
-    """As `decode`; some images as uint8 [height, width, 3]."""
+def _decode(image: "bytes | Path | ReadableImage | np.ndarray", name: str) -> Image.Image | np.ndarray:
+    """Decodes as `decode` does, but returns some images as uint8 [height, width, 3]."""
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise UserError(f"{name}: pixels must be uint8 [height, width, 3], not {image.dtype} {list(image.shape)}")
         return image
     if not isinstance(image, bytes):
         name = str(image)
-    # What is no file says itself what is wrong.
+    # Images that are not files raise their own errors.
     content = image.read_bytes() if not isinstance(image, bytes | Path) else image
     try:
         content = content if isinstance(content, bytes) else content.read_bytes()
-        pixels = _plain_jpeg(content)
+        pixels = _decode_jpeg(content)
         if pixels is not None:
             return pixels
         with Image.open(io.BytesIO(content)) as opened:
             opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened) if _may_be_turned(opened) else opened)
+            return _to_rgb(ImageOps.exif_transpose(opened) if _may_be_rotated(opened) else opened)
     except FileNotFoundError as error:
         raise UserError(f"{name}: no such image file") from error
     except UnidentifiedImageError as error:
@@ -76,7 +77,7 @@ def _decode(image: "bytes | Path | Stored | np.ndarray", name: str) -> Image.Ima
 
 
 def to_pixels(
-    image: "bytes | Path | Stored | np.ndarray",
+    image: "bytes | Path | ReadableImage | np.ndarray",
     size: int,
     name: str = "image",
     resize: Literal["stretch", "crop"] = "stretch",
@@ -87,7 +88,7 @@ def to_pixels(
     Args:
       image, name: as for `decode`.
       resize: "stretch" does not keep the aspect ratio, as SigLIP and PaliGemma; "crop" makes the shorter side `size`
-        and takes the centre, as CLIP.
+        and takes the center, as CLIP.
       resampler: whose resizing, see `config.VisionConfig`; "torchvision" stretches only.
 
     Raises:
@@ -99,7 +100,7 @@ def to_pixels(
         return _as_torchvision(rgb.tobytes(), width, height, size)
     if (width, height) != (size, size):
         rgb = Image.fromarray(rgb) if isinstance(rgb, np.ndarray) else rgb
-        rgb = _centre(rgb, size) if resize == "crop" else rgb.resize((size, size), Image.Resampling.BICUBIC)
+        rgb = _center_crop(rgb, size) if resize == "crop" else rgb.resize((size, size), Image.Resampling.BICUBIC)
     # A view: what the caller gave stays as it is.
     pixels = np.asarray(rgb).view()
     # Caches hand out the same array many times.
@@ -142,11 +143,11 @@ def _as_torchvision(rgb: bytes, width: int, height: int, size: int) -> np.ndarra
     return np.frombuffer(pixels.get_buffer(), np.uint8).reshape(size, size, 3)
 
 
-def _plain_jpeg(content: bytes) -> np.ndarray | None:
-    """What Pillow decodes a JPEG to, uint8 [height, width, 3], in two thirds of its time.
+def _decode_jpeg(content: bytes) -> np.ndarray | None:
+    """Decodes a JPEG to the same uint8 [height, width, 3] as Pillow, in two thirds of its time.
 
-    None for any other file, and for a JPEG that is broken, grey or CMYK, above Pillow's limit, or that may have to be
-    turned: has a marker of EXIF or XMP. Those are Pillow's to decode or to refuse.
+    Returns None for any other file, and for a JPEG that is broken, gray or CMYK, above Pillow's limit, or that may have
+    to be rotated because it has an EXIF or XMP marker. Pillow decodes or rejects those.
     """
     if not content.startswith(_JPEG) or _EXIF in content:
         return None
@@ -162,22 +163,22 @@ def _plain_jpeg(content: bytes) -> np.ndarray | None:
         return None
 
 
-def _centre(image: Image.Image, size: int) -> Image.Image:
-    """Resizes the shorter side to `size` and takes the centre, rounding where CLIPImageProcessor rounds."""
+def _center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resizes the shorter side to `size` and takes the center, rounding where CLIPImageProcessor rounds."""
     full = [size * side // min(image.size) for side in image.size]
     first = [(side - size) // 2 for side in full]
     if full[0] * full[1] <= _LARGEST_RESIZED:
         left, top = first
         return image.resize(full, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
-    # A ribbon, most of which would be resized for nothing. (Not always so: Pillow may then round otherwise.)
+    # A very long image, most of which would be resized in vain. (Not done always: Pillow may then round differently.)
     scale = [side / resized for side, resized in zip(image.size, full, strict=True)]
     left, top = (start * by for start, by in zip(first, scale, strict=True))
     right, bottom = ((start + size) * by for start, by in zip(first, scale, strict=True))
     return image.resize((size, size), Image.Resampling.BICUBIC, (left, top, right, bottom))
 
 
-def _may_be_turned(image: Image.Image) -> bool:
-    # To look for EXIF where a JPEG has none takes a tenth of the time that decoding it does.
+def _may_be_rotated(image: Image.Image) -> bool:
+    # Looking for EXIF in a JPEG without any takes a tenth of its decoding time.
     if image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys():
         return False
     return _ORIENTATION in image.getexif()

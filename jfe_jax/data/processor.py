@@ -1,4 +1,4 @@
-"""Item → token ids and pixels.
+"""Encodes items as token ids and pixels.
 
 Three layouts (`tokens.template`), each closed by the token that is pooled. PaliGemma's: an item with P image patches is
 `<image>`·P, `<bos>`, text ids, newline, `<eos>`. CLIP's: `<bos>`, text ids, `<eos>`. SigLIP's: text ids, `<eos>`,
@@ -24,12 +24,12 @@ from jfe_jax.data.image_transforms import check_resampler, to_pixels
 from jfe_jax.data.item import EncodedItem, Item
 from jfe_jax.errors import UserError
 
-# Texts come one at a time, and a pool of threads for a single text costs more than the text.
+# Texts are encoded one at a time, and a thread pool for a single text costs more than encoding it.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _LOG = logging.getLogger(__name__)
 IMAGE = "<image>"
 _SPECIAL = {"pad": "<pad>", "eos": "<eos>", "bos": "<bos>", "unk": "<unk>"}
-# The special tokens that a template is made of.
+# Special tokens of each template.
 SPECIAL_OF = {"paligemma": ("pad", "bos", "eos", "image"), "clip": ("bos", "eos"), "siglip": ("pad", "eos")}
 
 
@@ -37,11 +37,11 @@ class ItemEncoder:
     """Encodes items for one tokenizer and one image size.
 
     Attributes:
-      pad_id, bos_id, eos_id, image_id: the special tokens; None for one that the template has not.
+      pad_id, bos_id, eos_id, image_id: the special tokens; None for those that the template does not use.
       vocab_size: one more than the largest id.
       image_size: H and W.
-      longest: no item has more tokens than this.
-      cut_texts: how many texts have been cut to `max_text_tokens` so far.
+      longest: maximum number of tokens of an item.
+      cut_texts: number of texts truncated to `max_text_tokens` so far.
 
     Raises:
       UserError: no tokenizer there, a special token is missing, or `<image>` is not `image_token`.
@@ -71,7 +71,7 @@ class ItemEncoder:
         self.longest = len(self._image_head) + self._max_text + len(self._tail)
 
     def encode(self, item: Item, name: str = "image") -> EncodedItem:
-        """Tokens int32 [S] and pixels uint8 [H, W, 3] (None without an image); `name` stands for the image in errors.
+        """Returns tokens int32 [S] and pixels uint8 [H, W, 3] (None without an image); errors call the image `name`.
 
         Raises:
           UserError: the item is empty or its image cannot be read.
@@ -82,23 +82,23 @@ class ItemEncoder:
         return EncodedItem(self.tokens(item.text, item.instruction, pixels is not None), pixels)
 
     def pixels(self, image: bytes | Path | np.ndarray, name: str) -> np.ndarray:
-        """The pixels of `encode` alone, uint8 [H, W, 3]."""
+        """Returns only the pixels of `encode`, uint8 [H, W, 3]."""
         return to_pixels(image, self.image_size, name, self._resize, self._resampler)
 
     def tokens(self, text: str | None, instruction: str | None, has_image: bool) -> np.ndarray:
-        """The tokens of `encode` alone, int32 [S]."""
-        whole = f"{instruction} {text}" if instruction and text else instruction or text or ""
-        if has_image and not whole and self._template != "paligemma":
+        """Returns only the tokens of `encode`, int32 [S]."""
+        full_text = f"{instruction} {text}" if instruction and text else instruction or text or ""
+        if has_image and not full_text and self._template != "paligemma":
             return self._tail[-1:]
         # The newline is encoded with the text, as PaliGemma's processor does: after a text that ends in one, the two
         # may be one token.
-        ids = self._encode(whole + self._newline)
+        ids = self._encode(full_text + self._newline)
         closed = ids[len(ids) - len(self._close) :] == self._close
         tail = self._tail if closed else self._tail[-1:]
         ids = ids[: len(ids) - len(self._close)] if closed else ids
         # Text that spells the placeholder must not claim an image.
         if self.image_id is not None and self.image_id in ids:
-            ids = [one for one in ids if one != self.image_id]
+            ids = [token_id for token_id in ids if token_id != self.image_id]
         if len(ids) > self._max_text:
             self._count_cut()
             ids, tail = ids[: self._max_text], self._tail
@@ -112,7 +112,7 @@ class ItemEncoder:
 
     def _count_cut(self) -> None:
         self.cut_texts += 1
-        # At 1, 10, 100, …: enough to see how many there are.
+        # Warn at 1, 10, 100, …, which is enough to show the scale.
         if str(self.cut_texts).strip("0") == "1":
             _LOG.warning("texts cut to tokens.max_text_tokens, %d: %d so far", self._max_text, self.cut_texts)
 
@@ -156,7 +156,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
 
 
 def _load(directory: Path, wanted: tuple[str, ...]) -> tuple[Tokenizer, dict[str, int]]:
-    """The tokenizer and the ids of the `wanted` special tokens."""
+    """Loads the tokenizer and the ids of the `wanted` special tokens."""
     file = directory / "tokenizer.json"
     if not file.is_file():
         if (directory / "spiece.model").is_file():
