@@ -127,9 +127,9 @@ def times(pairs: int, chunks: int, rounds: int, progress: Callable[[int], None])
     losses: dict[str, list[float]] = {}
 
     def side(name: str, count: int) -> Callable[[], None]:
-        training = states.prepare(config(pairs, count), sharding.make_mesh(MeshConfig(data=1)))
+        training = states.make_train_setup(config(pairs, count), sharding.make_mesh(MeshConfig(data=1)))
         there = sharding.put_batch(host, training.mesh, count)
-        step, state, losses[name] = make_train_step(training), states.initialise(training), []
+        step, state, losses[name] = make_train_step(training), states.init_train_state(training), []
 
         def work() -> None:
             nonlocal state
@@ -204,10 +204,10 @@ def _temporary(pairs: int, chunks: int, devices: int, loss_only: bool = False) -
 
     from jfe_jax.parallel import sharding
     from jfe_jax.train import train_state as states
-    from jfe_jax.train.train_step import contrast, make_train_step
+    from jfe_jax.train.train_step import loss_from_embeddings, make_train_step
 
     settings = config(pairs, chunks, devices)
-    training = states.prepare(settings, sharding.make_mesh(settings.mesh))
+    training = states.make_train_setup(settings, sharding.make_mesh(settings.mesh))
     there = _abstract(settings, chunks, sharding.batch_sharding(training.mesh, chunks))
     if not loss_only:
         return make_train_step(training).lower(training.abstract, there).compile().memory_analysis().temp_size_in_bytes
@@ -217,7 +217,9 @@ def _temporary(pairs: int, chunks: int, devices: int, loss_only: bool = False) -
 
     def loss(parameters: Any, embeddings: jax.Array, batch: ContrastiveBatch) -> Any:
         with jax.sharding.use_abstract_mesh(training.mesh.abstract_mesh):
-            return jax.grad(lambda *both: contrast(training, *both, batch)[0], argnums=(0, 1))(parameters, embeddings)
+            return jax.grad(lambda *both: loss_from_embeddings(training, *both, batch)[0], argnums=(0, 1))(
+                parameters, embeddings
+            )
 
     compiled = jax.jit(loss).lower(training.abstract.loss, embeddings, there).compile()
     return compiled.memory_analysis().temp_size_in_bytes

@@ -125,7 +125,7 @@ def measure(settings: Config, mesh: tuple[int, int, int]) -> Share:
     data, fsdp, tensor = mesh
     settings = replace(settings, mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
     devices = sharding.make_mesh(settings.mesh)
-    training, batch = states.prepare(settings, devices), make_abstract_batch(settings, devices)
+    training, batch = states.make_train_setup(settings, devices), make_abstract_batch(settings, devices)
     # Machine code is not looked at; to make it fast would take most of the time.
     options = {"xla_backend_optimization_level": 0}
     compiled = make_train_step(training).lower(training.abstract, batch).compile(compiler_options=options)

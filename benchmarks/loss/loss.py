@@ -174,7 +174,7 @@ def _jfe(config: LossConfig, queries: np.ndarray, candidates: np.ndarray) -> Cal
     rest = (numbers, jnp.zeros_like(numbers), numbers[..., None], valid, valid)
 
     def loss(queries: jax.Array, candidates: jax.Array, rest: Any) -> jax.Array:
-        pairs = contrastive.Pairs(queries[None], candidates[None], *rest)
+        pairs = contrastive.ContrastiveInputs(queries[None], candidates[None], *rest)
         return contrastive.contrastive_loss(pairs, contrastive.initial_parameters(config), config)[0]
 
     return _Compiled(loss, jnp.asarray(queries), jnp.asarray(candidates), rest)

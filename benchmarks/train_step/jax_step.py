@@ -21,9 +21,9 @@ class Step:
 
     def __init__(self, config: Config):
         mesh = sharding.make_mesh(MeshConfig(data=1), jax.devices()[:1])
-        self.training = states.prepare(config, mesh)
+        self.training = states.make_train_setup(config, mesh)
         self.shapes = weights.shapes_of(self.training.model.abstract)
-        self.state = states.initialise(self.training, weights.for_jax(self.training.model.abstract))
+        self.state = states.init_train_state(self.training, weights.for_jax(self.training.model.abstract))
         self._step = make_train_step(self.training)
 
     def put(self, batch: ContrastiveBatch) -> ContrastiveBatch:

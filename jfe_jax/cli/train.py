@@ -47,6 +47,6 @@ def run(args: argparse.Namespace) -> None:
     with locked_output(config.output, "train"):
         outcome = train(config, args.resume, lambda line: speaks and print(line, file=sys.stderr, flush=True))
     if speaks:
-        print(outcome.note)
+        print(outcome.message)
     if outcome.step < config.optimizer.steps and args.stopped_status:
         sys.exit(args.stopped_status)

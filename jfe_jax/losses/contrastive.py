@@ -22,7 +22,7 @@ from jfe_jax.parallel.sharding import BATCH_AXES
 Metrics = dict[str, jax.Array]
 
 
-class Pairs(NamedTuple):
+class ContrastiveInputs(NamedTuple):
     """Embedded pairs and what is known of them; rows of fillers are finite and count for nothing.
 
     Attributes:
@@ -60,7 +60,7 @@ def initial_parameters(config: LossConfig) -> dict[str, jax.Array]:
     return parameters | ({"bias": jnp.asarray(config.bias, jnp.float32)} if config.kind == "sigmoid" else {})
 
 
-def learnt(config: LossConfig) -> dict[str, bool]:
+def trainable_mask(config: LossConfig) -> dict[str, bool]:
     """Which of `initial_parameters` are trained."""
     parameters = {"log_inverse_temperature": config.learn_temperature}
     return parameters | ({"bias": config.learn_bias} if config.kind == "sigmoid" else {})
@@ -73,7 +73,9 @@ def clamp(parameters: dict[str, jax.Array], config: LossConfig) -> dict[str, jax
 
 
 @jax.named_scope("loss")
-def contrastive_loss(pairs: Pairs, parameters: dict[str, jax.Array], config: LossConfig) -> tuple[jax.Array, Metrics]:
+def contrastive_loss(
+    pairs: ContrastiveInputs, parameters: dict[str, jax.Array], config: LossConfig
+) -> tuple[jax.Array, Metrics]:
     """The loss against all candidates of the global batch.
 
     With s_ij = <q_i, c_j> / temperature, and the negatives of query i being every valid candidate but its own positive,
@@ -91,7 +93,7 @@ def contrastive_loss(pairs: Pairs, parameters: dict[str, jax.Array], config: Los
     Under a mesh in context (`jax.set_mesh`) G is split over the batch axes, and the value is the same.
 
     Args:
-      pairs: see Pairs.
+      pairs: see ContrastiveInputs.
       parameters: as `initial_parameters` makes them.
       config: what to compute.
 
@@ -102,7 +104,9 @@ def contrastive_loss(pairs: Pairs, parameters: dict[str, jax.Array], config: Los
     axes = BATCH_AXES if BATCH_AXES[0] in jax.sharding.get_abstract_mesh().axis_names else ()
     local = partial(_local_sums, config=config, axes=axes)
     if axes:
-        local = jax.shard_map(local, in_specs=(Pairs(*[P(axes)] * len(Pairs._fields)), P()), out_specs=P())
+        local = jax.shard_map(
+            local, in_specs=(ContrastiveInputs(*[P(axes)] * len(ContrastiveInputs._fields)), P()), out_specs=P()
+        )
     sums = local(pairs, parameters)
     count = jnp.sum(pairs.query_valid, dtype=jnp.float32)
     means = jax.tree.map(lambda total: total / jnp.maximum(count, 1.0), sums)
@@ -115,7 +119,7 @@ def contrastive_loss(pairs: Pairs, parameters: dict[str, jax.Array], config: Los
 
 
 def _local_sums(
-    pairs: Pairs, parameters: dict[str, jax.Array], *, config: LossConfig, axes: tuple[str, ...]
+    pairs: ContrastiveInputs, parameters: dict[str, jax.Array], *, config: LossConfig, axes: tuple[str, ...]
 ) -> dict[int, Sums]:
     # This device's rows against everybody's columns, by width of the prefix (0: all); only sums leave the device.
     g, n, _ = pairs.queries.shape
@@ -127,13 +131,13 @@ def _local_sums(
     groups, places = jnp.divmod(jnp.arange(g * n), n)
     own = groups * c + places
     ids, modality = (x[:, :n].reshape(-1) for x in (pairs.candidate_ids, pairs.candidate_modality))
-    rows = tiled_logits.Rows(
+    rows = tiled_logits.QueryInfo(
         first + own, ids, pairs.positive_ids.reshape(g * n, -1), modality, pairs.query_valid.reshape(-1)
     )
     known = (pairs.candidate_ids, pairs.candidate_modality, pairs.candidate_valid)
     known = [gather(x).reshape(-1) for x in known]
-    columns = tiled_logits.Columns(jnp.arange(len(known[0])), *known)
-    settings = tiled_logits.Settings(
+    columns = tiled_logits.CandidateInfo(jnp.arange(len(known[0])), *known)
+    settings = tiled_logits.TileConfig(
         columns=config.kind == "infonce" and config.directions == "both",
         mask=config.mask_false_negatives,
         same_modality=config.negatives == "same_modality",
@@ -149,7 +153,9 @@ def _local_sums(
         if width:
             queries, candidates, mine = (unit(x[..., :width]) for x in (queries, candidates, mine))
         queries, candidates, mine = (x.reshape(-1, x.shape[-1]) for x in (queries, candidates, mine))
-        scores = tiled_logits.Scores(queries, candidates, jnp.exp(parameters["log_inverse_temperature"]), rows, columns)
+        scores = tiled_logits.LogitInputs(
+            queries, candidates, jnp.exp(parameters["log_inverse_temperature"]), rows, columns
+        )
         # The positive is this device's own: no need to look for it among the gathered.
         loss, correct = _terms(settings, scores, mine, parameters, config)
         both = Sums(*(jnp.sum(jnp.where(rows.valid, x, 0.0)) for x in (loss, correct)))
@@ -159,8 +165,8 @@ def _local_sums(
 
 
 def _terms(
-    settings: tiled_logits.Settings,
-    scores: tiled_logits.Scores,
+    settings: tiled_logits.TileConfig,
+    scores: tiled_logits.LogitInputs,
     positives: jax.Array,
     parameters: dict[str, jax.Array],
     config: LossConfig,

@@ -11,87 +11,95 @@ import jax
 import jax.numpy as jnp
 
 BYTES = 3
-_STEPS = (2**15 - 1) * 2**8
+_QUANT_SCALE = (2**15 - 1) * 2**8
 # Of the upper part, where a pair is no negative: below what -1 makes.
 _NONE = -(2**15)
 
 
-class Part(NamedTuple):
+class BlockRange(NamedTuple):
     """Blocks of candidates that are treated alike, for all queries.
 
     Attributes:
       places: of B.
-      how: "steps" or "lent"; "" for those that are not kept.
+      storage: "quantized" or "grad_buffer"; "recompute" for those that are not kept.
     """
 
     places: range
-    how: str
+    storage: str
 
 
-class Kept(NamedTuple):
+class LogitCache(NamedTuple):
     """Logits of all queries and some blocks of candidates.
 
     Attributes:
-      upper: int16 [A, B', U, T], steps by 256.
-      lower: uint8 [A, B', U, T], what is left.
-      lent: float32 [A, T·E], a [U, T] after the other.
+      high16: int16 [A, B', U, T], steps by 256.
+      low8: uint8 [A, B', U, T], what is left.
+      grad_scratch: float32 [A, T·E], a [U, T] after the other.
     """
 
-    upper: jax.Array
-    lower: jax.Array
-    lent: jax.Array
+    high16: jax.Array
+    low8: jax.Array
+    grad_scratch: jax.Array
 
 
-def parts(count: int, keep: int, lend: int) -> list[Part]:
+def plan_cache(count: int, keep: int, lend: int) -> list[BlockRange]:
     """Of `count` blocks of candidates, where there is memory for `keep` in steps and for `lend` in the gradients'."""
     keep = min(count, keep)
     lend = keep + min(count - keep, lend)
-    found = Part(range(keep), "steps"), Part(range(keep, lend), "lent"), Part(range(lend, count), "")
+    found = (
+        BlockRange(range(keep), "quantized"),
+        BlockRange(range(keep, lend), "grad_buffer"),
+        BlockRange(range(lend, count), "recompute"),
+    )
     return [part for part in found if part.places]
 
 
-def room(of: list[Part], queries: tuple[int, int, int], u: int) -> Kept:
+def allocate(of: list[BlockRange], queries: tuple[int, int, int], u: int) -> LogitCache:
     """For blocks of `queries` [A, T, E] and of U candidates."""
     a, t, e = queries
-    shape = a, sum(len(part.places) for part in of if part.how == "steps"), u, t
-    return Kept(jnp.zeros(shape, jnp.int16), jnp.zeros(shape, jnp.uint8), jnp.zeros((a, t * e), jnp.float32))
+    shape = a, sum(len(part.places) for part in of if part.storage == "quantized"), u, t
+    return LogitCache(jnp.zeros(shape, jnp.int16), jnp.zeros(shape, jnp.uint8), jnp.zeros((a, t * e), jnp.float32))
 
 
-def put(kept: Kept, part: Part, number: jax.Array, place: jax.Array, logits: jax.Array, scale: jax.Array) -> Kept:
+def store(
+    kept: LogitCache, part: BlockRange, number: jax.Array, place: jax.Array, logits: jax.Array, scale: jax.Array
+) -> LogitCache:
     """With the logits [U, T] of a block, `scale` times products of unit vectors or -inf.
 
     Args:
       number, place: int32, of A and of B.
     """
-    if part.how == "lent":
+    if part.storage == "grad_buffer":
         return _written(kept, number, (place - part.places.start) * logits.size, logits)
-    if not part.how:
+    if part.storage == "recompute":
         return kept
-    steps = jnp.clip(jnp.round(logits * (_STEPS / scale)), -_STEPS, _STEPS).astype(jnp.int32)
-    upper = jnp.where(logits == -jnp.inf, _NONE, steps >> 8).astype(jnp.int16)
-    lower = (steps & 255).astype(jnp.uint8)
-    upper, lower = (
+    steps = jnp.clip(jnp.round(logits * (_QUANT_SCALE / scale)), -_QUANT_SCALE, _QUANT_SCALE).astype(jnp.int32)
+    high16 = jnp.where(logits == -jnp.inf, _NONE, steps >> 8).astype(jnp.int16)
+    low8 = (steps & 255).astype(jnp.uint8)
+    high16, low8 = (
         jax.lax.dynamic_update_slice(held, one[None, None], (number, place, 0, 0))
-        for held, one in ((kept.upper, upper), (kept.lower, lower))
+        for held, one in ((kept.high16, high16), (kept.low8, low8))
     )
-    return kept._replace(upper=upper, lower=lower)
+    return kept._replace(high16=high16, low8=low8)
 
 
-def get(kept: Kept, part: Part, number: jax.Array, place: jax.Array, scale: jax.Array) -> jax.Array:
-    """The logits [U, T] that `put` was given for the block, float32; in steps to 2^-24 of `scale`."""
-    u, t = kept.upper.shape[2:]
-    if part.how == "lent":
+def load(kept: LogitCache, part: BlockRange, number: jax.Array, place: jax.Array, scale: jax.Array) -> jax.Array:
+    """The logits [U, T] that `store` was given for the block, float32; in steps to 2^-24 of `scale`."""
+    u, t = kept.high16.shape[2:]
+    if part.storage == "grad_buffer":
         where = number, (place - part.places.start) * u * t
-        return jax.lax.dynamic_slice(kept.lent, where, (1, u * t)).reshape(u, t)
-    upper, lower = (x[number, place].astype(jnp.int32) for x in (kept.upper, kept.lower))
-    logits = ((upper << 8) + lower).astype(jnp.float32) * (scale / _STEPS)
-    return jnp.where(upper == _NONE, -jnp.inf, logits)
+        return jax.lax.dynamic_slice(kept.grad_scratch, where, (1, u * t)).reshape(u, t)
+    high16, low8 = (x[number, place].astype(jnp.int32) for x in (kept.high16, kept.low8))
+    logits = ((high16 << 8) + low8).astype(jnp.float32) * (scale / _QUANT_SCALE)
+    return jnp.where(high16 == _NONE, -jnp.inf, logits)
 
 
-def returned(kept: Kept, number: jax.Array, gradients: jax.Array) -> Kept:
+def write_gradients(kept: LogitCache, number: jax.Array, gradients: jax.Array) -> LogitCache:
     """With the gradients [T, E] of block `number` of the queries in place of its lent logits."""
     return _written(kept, number, 0, gradients)
 
 
-def _written(kept: Kept, number: jax.Array, start: jax.Array | int, numbers: jax.Array) -> Kept:
-    return kept._replace(lent=jax.lax.dynamic_update_slice(kept.lent, numbers.reshape(1, -1), (number, start)))
+def _written(kept: LogitCache, number: jax.Array, start: jax.Array | int, numbers: jax.Array) -> LogitCache:
+    return kept._replace(
+        grad_scratch=jax.lax.dynamic_update_slice(kept.grad_scratch, numbers.reshape(1, -1), (number, start))
+    )

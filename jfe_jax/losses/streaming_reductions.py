@@ -5,18 +5,18 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jfe_jax.losses.tiled_logits import Scores, Settings, backward, forward
+from jfe_jax.losses.tiled_logits import LogitInputs, TileConfig, backward, forward
 from jfe_jax.models.layers.matmul import largest
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def log_sums(
-    settings: Settings, scores: Scores, positives: jax.Array
+    settings: TileConfig, scores: LogitInputs, positives: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """log Σ exp(s_ij) over the negatives of each row, and over this device's rows of each column.
 
     Args:
-      settings, scores: see Settings, Scores.
+      settings, scores: see TileConfig, LogitInputs.
       positives: float32 [I, E], the candidates of `rows.own_column`. Their gradient is the candidates'.
 
     Returns:
@@ -26,7 +26,7 @@ def log_sums(
     return _log_sums_forward(settings, scores, positives)[0]
 
 
-def _log_sums_forward(settings: Settings, scores: Scores, positives):
+def _log_sums_forward(settings: TileConfig, scores: LogitInputs, positives):
     def block(logits, by_row, by_column):
         return _added(*by_row, logits, 0), _added(*by_column, logits, 1) if by_column else ()
 
@@ -37,7 +37,7 @@ def _log_sums_forward(settings: Settings, scores: Scores, positives):
     return results, (scores, log_sum, column_sums, kept)
 
 
-def _log_sums_backward(settings: Settings, saved, cotangents):
+def _log_sums_backward(settings: TileConfig, saved, cotangents):
     scores, log_sum, column_sums, kept = saved
     to_own, to_rows, to_columns, _ = cotangents
 
@@ -59,7 +59,7 @@ log_sums.defvjp(_log_sums_forward, _log_sums_backward)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def softplus_sums(
-    settings: Settings, scores: Scores, positives: jax.Array, bias: jax.Array
+    settings: TileConfig, scores: LogitInputs, positives: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Σ log(1 + exp(s_ij + bias)) over the negatives of each row.
 
@@ -71,7 +71,7 @@ def softplus_sums(
     return _softplus_sums_forward(settings, scores, positives, bias)[0]
 
 
-def _softplus_sums_forward(settings: Settings, scores: Scores, positives, bias):
+def _softplus_sums_forward(settings: TileConfig, scores: LogitInputs, positives, bias):
     def block(logits, by_row, _):
         total, highest = by_row
         total += jnp.sum(jax.nn.softplus(logits + bias), axis=0)
@@ -81,7 +81,7 @@ def _softplus_sums_forward(settings: Settings, scores: Scores, positives, bias):
     return (_own(scores, positives), *by_row), (scores, bias, kept)
 
 
-def _softplus_sums_backward(settings: Settings, saved, cotangents):
+def _softplus_sums_backward(settings: TileConfig, saved, cotangents):
     scores, bias, kept = saved
 
     def weights(logits, by_row, _):
@@ -95,7 +95,7 @@ def _softplus_sums_backward(settings: Settings, saved, cotangents):
 softplus_sums.defvjp(_softplus_sums_forward, _softplus_sums_backward)
 
 
-def _own(scores: Scores, positives: jax.Array) -> jax.Array:
+def _own(scores: LogitInputs, positives: jax.Array) -> jax.Array:
     # A few at a time: XLA would hold all products of numbers in memory, to add them up.
     return scores.scale * jax.lax.map(lambda pair: jnp.vdot(*pair), (scores.queries, positives), batch_size=256)
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jfe_jax.losses import logit_cache
 
 
-class Rows(NamedTuple):
+class QueryInfo(NamedTuple):
     """What is known of the queries.
 
     Attributes:
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
     valid: jax.Array
 
 
-class Columns(NamedTuple):
+class CandidateInfo(NamedTuple):
     """What is known of the candidates.
 
     Attributes:
@@ -54,7 +54,7 @@ class Columns(NamedTuple):
     valid: jax.Array
 
 
-class Settings(NamedTuple):
+class TileConfig(NamedTuple):
     """What is fixed when the loss is compiled.
 
     Attributes:
@@ -75,27 +75,27 @@ class Settings(NamedTuple):
     axes: tuple[str, ...]
 
 
-class Scores(NamedTuple):
+class LogitInputs(NamedTuple):
     """What s_ij = scale · <q_i, c_j> are made of, and which of the pairs are negatives.
 
     Attributes:
       queries, candidates: float32 [I, E], [J, E]: unit rows, but for those that are not valid.
       scale: float32 scalar, above 0.
-      rows, columns: see Rows, Columns.
+      rows, columns: see QueryInfo, CandidateInfo.
     """
 
     queries: jax.Array
     candidates: jax.Array
     scale: jax.Array
-    rows: Rows
-    columns: Columns
+    rows: QueryInfo
+    columns: CandidateInfo
 
 
-def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empty: tuple[float, ...]) -> Any:
+def forward(settings: TileConfig, block: Callable[..., Any], scores: LogitInputs, *empty: tuple[float, ...]) -> Any:
     """What sums over the logits take from them.
 
     Args:
-      settings, scores: see Settings, Scores.
+      settings, scores: see TileConfig, LogitInputs.
       block: (logits [U, T], by_row, by_column) → by_row, by_column adds a block's logits, -inf for those that are no
         negatives, to what there is of its rows and columns: tuples of [T] and of [U].
       empty: what there is at first, a number for each of by_row and of by_column.
@@ -109,7 +109,7 @@ def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empt
         for shape, values in zip((rows.known.valid.shape[1:], columns.known.valid.shape), empty, strict=True)
     )
     parts = _parts(settings, rows, columns)
-    room = logit_cache.room(parts, rows.vectors.shape, columns.vectors.shape[1])
+    room = logit_cache.allocate(parts, rows.vectors.shape, columns.vectors.shape[1])
     logits_kept = jax.tree.map(partial(_varying, settings), room)
 
     def some_rows(carry, own):
@@ -122,7 +122,7 @@ def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empt
             place, by_column = other
             logits = _logits(settings, scores.scale, turned, own.known, _at(columns, place))
             by_row, by_column = block(logits, by_row, by_column)
-            return (logit_cache.put(logits_kept, part, number, place, logits, scores.scale), by_row), by_column
+            return (logit_cache.store(logits_kept, part, number, place, logits, scores.scale), by_row), by_column
 
         for part in parts:
             (logits_kept, by_row), added = _scan(one, (logits_kept, by_row), part, by_column)
@@ -135,18 +135,18 @@ def forward(settings: Settings, block: Callable[..., Any], scores: Scores, *empt
 
 
 def backward(
-    settings: Settings,
+    settings: TileConfig,
     weights: Callable[..., Any],
-    scores: Scores,
-    logits_kept: logit_cache.Kept,
+    scores: LogitInputs,
+    logits_kept: logit_cache.LogitCache,
     to_own: jax.Array,
     by_row: Any,
     by_column: Any,
-) -> tuple[Scores, jax.Array]:
+) -> tuple[LogitInputs, jax.Array]:
     """The scores' cotangents.
 
     Args:
-      settings, scores: see Settings, Scores.
+      settings, scores: see TileConfig, LogitInputs.
       weights: (logits [U, T], by_row, by_column) → the cotangents [U, T] of a block's <q_i, c_j>, from its logits as
         `forward` has them.
       logits_kept: what `forward` returned last.
@@ -169,8 +169,8 @@ def backward(
             to_vectors, to_candidates, total = carry
             place, by_column = other
             column = _at(columns, place)
-            if part.how:
-                logits = logit_cache.get(logits_kept, part, number, place, scores.scale)
+            if part.storage != "recompute":
+                logits = logit_cache.load(logits_kept, part, number, place, scores.scale)
             else:
                 logits = _logits(settings, scores.scale, turned, own.known, column)
             given = weights(logits, by_row, by_column)
@@ -186,16 +186,16 @@ def backward(
         for part in reversed(_parts(settings, rows, columns)):
             sums, _ = _scan(one, sums, part, by_column)
         to_vectors, *sums = sums
-        return (logit_cache.returned(logits_kept, number, to_vectors), *sums), None
+        return (logit_cache.write_gradients(logits_kept, number, to_vectors), *sums), None
 
     sums = (_varying(settings, jnp.zeros(shape)) for shape in (columns.vectors.shape, ()))
     others = jnp.arange(len(rows.vectors)), rows, to_own, by_row
     (logits_kept, to_candidates, total), _ = jax.lax.scan(some_rows, (logits_kept, *sums), others)
-    to_queries = logits_kept.lent.reshape(rows.vectors.shape)
+    to_queries = logits_kept.grad_scratch.reshape(rows.vectors.shape)
     # Σ_j given_ij s_ij = <q_i, to_q_i>.
     to_scale = jnp.sum(to_queries * rows.vectors) / scores.scale
     to_queries, to_candidates = _whole(to_queries, len(scores.queries)), _whole(to_candidates, len(scores.candidates))
-    return Scores(to_queries, to_candidates, to_scale, None, None), total
+    return LogitInputs(to_queries, to_candidates, to_scale, None, None), total
 
 
 class _Blocks(NamedTuple):
@@ -204,7 +204,7 @@ class _Blocks(NamedTuple):
     known: Any
 
 
-def _blocks(settings: Settings, scores: Scores) -> tuple[_Blocks, _Blocks]:
+def _blocks(settings: TileConfig, scores: LogitInputs) -> tuple[_Blocks, _Blocks]:
     # Near to a square, where the least is added up, and rather more queries, whose gradients take less to add. The
     # last are filled up with what is not valid and counts for nothing.
     numbers, (queries, candidates) = settings.tile_bytes // 4, map(len, scores[:2])
@@ -231,13 +231,13 @@ def _whole(by_block: Any, count: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], by_block)
 
 
-def _parts(settings: Settings, rows: _Blocks, columns: _Blocks) -> list[logit_cache.Part]:
+def _parts(settings: TileConfig, rows: _Blocks, columns: _Blocks) -> list[logit_cache.BlockRange]:
     count, u = columns.known.valid.shape
     keep = settings.keep_bytes // (logit_cache.BYTES * rows.known.valid.size * u)
-    return logit_cache.parts(count, keep, lend=rows.vectors.shape[2] // u)
+    return logit_cache.plan_cache(count, keep, lend=rows.vectors.shape[2] // u)
 
 
-def _scan(one: Callable[..., Any], carry: Any, part: logit_cache.Part, by_column: Any) -> Any:
+def _scan(one: Callable[..., Any], carry: Any, part: logit_cache.BlockRange, by_column: Any) -> Any:
     start, stop = part.places.start, part.places.stop
     others = jax.tree.map(lambda x: x[start:stop], by_column)
     return jax.lax.scan(partial(one, part), carry, (jnp.arange(start, stop), others))
@@ -247,12 +247,12 @@ def _at(blocks: _Blocks, place: jax.Array) -> _Blocks:
     return jax.tree.map(lambda x: x[place], blocks)
 
 
-def _logits(settings: Settings, scale: jax.Array, turned: jax.Array, rows: Rows, column: _Blocks) -> jax.Array:
+def _logits(settings: TileConfig, scale: jax.Array, turned: jax.Array, rows: QueryInfo, column: _Blocks) -> jax.Array:
     # [U, T] of the queries [E, T], -inf where the pair may not be pushed apart.
     return jnp.where(_negatives(settings, rows, column.known), scale * _matmul(column.vectors, turned), -jnp.inf)
 
 
-def _negatives(settings: Settings, rows: Rows, columns: Columns) -> jax.Array:
+def _negatives(settings: TileConfig, rows: QueryInfo, columns: CandidateInfo) -> jax.Array:
     # bool [U, T]: the pair may be pushed apart.
     ids = columns.ids[:, None]
     negative = rows.valid & columns.valid[:, None] & ~_own_places(rows, columns)
@@ -266,7 +266,7 @@ def _negatives(settings: Settings, rows: Rows, columns: Columns) -> jax.Array:
     return negative
 
 
-def _own_places(rows: Rows, columns: Columns) -> jax.Array:
+def _own_places(rows: QueryInfo, columns: CandidateInfo) -> jax.Array:
     # bool [U, T]: the candidate is the query's positive.
     return columns.place[:, None] == rows.own_column
 
@@ -280,6 +280,6 @@ def _turned(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=jnp.transpose)
 
 
-def _varying(settings: Settings, x: jax.Array) -> jax.Array:
+def _varying(settings: TileConfig, x: jax.Array) -> jax.Array:
     # A loop's carry has to be of one kind from the start: different on each device.
     return jax.lax.pcast(x, settings.axes, to="varying") if settings.axes else x

@@ -111,7 +111,7 @@ def compile_train_step(config: Config, mesh: Any, logs: Path) -> CompiledProgram
     from jfe_jax.train.train_step import make_train_step
 
     validate.check(config)
-    training = train_state.prepare(config, mesh)
+    training = train_state.make_train_setup(config, mesh)
     return _compile(make_train_step(training), (training.abstract, make_abstract_batch(config, mesh)), logs)
 
 

@@ -48,7 +48,7 @@ def make_plan(
     from jfe_jax.train import train_state
 
     mesh = sharding.make_mesh(config.mesh, topology.devices())
-    abstract = train_state.prepare(config, mesh).abstract
+    abstract = train_state.make_train_setup(config, mesh).abstract
     groups = sharding.group_count(mesh)
     data, chunks = config.data, config.loss.grad_cache_chunks
     plan: dict[str, Any] = {

@@ -12,25 +12,25 @@ from jfe_jax.checkpoint.streaming import read_stored_names
 from jfe_jax.config import Config
 from jfe_jax.errors import UserError
 from jfe_jax.models import lora
-from jfe_jax.train.train_state import Training
+from jfe_jax.train.train_state import TrainSetup
 from jfe_jax.utils import pytrees
 
 
-class Start(NamedTuple):
+class InitialWeights(NamedTuple):
     """Weights before step 0.
 
     Attributes:
       params: plain dict of the model's parameters; fresh adapters are not among them.
       base: what this run's adapters stand on; None without adapters.
-      note: what is worth telling a person, or "".
+      message: what is worth telling a person, or "".
     """
 
     params: dict[str, Any]
     base: BaseModelRef | None
-    note: str = ""
+    message: str = ""
 
 
-def start_from(init: str, training: Training) -> Start:
+def load_initial_weights(init: str, training: TrainSetup) -> InitialWeights:
     """Opens the checkpoint `init` as the start of a run.
 
     Adapters with the same settings (`model.lora`) on both sides are trained on, over the same base. Any others of
@@ -51,16 +51,16 @@ def start_from(init: str, training: Training) -> Start:
     place = run / model_io.CHECKPOINTS / str(loaded.step)
     if own == wanted.lora:
         if not own.rank:
-            return Start(params, None)
-        kept = pytrees.flatten(pytrees.select(training.abstract.params, training.kept))
+            return InitialWeights(params, None)
+        kept = pytrees.flatten(pytrees.select(training.abstract.params, training.checkpointed_mask))
         lost = [name for name in read_stored_names(place / "params") if name not in kept]
         if lost:
             raise UserError(
                 f"{place}: trained {', '.join(lost)}, which this run would not keep; add them to optimizer.train, or "
                 "change model.lora so that they are merged"
             )
-        return Start(params, base_model.read_base_ref(run), f"{init}: its adapters are trained on")
+        return InitialWeights(params, base_model.read_base_ref(run), f"{init}: its adapters are trained on")
     base_ref = BaseModelRef(place.absolute(), base_model.fingerprint_params(params)) if wanted.lora.rank else None
     if not own.rank:
-        return Start(params, base_ref)
-    return Start(lora.merge(params, own), base_ref, f"{init}: its adapters are merged into the weights")
+        return InitialWeights(params, base_ref)
+    return InitialWeights(lora.merge(params, own), base_ref, f"{init}: its adapters are merged into the weights")

@@ -11,7 +11,7 @@ from jfe_jax.losses import contrastive
 from jfe_jax.models import lora
 from jfe_jax.parallel.sharding import path_name
 from jfe_jax.train.schedules import learning_rate
-from jfe_jax.train.update_rules import direction
+from jfe_jax.train.update_rules import scale_by_optimizer
 from jfe_jax.utils.pytrees import flatten
 
 # Weights that multiply nothing wide: decay would pull gains and offsets to zero without regularising anything.
@@ -31,11 +31,11 @@ def make_optimizer(config: Config, axes: Any) -> optax.GradientTransformation:
       UserError: `optimizer.freeze` or `optimizer.learning_rate_factors` names no group of parameters.
     """
     settings = config.optimizer
-    loss = contrastive.learnt(config.loss)
+    loss = contrastive.trainable_mask(config.loss)
     names = {"model": axes, "loss": jax.tree.map(lambda _: (), loss)}
     matrices = {"model": decay_mask(axes), "loss": jax.tree.map(lambda _: False, loss)}
     parts = [
-        direction(settings, names, matrices),
+        scale_by_optimizer(settings, names, matrices),
         optax.add_decayed_weights(settings.weight_decay, matrices),
         optax.scale_by_learning_rate(learning_rate(settings)),
     ]
@@ -65,7 +65,7 @@ def trained_mask(config: Config, axes: Any) -> dict[str, Any]:
         )
     elif settings.train:
         raise UserError("optimizer.train goes with model.lora.rank above 0; without adapters all trains but freeze")
-    return {"model": moves, "loss": contrastive.learnt(config.loss)}
+    return {"model": moves, "loss": contrastive.trainable_mask(config.loss)}
 
 
 def decay_mask(axes: Any) -> Any:

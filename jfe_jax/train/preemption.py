@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 
 
 @contextmanager
-def told_to_end() -> Iterator[Callable[[int], bool]]:
+def preemption_requested() -> Iterator[Callable[[int], bool]]:
     """A function of the number of steps done: whether this run was told to end, so that the step in hand is saved.
 
     Of several processes any may be told; it is then true in all of them after the same step, a few steps on.

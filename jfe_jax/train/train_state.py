@@ -38,7 +38,7 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-class Training(NamedTuple):
+class TrainSetup(NamedTuple):
     """A config made concrete on a mesh, before any array exists.
 
     Attributes:
@@ -47,7 +47,7 @@ class Training(NamedTuple):
       model: blueprint of the model.
       optimizer: over {"model": params, "loss": loss parameters}.
       abstract: TrainState of ShapeDtypeStructs with their shardings.
-      kept: a bool for each parameter: whether checkpoints hold it. With adapters only what is trained.
+      checkpointed_mask: a bool for each parameter: whether checkpoints hold it. With adapters only what is trained.
     """
 
     config: Config
@@ -55,23 +55,23 @@ class Training(NamedTuple):
     model: Blueprint
     optimizer: optax.GradientTransformation
     abstract: TrainState
-    kept: dict[str, Any]
+    checkpointed_mask: dict[str, Any]
 
 
-def prepare(config: Config, mesh: Mesh) -> Training:
+def make_train_setup(config: Config, mesh: Mesh) -> TrainSetup:
     """Raises UserError where config and mesh do not fit, and if too much would lie whole on every device."""
     model = blueprint(config.model, mesh)
     require_split(model, mesh)
     optimizer = make_optimizer(config, model.axes)
-    shapes = jax.eval_shape(lambda params: _first(config, optimizer, params), model.abstract)
+    shapes = jax.eval_shape(lambda params: _initial_state(config, optimizer, params), model.abstract)
     rest = sharding.optimizer_state_shardings(shapes._replace(params={}), {"model": shardings_of(model.abstract)}, mesh)
     shardings = rest._replace(params=shardings_of(model.abstract))
     moves = trained_mask(config, model.axes)["model"]
     kept = moves if config.model.lora.rank else jax.tree.map(lambda _: True, moves)
-    return Training(config, mesh, model, optimizer, sharding.abstract_arrays(shapes, shardings), kept)
+    return TrainSetup(config, mesh, model, optimizer, sharding.abstract_arrays(shapes, shardings), kept)
 
 
-def initialise(training: Training, params: dict[str, Any] | None = None) -> TrainState:
+def init_train_state(training: TrainSetup, params: dict[str, Any] | None = None) -> TrainState:
     """The state before step 0, every array made where it is to lie.
 
     Args:
@@ -84,7 +84,7 @@ def initialise(training: Training, params: dict[str, Any] | None = None) -> Trai
     def fresh(given: dict[str, Any]) -> TrainState:
         # The numbers of what is given count too: a temperature may come from them.
         whole = pytrees.overlay(random_parameters(config.model, config.seed), given)
-        return _first(config, training.optimizer, whole)._replace(params=pytrees.select(whole, lacking))
+        return _initial_state(config, training.optimizer, whole)._replace(params=pytrees.select(whole, lacking))
 
     shardings = shardings_of(training.abstract)
     shardings = shardings._replace(params=pytrees.select(shardings.params, lacking))
@@ -97,7 +97,7 @@ def trainable(params: dict[str, Any], loss: dict[str, jax.Array]) -> dict[str, A
     return {"model": params, "loss": loss}
 
 
-def _first(config: Config, optimizer: optax.GradientTransformation, params: dict[str, Any]) -> TrainState:
+def _initial_state(config: Config, optimizer: optax.GradientTransformation, params: dict[str, Any]) -> TrainState:
     loss = contrastive.initial_parameters(config.loss)
     if not config.loss.temperature:
         own = dual_logits(params)

@@ -17,10 +17,10 @@ from jfe_jax.parallel import sharding
 from jfe_jax.train import grad_cache
 from jfe_jax.train.optimizer import trained_mask
 from jfe_jax.train.schedules import learning_rate
-from jfe_jax.train.train_state import Training, TrainState, trainable
+from jfe_jax.train.train_state import TrainSetup, TrainState, trainable
 
 
-def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatch], tuple[TrainState, Metrics]]:
+def make_train_step(training: TrainSetup) -> Callable[[TrainState, ContrastiveBatch], tuple[TrainState, Metrics]]:
     """Compiled step: (state, batch on the mesh) → (next state, metrics); the old state's memory is reused.
 
     If loss or gradients are not finite, parameters and optimizer stay as they are, and `state.skipped` counts it.
@@ -39,10 +39,10 @@ def make_train_step(training: Training) -> Callable[[TrainState, ContrastiveBatc
             tree = trainable(state.params, state.loss)
             grads, metrics = gradients(training, tree, batch, trained)
             # The optimizer's tree is the whole one; what it is given for the frozen ones is not looked at.
-            whole = _filled(grads, jax.tree.map(lambda _: jnp.zeros(()), tree))
+            whole = combine(grads, jax.tree.map(lambda _: jnp.zeros(()), tree))
             updates, optimizer = training.optimizer.update(whole, state.optimizer, tree)
-            updates, moving = _moving(updates, trained), _moving(tree, trained)
-            tree = _filled(optax.apply_updates(moving, updates), tree)
+            updates, moving = partition(updates, trained), partition(tree, trained)
+            tree = combine(optax.apply_updates(moving, updates), tree)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
         after = (tree["model"], contrastive.clamp(tree["loss"], config.loss), optimizer)
@@ -80,7 +80,7 @@ def compile_ahead(step: Callable[..., Any], *abstract: Any) -> Future[Any]:
         pool.shutdown(wait=False)
 
 
-def make_eval_step(training: Training) -> Callable[[TrainState, ContrastiveBatch], Metrics]:
+def make_eval_step(training: TrainSetup) -> Callable[[TrainState, ContrastiveBatch], Metrics]:
     """Compiled loss: (state, batch on the mesh) → metrics of `losses.contrastive_loss`."""
 
     def step(state: TrainState, batch: ContrastiveBatch) -> Metrics:
@@ -98,19 +98,19 @@ def make_eval_step(training: Training) -> Callable[[TrainState, ContrastiveBatch
 
 
 def gradients(
-    training: Training, tree: dict[str, Any], batch: ContrastiveBatch, trained: dict[str, Any]
+    training: TrainSetup, tree: dict[str, Any], batch: ContrastiveBatch, trained: dict[str, Any]
 ) -> tuple[dict[str, Any], Metrics]:
     """Gradients, None where `trained` says that a leaf stays, and metrics; to be traced under a mesh in context.
 
     Nothing of the others' gradients is computed or kept.
     """
-    moving = _moving(tree, trained)
+    moving = partition(tree, trained)
     if training.config.loss.grad_cache_chunks == 1:
-        return jax.grad(lambda moving: loss_of(training, _filled(moving, tree), batch), has_aux=True)(moving)
-    shardings = _moving(shardings_of(training.abstract.params), trained["model"])
+        return jax.grad(lambda moving: loss_of(training, combine(moving, tree), batch), has_aux=True)(moving)
+    shardings = partition(shardings_of(training.abstract.params), trained["model"])
     to_model, to_loss, metrics = grad_cache.gradients(
-        lambda moving, packed: encode(training, _filled(moving, tree["model"]), packed),
-        lambda loss, embeddings: contrast(training, _filled(loss, tree["loss"]), embeddings, batch),
+        lambda moving, packed: encode(training, combine(moving, tree["model"]), packed),
+        lambda loss, embeddings: loss_from_embeddings(training, combine(loss, tree["loss"]), embeddings, batch),
         moving["model"],
         moving["loss"],
         batch.packed,
@@ -120,22 +120,22 @@ def gradients(
     return trainable(to_model, to_loss), metrics
 
 
-def loss_of(training: Training, tree: dict[str, Any], batch: ContrastiveBatch) -> tuple[jax.Array, Metrics]:
+def loss_of(training: TrainSetup, tree: dict[str, Any], batch: ContrastiveBatch) -> tuple[jax.Array, Metrics]:
     """Loss and metrics of the tree that is trained (`state.trainable`); to be traced under a mesh in context."""
     if training.config.loss.grad_cache_chunks == 1:
         embeddings = encode(training, tree["model"], batch.packed)
     else:
         embeddings = jax.lax.map(lambda packed: encode(training, tree["model"], packed), batch.packed)
-    return contrast(training, tree["loss"], embeddings, batch)
+    return loss_from_embeddings(training, tree["loss"], embeddings, batch)
 
 
-def encode(training: Training, params: dict[str, Any], packed: PackedBatch) -> jax.Array:
+def encode(training: TrainSetup, params: dict[str, Any], packed: PackedBatch) -> jax.Array:
     """Embeddings float32 [G, B, E] of a batch, or of a chunk of one."""
     return sharding.constrain(nnx.merge(training.model.graphdef, params)(packed), ("group", None, "embed"))
 
 
-def contrast(
-    training: Training, parameters: dict[str, jax.Array], embeddings: jax.Array, batch: ContrastiveBatch
+def loss_from_embeddings(
+    training: TrainSetup, parameters: dict[str, jax.Array], embeddings: jax.Array, batch: ContrastiveBatch
 ) -> tuple[jax.Array, Metrics]:
     """Loss and metrics from embeddings [G, B, E], or with the chunks in front, as the batch has them."""
     chunked = training.config.loss.grad_cache_chunks > 1
@@ -151,7 +151,7 @@ def contrast(
         # The positives of all chunks, then the negatives of all.
         return jnp.concatenate([part(x, start, start + n), part(x, start + n, x.shape[at])], axis=1)
 
-    pairs = contrastive.Pairs(
+    pairs = contrastive.ContrastiveInputs(
         part(embeddings, 0, n),
         candidates(embeddings, n),
         candidates(batch.candidate_ids),
@@ -164,11 +164,11 @@ def contrast(
     return loss, metrics | {"temperature": jnp.exp(-parameters["log_inverse_temperature"])}
 
 
-def _moving(tree: Any, trained: Any) -> Any:
+def partition(tree: Any, trained: Any) -> Any:
     """The leaves that move, None in place of the others."""
     return jax.tree.map(lambda leaf, moves: leaf if moves else None, tree, trained)
 
 
-def _filled(part: Any, whole: Any) -> Any:
+def combine(part: Any, whole: Any) -> Any:
     """`part` with the leaves of `whole` where it has None."""
     return jax.tree.map(lambda own, other: other if own is None else own, part, whole, is_leaf=lambda x: x is None)

@@ -22,25 +22,25 @@ from jfe_jax.parallel.distributed import all_or_none, is_process_zero
 from jfe_jax.train import train_state as states
 from jfe_jax.train import validate
 from jfe_jax.train.device_prefetch import Prefetcher
-from jfe_jax.train.init_from import start_from
+from jfe_jax.train.init_from import load_initial_weights
 from jfe_jax.train.metrics_writer import MetricsLog, Progress
-from jfe_jax.train.preemption import told_to_end
-from jfe_jax.train.train_state import Training, TrainState
+from jfe_jax.train.preemption import preemption_requested
+from jfe_jax.train.train_state import TrainSetup, TrainState
 from jfe_jax.train.train_step import compile_ahead, make_eval_step, make_train_step
 from jfe_jax.utils import pytrees
 
 # Metrics are fetched this many steps late: the device always has a step in hand while the host waits for numbers.
-LAG = 2
+MAX_IN_FLIGHT_STEPS = 2
 
 
-class Outcome(NamedTuple):
+class TrainResult(NamedTuple):
     """How a call ended: the step reached, and a line that says it."""
 
     step: int
-    note: str
+    message: str
 
 
-def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str], None]) -> Outcome:
+def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str], None]) -> TrainResult:
     """Trains until `config.optimizer.steps`, or until the process is told to end (SIGTERM), and saves.
 
     A run directory with checkpoints is continued from its newest good one, on whatever mesh the config has now; on the
@@ -63,11 +63,11 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
         if done is not None and resume == "never":
             raise UserError(f"{run}: holds checkpoints up to step {done}; remove it, choose another output, or resume")
         if done is not None and done >= steps:
-            return Outcome(done, f"{run}: finished at step {done}; nothing to do")
+            return TrainResult(done, f"{run}: finished at step {done}; nothing to do")
         mesh = sharding.make_mesh(config.mesh)
         groups = sharding.group_count(mesh) * config.loss.grad_cache_chunks
         batches = _batches(config, groups, config.data.split)
-        training = states.prepare(config, mesh)
+        training = states.make_train_setup(config, mesh)
     step = make_train_step(training)
     one = empty_batch(replace(batches.shape, groups=1))
     compiled = compile_ahead(step, training.abstract, sharding.abstract_batch(one, mesh, config.loss.grad_cache_chunks))
@@ -78,13 +78,13 @@ def train(config: Config, resume: Literal["auto", "never"], say: Callable[[str],
             start, state = starting_point(training, checkpoints, batches, say)
             if is_process_zero():
                 model_io.write_run_files(run, config, Path(config.tokens.tokenizer))
-        reached = _Run(training, step, compiled, checkpoints, groups, say).go(start, state, batches)
+        reached = Trainer(training, step, compiled, checkpoints, groups, say).run(start, state, batches)
         checkpoints.wait()
     finally:
         checkpoints.close()
     if reached < steps:
-        return Outcome(reached, f"{run}: stopped at step {reached} of {steps}, saved; run it again to continue")
-    return Outcome(reached, f"{run}: finished at step {reached}")
+        return TrainResult(reached, f"{run}: stopped at step {reached} of {steps}, saved; run it again to continue")
+    return TrainResult(reached, f"{run}: finished at step {reached}")
 
 
 def with_tokenizer(config: Config) -> Config:
@@ -102,14 +102,14 @@ def with_tokenizer(config: Config) -> Config:
 
 
 def starting_point(
-    training: Training, checkpoints: CheckpointManager, batches: Any, say: Callable[[str], None]
+    training: TrainSetup, checkpoints: CheckpointManager, batches: Any, say: Callable[[str], None]
 ) -> tuple[int, TrainState]:
     """Step and state to go on from: the run's own checkpoint (`batches` is set to its place), `init`, or random.
 
     With adapters the run directory gets its `base.json`.
     """
     config, abstract = training.config, training.abstract
-    kept = pytrees.select(abstract.params, training.kept)
+    kept = pytrees.select(abstract.params, training.checkpointed_mask)
     saved = checkpoints.restore(config, kept, abstract._replace(params={})._asdict())
     if saved is not None:
         params = saved.params
@@ -122,22 +122,22 @@ def starting_point(
             say(f"other settings than the checkpoint's: {'; '.join(changed)}")
         return saved.step, TrainState(**saved.train | {"params": params})
     if not config.init:
-        return 0, states.initialise(training)
-    start = start_from(config.init, training)
+        return 0, states.init_train_state(training)
+    start = load_initial_weights(config.init, training)
     with all_or_none():
         if start.base is not None and is_process_zero():
             base_model.write_base_ref(Path(config.output), start.base)
-    if start.note:
-        say(start.note)
-    return 0, states.initialise(training, start.params)
+    if start.message:
+        say(start.message)
+    return 0, states.init_train_state(training, start.params)
 
 
-class _Run:
+class Trainer:
     """The loop itself, with what it reports to."""
 
     def __init__(
         self,
-        training: Training,
+        training: TrainSetup,
         step: Any,
         compiled: Future[Any],
         checkpoints: CheckpointManager,
@@ -150,7 +150,7 @@ class _Run:
         self.programs = 0
         self.saved: int | None = max(checkpoints.steps(), default=None)
 
-    def go(self, start: int, state: TrainState, batches: Any) -> int:
+    def run(self, start: int, state: TrainState, batches: Any) -> int:
         """Runs from `start`; returns the step reached."""
         steps = self.config.optimizer.steps
         self.log = MetricsLog(Path(self.config.output) / "logs", start) if is_process_zero() else None
@@ -160,18 +160,20 @@ class _Run:
         source = Prefetcher(batches, self.training.mesh, self.config.loss.grad_cache_chunks)
         step = start
         try:
-            with told_to_end() as ended:
+            with preemption_requested() as ended:
                 self.compiled.result()
                 while step < steps and not ended(step):
                     batch, position, idle = source.take(self._computing)
                     self.waited += idle
                     state, metrics = self.train_step(state, batch)
                     step += 1
-                    self._heed_compilation(step)
+                    self._warn_on_recompile(step)
                     self.pending.append((step, metrics, position["bad"]))
-                    self._settle(LAG)
-                    saves = _due(step, self.config.checkpoint.every_steps) or step == steps
-                    values = _due(step, self.config.val_every_steps) or (self.config.val_every_steps and step == steps)
+                    self._flush_metrics(MAX_IN_FLIGHT_STEPS)
+                    saves = _every(step, self.config.checkpoint.every_steps) or step == steps
+                    values = _every(step, self.config.val_every_steps) or (
+                        self.config.val_every_steps and step == steps
+                    )
                     # First, so that the checkpoint knows its loss, and the log of what it continues has it.
                     loss = None
                     if values or (saves and self.config.checkpoint.keep_best):
@@ -191,14 +193,14 @@ class _Run:
         # The devices take steps in order: while the newest is not done, they do not wait.
         return bool(self.pending) and not all(value.is_ready() for value in self.pending[-1][1].values())
 
-    def _settle(self, lag: int) -> None:
-        # Fetches the metrics of all but the newest `lag` steps.
-        while len(self.pending) > lag:
+    def _flush_metrics(self, max_in_flight: int) -> None:
+        # Fetches the metrics of all but the newest `max_in_flight` steps.
+        while len(self.pending) > max_in_flight:
             step, metrics, bad = self.pending.popleft()
             values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            self._heed_skipped(step, values)
+            self._check_nonfinite(step, values)
             shown = None
-            if _due(step, self.config.log_every_steps) or step == self.config.optimizer.steps:
+            if _every(step, self.config.log_every_steps) or step == self.config.optimizer.steps:
                 now = time.monotonic()
                 seconds = max(now - self.since, 1e-9)
                 items = values.pop("pairs") * (2 + self.config.data.hard_negatives) * (step - self.last_logged)
@@ -213,13 +215,13 @@ class _Run:
                 self.waited, self.since, self.last_logged = 0.0, time.monotonic(), step
             self.progress.update(step, shown)
 
-    def _heed_compilation(self, step: int) -> None:
+    def _warn_on_recompile(self, step: int) -> None:
         programs = self.train_step._cache_size()
         if self.programs and programs > self.programs:
             self.progress.say(f"warning: step {step} was compiled again: its batch has another shape than those before")
         self.programs = programs
 
-    def _heed_skipped(self, step: int, values: dict[str, float]) -> None:
+    def _check_nonfinite(self, step: int, values: dict[str, float]) -> None:
         in_row = int(values.pop("skipped_in_row"))
         if not in_row:
             return
@@ -235,13 +237,13 @@ class _Run:
 
     def _save(self, step: int, state: TrainState, position: Any, loss: float | None = None) -> None:
         # Not before it is known that training goes on.
-        self._settle(0)
-        params = pytrees.select(state.params, self.training.kept)
+        self._flush_metrics(0)
+        params = pytrees.select(state.params, self.training.checkpointed_mask)
         self.checkpoints.save(step, self.config, params, state._replace(params={})._asdict(), position, loss)
         self.saved = step
 
     def _validate(self, step: int, state: TrainState) -> float:
-        self._settle(0)
+        self._flush_metrics(0)
         begun = time.monotonic()
         batches = _batches(self.config, self.groups, self.config.data.val_split)
         source = Prefetcher(batches, self.training.mesh, self.config.loss.grad_cache_chunks)
@@ -273,5 +275,5 @@ def _batches(config: Config, groups: int, split: str) -> Any:
     )
 
 
-def _due(step: int, every: int) -> bool:
+def _every(step: int, every: int) -> bool:
     return every > 0 and step % every == 0

@@ -17,7 +17,7 @@ from jfe_jax.config import OptimizerConfig
 MUON_RMS = 0.2
 
 
-def direction(settings: OptimizerConfig, axes: Any, matrices: Any) -> optax.GradientTransformation:
+def scale_by_optimizer(settings: OptimizerConfig, axes: Any, matrices: Any) -> optax.GradientTransformation:
     """The update rule `settings.name`.
 
     Args:
@@ -66,7 +66,7 @@ def _muon(settings: OptimizerConfig, axes: Any, matrices: Any) -> optax.Gradient
         return "muon" if matrix and not {"vocab", "position"} & {*names} else "adam"
 
     labels = jax.tree.map(label, axes, matrices, is_leaf=_is_names)
-    sides = jax.tree.map(matrix_sides, axes, is_leaf=_is_names)
+    sides = jax.tree.map(muon_dimension_numbers, axes, is_leaf=_is_names)
 
     def sides_of(updates: Any) -> Any:
         # In the tree of this group, which has nothing where others have their parameters.
@@ -93,7 +93,7 @@ def _muon(settings: OptimizerConfig, axes: Any, matrices: Any) -> optax.Gradient
     return optax.partition({"muon": optax.chain(muon, optax.stateless(scaled)), "adam": _adam(settings)}, labels)
 
 
-def matrix_sides(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers:
+def muon_dimension_numbers(names: tuple[str | None, ...]) -> optax.contrib.MuonDimensionNumbers:
     """Which axes of a weight are contracted and which come out; `layers` is neither, each layer being its own matrix.
 
     A weight that begins with the model's width, or an adapter's rank, takes that in; any other gives its last axis.

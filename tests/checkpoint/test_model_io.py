@@ -18,7 +18,7 @@ from jfe_jax.data.processor import train_tokenizer
 from jfe_jax.errors import UserError
 from jfe_jax.parallel import sharding
 from jfe_jax.train import train_state as states
-from jfe_jax.train.init_from import start_from
+from jfe_jax.train.init_from import load_initial_weights
 from tests.support import tiny_training as tiny
 
 CONFIG = tiny.config(optimizer=OptimizerConfig(freeze=("vision",)))
@@ -26,12 +26,12 @@ CONFIG = tiny.config(optimizer=OptimizerConfig(freeze=("vision",)))
 
 def training(config=CONFIG, sizes=(1, 1, 1)):
     mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
-    return states.prepare(config, mesh)
+    return states.make_train_setup(config, mesh)
 
 
 @pytest.fixture(scope="module")
 def state():
-    return states.initialise(training())
+    return states.init_train_state(training())
 
 
 @pytest.fixture
@@ -296,7 +296,7 @@ def test_no_checkpoint_there(tmp_path):
 
 def test_parameters_start_another_run_of_the_same_model_only(tmp_path, state, tokenizer):
     model_io.save_model(tmp_path / "one", CONFIG, state.params, tokenizer)
-    assert_equal(start_from(str(tmp_path / "one"), training()).params, state.params)
+    assert_equal(load_initial_weights(str(tmp_path / "one"), training()).params, state.params)
     other = replace(CONFIG, model=replace(CONFIG.model, text=replace(CONFIG.model.text, mlp_dim=128)))
     with pytest.raises(UserError, match=r"model\.text\.mlp_dim: 64 != 128"):
-        start_from(str(tmp_path / "one"), training(other))
+        load_initial_weights(str(tmp_path / "one"), training(other))

@@ -10,7 +10,7 @@ import pytest
 
 from jfe_jax.config import LossConfig, MeshConfig
 from jfe_jax.losses import contrastive, logit_cache
-from jfe_jax.losses.contrastive import Pairs, contrastive_loss
+from jfe_jax.losses.contrastive import ContrastiveInputs, contrastive_loss
 from jfe_jax.parallel import sharding
 from tests.support.plain_loss import plain
 
@@ -31,7 +31,7 @@ KINDS = {
 SMALL = 1e-6
 
 
-def pairs(seed: int = 0, k: int = 1, groups: int = G) -> Pairs:
+def pairs(seed: int = 0, k: int = 1, groups: int = G) -> ContrastiveInputs:
     """Random pairs with equal candidates on different devices, several right answers, and fillers."""
     random = np.random.default_rng(seed)
     total = G * N
@@ -45,7 +45,7 @@ def pairs(seed: int = 0, k: int = 1, groups: int = G) -> Pairs:
     return _grouped(_unit(random, total), _unit(random, total, 1 + k), ids, positives, valid, groups)
 
 
-def _grouped(queries, candidates, ids, positives, valid, groups) -> Pairs:
+def _grouped(queries, candidates, ids, positives, valid, groups) -> ContrastiveInputs:
     def candidates_first(x):
         # [G·N, 1 + K, …] → [G, N positives and then N·K negatives, …]
         x = x.reshape(groups, -1, *x.shape[1:])
@@ -53,7 +53,7 @@ def _grouped(queries, candidates, ids, positives, valid, groups) -> Pairs:
         return np.concatenate([x[:, :, 0], x[:, :, 1:].reshape(groups, -1, *tail)], axis=1)
 
     k = ids.shape[1]
-    return Pairs(
+    return ContrastiveInputs(
         queries.reshape(groups, -1, E),
         candidates_first(candidates),
         candidates_first(ids),
@@ -75,12 +75,12 @@ def _value_and_gradients(kind, kept_rows, queries, candidates, parameters, rest)
     config = replace(KINDS[kind], tile_mib=SMALL, keep_mib=keep_mib, keep_logits=kept_rows < 0)
 
     def loss(queries, candidates, parameters):
-        return contrastive_loss(Pairs(queries, candidates, *rest), parameters, config)
+        return contrastive_loss(ContrastiveInputs(queries, candidates, *rest), parameters, config)
 
     return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(queries, candidates, parameters)
 
 
-def value_and_gradients(pairs: Pairs, sizes=None, kind="infonce", kept_rows=0):
+def value_and_gradients(pairs: ContrastiveInputs, sizes=None, kind="infonce", kept_rows=0):
     """((loss, metrics), gradients to queries, candidates and the loss's parameters), on a mesh or without."""
     parameters = contrastive.initial_parameters(KINDS[kind])
     if sizes is None:
@@ -158,7 +158,7 @@ def test_memory_does_not_grow_with_the_square_of_the_batch():
     config = LossConfig(tile_mib=1, keep_mib=0)
 
     def temporary(total, config=config):
-        shapes = Pairs(
+        shapes = ContrastiveInputs(
             *(jax.ShapeDtypeStruct((1, total, 8), jnp.float32),) * 2,
             *(jax.ShapeDtypeStruct((1, total), jnp.int32),) * 2,
             jax.ShapeDtypeStruct((1, total, 1), jnp.int32),
@@ -167,7 +167,7 @@ def test_memory_does_not_grow_with_the_square_of_the_batch():
         parameters = contrastive.initial_parameters(config)
 
         def loss(queries, candidates, rest):
-            return contrastive_loss(Pairs(queries, candidates, *rest), parameters, config)[0]
+            return contrastive_loss(ContrastiveInputs(queries, candidates, *rest), parameters, config)[0]
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes[:2], shapes[2:]).compile()
         return compiled.memory_analysis().temp_size_in_bytes

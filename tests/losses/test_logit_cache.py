@@ -20,12 +20,12 @@ def test_kept_logits_come_back(scale):
 
     @jax.jit
     def there_and_back(logits, scale):
-        of = logit_cache.parts(3, keep=2, lend=1)
-        held = logit_cache.room(of, (2, 16, 8), 8)
+        of = logit_cache.plan_cache(3, keep=2, lend=1)
+        held = logit_cache.allocate(of, (2, 16, 8), 8)
         places = [(part, a, b) for a in range(2) for part in of for b in part.places]
         for part, a, b in places:
-            held = logit_cache.put(held, part, a, b, logits[a, b], scale)
-        return held, jnp.stack([logit_cache.get(held, *place, scale) for place in places]).reshape(logits.shape)
+            held = logit_cache.store(held, part, a, b, logits[a, b], scale)
+        return held, jnp.stack([logit_cache.load(held, *place, scale) for place in places]).reshape(logits.shape)
 
     held, back = there_and_back(logits, scale)
     assert np.array_equal(np.isneginf(back), masked)
@@ -34,17 +34,19 @@ def test_kept_logits_come_back(scale):
         back[~masked], scale * np.clip(cosines[~masked].astype(float), -1, 1), rtol=2e-7, atol=scale * 2.0**-24 * 1.01
     )
     np.testing.assert_array_equal(back[:, 2], logits[:, 2])
-    assert held.upper.nbytes + held.lower.nbytes == logit_cache.BYTES * logits[:, :2].size
+    assert held.high16.nbytes + held.low8.nbytes == logit_cache.BYTES * logits[:, :2].size
 
 
 @pytest.mark.parametrize(
     ("keep", "lend", "expected"),
     [
-        (9, 2, [(0, 5, "steps")]),
-        (3, 4, [(0, 3, "steps"), (3, 5, "lent")]),
-        (1, 2, [(0, 1, "steps"), (1, 3, "lent"), (3, 5, "")]),
-        (0, 0, [(0, 5, "")]),
+        (9, 2, [(0, 5, "quantized")]),
+        (3, 4, [(0, 3, "quantized"), (3, 5, "grad_buffer")]),
+        (1, 2, [(0, 1, "quantized"), (1, 3, "grad_buffer"), (3, 5, "recompute")]),
+        (0, 0, [(0, 5, "recompute")]),
     ],
 )
 def test_what_is_not_kept_is_lent_memory_as_far_as_it_goes(keep, lend, expected):
-    assert [(part.places.start, part.places.stop, part.how) for part in logit_cache.parts(5, keep, lend)] == expected
+    assert [
+        (part.places.start, part.places.stop, part.storage) for part in logit_cache.plan_cache(5, keep, lend)
+    ] == expected

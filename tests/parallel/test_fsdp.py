@@ -104,7 +104,7 @@ def test_a_step_moves_tokens_not_the_table():
     text = replace(config.model.text, vocab_size=512, mlp_dim=96)
     config = replace(config, model=replace(config.model, text=text))
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4))
-    training = states.prepare(config, mesh)
+    training = states.make_train_setup(config, mesh)
     batch = sharding.put_batch(tiny.batch(config, 8), mesh)
     moved = find_collectives(HloModule(make_train_step(training).lower(training.abstract, batch).compile().as_text()))
     assert max(item.bytes for item in moved) < text.vocab_size * text.width * 4

@@ -60,7 +60,7 @@ def mean_pooled():
 def test_six_flops_a_parameter_and_token():
     """The rule of thumb, for the matrices: 2 forward, 4 backward."""
     tower = next(part for part in flops.count_module_flops(STAGE2) if part.name == "tower")
-    training = states.prepare(STAGE2, sharding.make_mesh(MeshConfig(data=1)))
+    training = states.make_train_setup(STAGE2, sharding.make_mesh(MeshConfig(data=1)))
     blocks = training.abstract.params["tower"]["blocks"]
     matrices = count_parameters({k: v for k, v in blocks.items() if "norm" not in k})
     tokens = STAGE2.data.rows * STAGE2.data.row_tokens
@@ -86,7 +86,7 @@ def test_what_is_frozen_costs_less():
 def test_the_formula_is_what_is_compiled():
     """Nothing recomputed: the compiled products are the formula's, but for small ones that XLA writes otherwise."""
     config = tiny.config()
-    there = states.prepare(config, sharding.make_mesh(MeshConfig(data=1)))
+    there = states.make_train_setup(config, sharding.make_mesh(MeshConfig(data=1)))
     batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(config, 1))
 
     def total(params, packed):
@@ -161,7 +161,7 @@ def dual(family):
 def test_the_formula_is_what_xla_counts(config):
     """`cost_analysis` of the whole gradient, element by element included: so a little more, and with no loop in it."""
     data, side = config.data, config.model.vision.image_size
-    there = states.prepare(config, sharding.make_mesh(MeshConfig(data=1)))
+    there = states.make_train_setup(config, sharding.make_mesh(MeshConfig(data=1)))
     row = (1, data.rows, data.row_tokens)
     shapes = (row, row, row, (1, 16, side, side, 3), (1, 16), (1, 32), (1, 32, 2), (1, 32))
     kinds = (np.int32, np.int32, np.int32, np.uint8, np.int32, np.int32, np.int32, bool)

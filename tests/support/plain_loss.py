@@ -3,10 +3,10 @@
 import numpy as np
 
 from jfe_jax.config import LossConfig
-from jfe_jax.losses.contrastive import Pairs
+from jfe_jax.losses.contrastive import ContrastiveInputs
 
 
-def plain(pairs: Pairs, config: LossConfig, changes: dict[str, float] | None = None) -> tuple[float, float]:
+def plain(pairs: ContrastiveInputs, config: LossConfig, changes: dict[str, float] | None = None) -> tuple[float, float]:
     """Loss and accuracy; `changes` are values of the loss's parameters other than the config's."""
     values = {"log_inverse_temperature": -np.log(config.temperature), "bias": config.bias} | (changes or {})
     whole = _plain(pairs, config, values)
@@ -24,7 +24,7 @@ def _renormalised(x: np.ndarray, width: int) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _plain(pairs: Pairs, config: LossConfig, values: dict[str, float]) -> tuple[float, float]:
+def _plain(pairs: ContrastiveInputs, config: LossConfig, values: dict[str, float]) -> tuple[float, float]:
     groups, n, _ = pairs.queries.shape
     c = pairs.candidates.shape[1]
     scale = np.exp(values["log_inverse_temperature"])

@@ -11,7 +11,7 @@ from tests.support import tiny_training as tiny
 
 def training(config, sizes=(1, 1, 1)):
     mesh = sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
-    return states.prepare(config, mesh)
+    return states.make_train_setup(config, mesh)
 
 
 def batch(training, seed=0):
@@ -19,7 +19,7 @@ def batch(training, seed=0):
 
 
 def gradients(training):
-    state = states.initialise(training)
+    state = states.init_train_state(training)
     tree = states.trainable(state.params, state.loss)
     function = jax.jit(jax.value_and_grad(lambda tree, batch: loss_of(training, tree, batch)[0]))
     with jax.set_mesh(training.mesh):

@@ -35,7 +35,7 @@ def test_loss_and_gradients_on_eight_devices_are_those_of_one():
 
 def test_it_learns_and_what_rides_along_stays():
     one = training(config("clip", optimizer=OptimizerConfig(steps=8, learning_rate=1e-2, warmup_steps=0)))
-    step, state = make_train_step(one), states.initialise(one)
+    step, state = make_train_step(one), states.init_train_state(one)
     before = jax.device_get(state.params["logit_scale_"])
     seen = []
     for _ in range(8):
@@ -55,7 +55,7 @@ def test_the_temperature_is_what_the_weights_say_down_to_the_least(family, scale
     params["logit_scale_e" if family == "siglip" else "logit_scale_"] += np.float32(scale)
     if family == "siglip":
         params["logit_bias_e"] -= 7
-    state = states.initialise(one, params)
+    state = states.init_train_state(one, params)
     np.testing.assert_allclose(np.exp(-state.loss["log_inverse_temperature"]), temperature, rtol=1e-6)
     assert family == "clip" or state.loss["bias"] == -7
     assert state.loss["log_inverse_temperature"].shape == ()

@@ -51,7 +51,7 @@ def test_loss_and_gradients_are_those_of_float32(config, exact, attention, remat
 
 def test_training_learns_and_compiles_once(config):
     there = training(replace(config, model=replace(config.model, dtype="bfloat16", attention="cudnn")))
-    step, state = make_train_step(there), states.initialise(there)
+    step, state = make_train_step(there), states.init_train_state(there)
     losses = []
     for _ in range(20):
         state, metrics = step(state, batch(there))

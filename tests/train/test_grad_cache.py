@@ -23,12 +23,14 @@ def training(chunks, sizes=(1, 1, 1), data=DATA):
     config = tiny.config(
         data=data, loss=LossConfig(grad_cache_chunks=chunks), optimizer=OptimizerConfig(freeze=("vision",))
     )
-    return states.prepare(config, sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])))
+    return states.make_train_setup(
+        config, sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    )
 
 
 def compiled(there, groups):
     """(jitted gradients, arguments) for the pairs laid out in so many groups, whatever the mesh."""
-    state = states.initialise(there)
+    state = states.init_train_state(there)
     batch = sharding.put_batch(tiny.batch(there.config, groups), there.mesh, there.config.loss.grad_cache_chunks)
     trained = trained_mask(there.config, there.model.axes)
     tree = states.trainable(state.params, state.loss)
@@ -69,7 +71,7 @@ def test_memory_is_a_chunks():
     def temporary(pairs, chunks):
         data = replace(DATA, pairs=pairs, rows=2 * pairs, row_tokens=32, image_slots=3 * pairs)
         config = tiny.config(data=data, loss=LossConfig(grad_cache_chunks=chunks, tile_mib=0.1, keep_mib=0))
-        function, arguments = compiled(states.prepare(config, sharding.make_mesh(MeshConfig(data=1))), chunks)
+        function, arguments = compiled(states.make_train_setup(config, sharding.make_mesh(MeshConfig(data=1))), chunks)
         return function.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
     chunked = temporary(64, 8)
@@ -103,7 +105,7 @@ def test_what_an_encoder_draws_is_drawn_again():
 
 def test_the_step_takes_chunks_and_validation_is_its_loss():
     there = training(CHUNKS, (2, 2, 2))
-    step, state = make_train_step(there), states.initialise(there)
+    step, state = make_train_step(there), states.init_train_state(there)
     batch = sharding.put_batch(tiny.batch(there.config, 8), there.mesh, CHUNKS)
     valued = make_eval_step(there)(state, batch)
     seen = []

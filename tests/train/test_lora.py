@@ -20,7 +20,7 @@ from jfe_jax.models import lora
 from jfe_jax.models.abstract_model import blueprint, random_parameters
 from jfe_jax.parallel import sharding
 from jfe_jax.train import train_state as states
-from jfe_jax.train.init_from import start_from
+from jfe_jax.train.init_from import load_initial_weights
 from jfe_jax.train.optimizer import trained_mask
 from jfe_jax.train.train_step import gradients, make_train_step
 from jfe_jax.train.trainer import train
@@ -78,8 +78,8 @@ def test_only_adapters_and_chosen_parts_move_and_are_kept(adapted, whole):
 
 
 def test_moments_are_of_what_moves(adapted):
-    there = states.prepare(adapted, sharding.make_mesh(adapted.mesh))
-    moving = pytrees.flatten(pytrees.select(there.abstract.params, there.kept))
+    there = states.make_train_setup(adapted, sharding.make_mesh(adapted.mesh))
+    moving = pytrees.flatten(pytrees.select(there.abstract.params, there.checkpointed_mask))
     shapes = [leaf.shape for leaf in jax.tree.leaves(there.abstract.optimizer) if leaf.ndim]
     assert sorted(shapes) == sorted(2 * [leaf.shape for leaf in moving.values()])
 
@@ -91,7 +91,7 @@ def test_the_compiled_step_has_no_gradients_of_what_stays():
         config = tiny.config()
         wide = replace(config.model.text, width=64, mlp_dim=512)
         config = replace(config, model=replace(config.model, text=wide, lora=cfg))
-        there = states.prepare(config, sharding.make_mesh(MeshConfig(data=1)))
+        there = states.make_train_setup(config, sharding.make_mesh(MeshConfig(data=1)))
         batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tiny.batch(config, 1)))
         compiled = make_train_step(there).lower(there.abstract, batch).compile()
         return compiled.cost_analysis()["flops"], compiled.memory_analysis()
@@ -144,9 +144,9 @@ def test_another_base_is_refused_and_a_missing_one_named(adapted, whole, tmp_pat
 
 
 def started(config, note):
-    there = states.prepare(config, sharding.make_mesh(config.mesh))
-    start = start_from(config.init, there)
-    assert note in start.note
+    there = states.make_train_setup(config, sharding.make_mesh(config.mesh))
+    start = load_initial_weights(config.init, there)
+    assert note in start.message
     return there, start
 
 
@@ -165,7 +165,7 @@ def test_stage_two_with_other_adapters_merges_the_first(adapted, whole, rank, tm
     second = replace(adapted, init=str(whole), model=replace(adapted.model, lora=other), output=str(tmp_path / "two"))
     second = replace(second, optimizer=replace(second.optimizer, train=()))
     there, start = started(second, "merged")
-    state = states.initialise(there, start.params)
+    state = states.init_train_state(there, start.params)
     item = EncodedItem(np.array([IMAGE_TOKEN] * 4 + [2, 7, 9, 1], np.int32), np.eye(16)[..., None].repeat(3, -1) * 200)
     batch = pack([item], groups=1, rows=1, row_tokens=8, image_slots=1, image_size=16)
     loaded = model_io.load_model(whole)
@@ -188,9 +188,11 @@ def test_gradients_on_a_mesh_equal_those_of_one_device():
         config = replace(
             config, model=replace(config.model, lora=replace(LORA, targets=("attention", "mlp", "vision")))
         )
-        there = states.prepare(config, sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2])))
+        there = states.make_train_setup(
+            config, sharding.make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+        )
         batch = sharding.put_batch(tiny.batch(config, sharding.group_count(there.mesh)), there.mesh)
-        state = states.initialise(there)
+        state = states.init_train_state(there)
         # With B at zero A's gradient is zero.
         params = jax.tree.map(lambda leaf: leaf + 0.01, state.params)
         trained = trained_mask(config, there.model.axes)
@@ -239,7 +241,7 @@ def test_what_cannot_work_is_said(adapted, changes, optimizer, says):
     if not wrong.model.lora.rank and not optimizer:
         wrong = replace(wrong, optimizer=replace(wrong.optimizer, train=()))
     with pytest.raises(UserError, match=says):
-        states.prepare(wrong, sharding.make_mesh(wrong.mesh))
+        states.make_train_setup(wrong, sharding.make_mesh(wrong.mesh))
 
 
 def test_adapters_on_random_weights_are_refused(adapted, tmp_path):

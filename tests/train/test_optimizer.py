@@ -157,7 +157,7 @@ def test_adafactor_keeps_rows_and_columns():
     model = replace(tiny.config().model, text=text)
     there = sharding.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     config = tiny.config(model=model, optimizer=OptimizerConfig(name="adafactor", b1=0.0))
-    training = states.prepare(config, there)
+    training = states.make_train_setup(config, there)
     shapes = {
         path_name(path).partition("model.")[2]: leaf.shape
         for path, leaf in jax.tree_util.tree_flatten_with_path(training.abstract.optimizer)[0]
@@ -179,10 +179,10 @@ def test_other_rules_learn_with_moments_in_bfloat16_on_a_mesh(name):
         second_moment_dtype="bfloat16",
         freeze=("vision",),
     )
-    training = states.prepare(tiny.config(optimizer=settings), there)
+    training = states.make_train_setup(tiny.config(optimizer=settings), there)
     narrow = [leaf.dtype for leaf in jax.tree.leaves(training.abstract.optimizer) if leaf.dtype == jnp.bfloat16]
     assert narrow
-    step, state = make_train_step(training), states.initialise(training)
+    step, state = make_train_step(training), states.init_train_state(training)
     batch = sharding.put_batch(tiny.batch(training.config, 4), there)
     seen = []
     for _ in range(4):

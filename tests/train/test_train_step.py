@@ -40,7 +40,7 @@ def test_with_bins_too(config, alone):
 
 def test_the_step_compiles_once_learns_and_reuses_its_state(config):
     there = training(config, (2, 2, 2))
-    step, state = make_train_step(there), states.initialise(there)
+    step, state = make_train_step(there), states.init_train_state(there)
     first = state
     seen = []
     for _ in range(8):
@@ -61,7 +61,7 @@ def test_temperature_stops_at_its_minimum_and_validation_is_the_loss_before_the_
             optimizer=OptimizerConfig(learning_rate=0.5, warmup_steps=0, steps=9, schedule="constant"),
         )
     )
-    step, state = make_train_step(there), states.initialise(there)
+    step, state = make_train_step(there), states.init_train_state(there)
     valued = jax.device_get(make_eval_step(there)(state, batch(there)))
     state, stepped = step(state, batch(there))
     np.testing.assert_allclose(valued["loss"], stepped["loss"], rtol=1e-6)
@@ -73,7 +73,7 @@ def test_temperature_stops_at_its_minimum_and_validation_is_the_loss_before_the_
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_count(config):
     there = training(config, (2, 2, 2))
-    step, state = make_train_step(there), states.initialise(there)
+    step, state = make_train_step(there), states.init_train_state(there)
     state, metrics = step(state, batch(there))
     good = jax.device_get(state._replace(step=0, skipped=0))
     rate = float(metrics["learning_rate"])

@@ -115,7 +115,7 @@ def end_at(text):
 def test_told_to_end_it_saves_and_continues_to_the_bit(config, whole, tmp_path):
     mine = replace(config, output=str(tmp_path / "run"))
     outcome = train(mine, "auto", end_at("step 4: validation"))
-    assert outcome.step == 4 and "stopped at step 4 of 8, saved" in outcome.note
+    assert outcome.step == 4 and "stopped at step 4 of 8, saved" in outcome.message
     assert train(mine, "auto", lambda line: None).step == STEPS
     assert_same_run(tmp_path / "run", whole)
 
@@ -210,7 +210,7 @@ def test_stage_two_starts_from_stage_one_and_inherits_its_tokenizer(config, whol
     second = replace(config, output=str(tmp_path / "two"), init=str(whole), tokens=replace(config.tokens, tokenizer=""))
     second = with_tokenizer(second)
     assert second.tokens.tokenizer == str(whole / "tokenizer")
-    training = states.prepare(second, sharding.make_mesh(second.mesh))
+    training = states.make_train_setup(second, sharding.make_mesh(second.mesh))
     checkpoints = CheckpointManager(tmp_path / "two", 1, lambda line: None)
     step, state = starting_point(training, checkpoints, None, lambda line: None)
     checkpoints.close()
