@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         tables=[of_slices(slices), of_choices(choices)],
         packages=["jax", "libtpu"],
         method=f"{config.data.pairs:,} pairs of {CONFIG} on {CHIPS} chips, as many for each chip on others; the "
-        "shortest times that compute, main memory (HBM) and interconnect allow (README, jfe plan)",
+        "shortest times that compute, main memory (HBM) and interconnect allow (docs/scaling/plan.md)",
         notes=notes([*slices, *choices.values()]),
     )
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The README's comparison: three seeds of JFE and both late-fusion baselines. Resumable: run it again after a stop.
+# The comparison of docs/results/emoji.md: three seeds of JFE and both late-fusion baselines. Resumable: run it again after a stop.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/setup.sh

@@ -1,9 +1,9 @@
-"""Stored results: DIR/NAME.json, which section NAME of the README shows."""
+"""Stored results: DIR/NAME.json, which section NAME of a documentation page shows."""
 
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from benchmarks.common import result as results
@@ -11,33 +11,53 @@ from benchmarks.common import tables
 from jfe_jax.errors import UserError
 
 
-def fill(readme: Path, directory: Path) -> list[str]:
-    """Makes the README's sections again, from the results of `directory`; returns their names.
+def page_files(paths: Sequence[Path]) -> list[Path]:
+    """Expands each directory into its Markdown files.
 
     Raises:
-      UserError: a section's result is not there or is not one, a marker has no other end, there is no such file.
+      UserError: a path does not exist.
     """
-    try:
-        text = readme.read_text(encoding="utf-8")
-        made = tables.filled(text, lambda name: results.read(directory / f"{name}.json"))
-    except FileNotFoundError as error:
-        raise UserError(f"{readme}: no such file; run it in the checkout, or give --readme FILE") from error
-    except UserError as error:
-        raise UserError(f"{readme}: {error}") from error
-    if made != text:
-        results.replace_text(readme, made)
-    return tables.names(text)
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or directory; run this in the checkout, or give --pages")
+    return [file for path in paths for file in (sorted(path.glob("*.md")) if path.is_dir() else [path])]
+
+
+def fill(paths: Sequence[Path], directory: Path) -> list[tuple[Path, str]]:
+    """Regenerates the sections of the pages from the results in `directory`.
+
+    No page is written unless all of them can be.
+
+    Returns:
+      Each section, as its page and its name.
+
+    Raises:
+      UserError: a path does not exist, a section's result is missing or malformed, or a marker is unpaired.
+    """
+    written, sections = {}, []
+    for page in page_files(paths):
+        text = page.read_text(encoding="utf-8")
+        try:
+            filled = tables.filled(text, lambda name: results.read(directory / f"{name}.json"))
+        except UserError as error:
+            raise UserError(f"{page}: {error}") from error
+        sections += [(page, name) for name in tables.names(text)]
+        if filled != text:
+            written[page] = filled
+    for page, text in written.items():
+        results.replace_text(page, text)
+    return sections
 
 
 def again(
-    readme: Path, directory: Path, only: Collection[str], skip: Collection[str], say: Callable[[str], None]
+    paths: Sequence[Path], directory: Path, only: Collection[str], skip: Collection[str], log: Callable[[str], None]
 ) -> None:
-    """Runs the stored results' commands again, one after the other, and puts each into the README when it is there.
+    """Reruns the commands of the stored results one after the other, and updates the pages after each.
 
-    Each is a process of its own. One that fails keeps its old result, and does not keep the others from running.
+    Each command runs in its own process. A failed one keeps its old result and does not stop the others.
 
     Raises:
-      UserError: `only` or `skip` names what is not stored; at the end, if any failed.
+      UserError: `only` or `skip` names a result that is not stored; at the end, if any command failed.
     """
     files = {file.stem: file for file in sorted(directory.glob("*.json"))}
     unknown = sorted({*only, *skip} - set(files))
@@ -48,11 +68,11 @@ def again(
         if name in skip or (only and name not in only):
             continue
         words = shlex.split(results.read(file).command)[1:]
-        say(f"{name}: jfe {shlex.join(words)}")
+        log(f"{name}: jfe {shlex.join(words)}")
         done = subprocess.run([sys.executable, "-m", "jfe_jax.cli.main", *words, "--json", str(file)])
         if done.returncode:
             failed.append(name)
         else:
-            fill(readme, directory)
+            fill(paths, directory)
     if failed:
         raise UserError(f"{', '.join(failed)}: did not run to the end; what was stored of them is as it was")

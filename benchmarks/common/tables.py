@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Callable
 
+from benchmarks.common import summary
 from benchmarks.common.result import Cell, Column, Result, Table
 from jfe_jax.errors import UserError
 
@@ -30,7 +31,7 @@ def as_text(result: Result) -> str:
 
 
 def as_markdown(result: Result) -> str:
-    """For the README."""
+    """Renders a result for a documentation page."""
     parts = [_settings(result, "`")]
     for table in result.tables:
         rule = ["---:" if _is_number(table, place) else "---" for place in range(len(table.columns))]
@@ -55,7 +56,7 @@ def names(text: str) -> list[str]:
 
 
 def filled(text: str, result: Callable[[str], Result]) -> str:
-    """The text with each section made again from `result(name)`.
+    """Regenerates each section of the text from `result(name)`; the section "summary" takes figures from several.
 
     Raises:
       UserError: as `names` and `result` do.
@@ -64,7 +65,8 @@ def filled(text: str, result: Callable[[str], Result]) -> str:
 
     def section(match: re.Match) -> str:
         name = match["name"]
-        return f"<!-- bench:{name} -->\n\n{as_markdown(result(name))}\n<!-- /bench:{name} -->"
+        body = summary.as_markdown(result, shown) if name == summary.NAME else as_markdown(result(name))
+        return f"<!-- bench:{name} -->\n\n{body}\n<!-- /bench:{name} -->"
 
     return _SECTION.sub(section, text)
 

@@ -1,4 +1,4 @@
-"""`jfe bench`: the benchmarks of the README, and its tables from what they stored."""
+"""`jfe bench`: runs the benchmarks, and generates the tables of the documentation from their stored results."""
 
 import argparse
 import importlib
@@ -9,7 +9,8 @@ from pathlib import Path
 import jfe_jax
 from jfe_jax.errors import UserError
 
-RESULTS, README = Path("docs/bench"), Path("README.md")
+RESULTS = Path("docs/bench")
+PAGES = (Path("README.md"), Path("docs/benchmarks"))
 CHECKOUT = Path(jfe_jax.__file__).parents[1]
 
 
@@ -25,15 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, benchmark in BENCHMARKS.items():
         names.add_parser(name, help=benchmark.purpose, add_help=False).set_defaults(run=_run, overrides=[])
-    readme = names.add_parser("readme", help="put the stored results into the README again")
+    readme = names.add_parser("readme", help="regenerate the tables of the documentation")
     readme.set_defaults(run=_readme)
-    again = names.add_parser("all", help="run every stored result's command again, then readme")
-    again.add_argument("--only", default="", metavar="NAME,…", help="results to make again; default: all")
-    again.add_argument("--skip", default="", metavar="NAME,…", help="results to leave as they are")
+    again = names.add_parser("all", help="rerun the command of every stored result, then regenerate the tables")
+    again.add_argument("--only", default="", metavar="NAME,…", help="results to measure again; default: all")
+    again.add_argument("--skip", default="", metavar="NAME,…", help="results to leave unchanged")
     again.set_defaults(run=_all)
     for leaf in (readme, again):
         leaf.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help=f"default: {RESULTS}")
-        leaf.add_argument("--readme", type=Path, default=README, metavar="FILE", help=f"default: {README}")
+        leaf.add_argument(
+            "--pages",
+            type=Path,
+            nargs="+",
+            default=PAGES,
+            metavar="PATH",
+            help=f"Markdown files, or directories of them; default: {' '.join(map(str, PAGES))}",
+        )
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -49,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="store the result, as docs/bench/NAME.json")
     own = parser.parse_args(args.overrides)
     if own.json:
-        # Now, not after an hour's work.
+        # Fails before an hour of work, not after it.
         own.json.parent.mkdir(parents=True, exist_ok=True)
     result = results.stamped(module.run(own, progress_bar), args.name, args.overrides)
     print(tables.as_text(result), end="")
@@ -60,15 +68,15 @@ def _run(args: argparse.Namespace) -> None:
 def _readme(args: argparse.Namespace) -> None:
     from benchmarks.common import results_store
 
-    for name in results_store.fill(args.readme, args.results):
-        print(f"{args.readme}: {name}")
+    for page, name in results_store.fill(args.pages, args.results):
+        print(f"{page}: {name}")
 
 
 def _all(args: argparse.Namespace) -> None:
     from benchmarks.common import results_store
 
     only, skip = ([one for one in names.split(",") if one] for names in (args.only, args.skip))
-    results_store.again(args.readme, args.results, only, skip, lambda line: print(line, file=sys.stderr, flush=True))
+    results_store.again(args.pages, args.results, only, skip, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def _not_a_checkout(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`jfe bench`: what a benchmark measured is printed, stored, read again and put between the README's markers."""
+"""`jfe bench`: what a benchmark measured is printed, stored, read again and put between a page's markers."""
 
 import argparse
 import importlib
@@ -11,14 +11,15 @@ import pytest
 
 import benchmarks
 from benchmarks.common import result as results
-from benchmarks.common import results_store, tables
+from benchmarks.common import results_store, summary, tables
 from benchmarks.common.interleaved import by_turns
 from benchmarks.common.result import Column, Result, Table, table
 from jfe_jax.cli import main as cli
+from jfe_jax.cli.bench import PAGES
 from jfe_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-README = "before\n\n<!-- bench:cheap -->\nold figures\n<!-- /bench:cheap -->\n\nafter\n"
+PAGE = "before\n\n<!-- bench:cheap -->\nold figures\n<!-- /bench:cheap -->\n\nafter\n"
 
 
 @pytest.fixture
@@ -73,11 +74,11 @@ def test_the_command_is_what_was_measured_not_where():
 
 
 def test_sections_are_made_from_stored_results_and_nothing_else_changes(cheap, tmp_path):
-    readme, file = tmp_path / "README.md", tmp_path / "cheap.json"
-    readme.write_text(README)
+    page, file = tmp_path / "page.md", tmp_path / "cheap.json"
+    page.write_text(PAGE)
     cli.main(["bench", "cheap", "--json", str(file)])
-    assert cli.main(["bench", "readme", "--readme", str(readme), "--results", str(tmp_path)]) == 0
-    text = readme.read_text()
+    assert cli.main(["bench", "readme", "--pages", str(page), "--results", str(tmp_path)]) == 0
+    text = page.read_text()
     assert text.startswith("before\n\n<!-- bench:cheap -->\n") and text.endswith("<!-- /bench:cheap -->\n\nafter\n")
     assert "old figures" not in text
     assert "| side | s |\n|---|---:|\n| ours | 1.0 (0.0 to 2.0) |\n| a\\|b | – |\n" in text
@@ -86,13 +87,13 @@ def test_sections_are_made_from_stored_results_and_nothing_else_changes(cheap, t
     stored_fields = json.loads(file.read_text())
     stored_fields["tables"][0]["rows"][0][1] = [7.25]
     file.write_text(json.dumps(stored_fields))
-    results_store.fill(readme, tmp_path)
-    assert readme.read_text() == text.replace("1.0 (0.0 to 2.0)", "7.2")
+    results_store.fill([page], tmp_path)
+    assert page.read_text() == text.replace("1.0 (0.0 to 2.0)", "7.2")
 
 
 def test_all_runs_the_stored_commands_again(cheap, tmp_path, monkeypatch, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
+    page = tmp_path / "page.md"
+    page.write_text(PAGE)
     for name in ("cheap", "other"):
         cli.main(["bench", "cheap", "--rounds", "2", "--json", str(tmp_path / f"{name}.json")])
     called = []
@@ -105,11 +106,11 @@ def test_all_runs_the_stored_commands_again(cheap, tmp_path, monkeypatch, capsys
 
     monkeypatch.setattr(results_store.subprocess, "run", run)
     before = (tmp_path / "other.json").read_text()
-    flags = ["--readme", str(readme), "--results", str(tmp_path)]
+    flags = ["--pages", str(page), "--results", str(tmp_path)]
     assert cli.main(["bench", "all", *flags]) == 1, "one failed"
     assert capsys.readouterr().err.splitlines()[-1].startswith("jfe bench: other: did not run to the end")
     assert [words[:4] for words in called] == [["bench", "cheap", "--rounds", "2"]] * 2
-    assert "1.5 (0.0 to 3.0)" in readme.read_text() and (tmp_path / "other.json").read_text() == before
+    assert "1.5 (0.0 to 3.0)" in page.read_text() and (tmp_path / "other.json").read_text() == before
     assert cli.main(["bench", "all", *flags, "--skip", "other"]) == 0 and len(called) == 3
     assert cli.main(["bench", "all", *flags, "--only", "nothing"]) == 1 and len(called) == 3
 
@@ -117,18 +118,18 @@ def test_all_runs_the_stored_commands_again(cheap, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (README.replace("/bench:cheap", "/bench:other"), "has no <!-- /bench:NAME -->"),
-        (README.replace("cheap", "missing"), "missing.json: no such file"),
-        (README.replace("cheap", "broken"), "broken.json: not a result"),
+        (PAGE.replace("/bench:cheap", "/bench:other"), "has no <!-- /bench:NAME -->"),
+        (PAGE.replace("cheap", "missing"), "missing.json: no such file"),
+        (PAGE.replace("cheap", "broken"), "broken.json: not a result"),
     ],
 )
-def test_a_readme_that_cannot_be_filled_stays_as_it_is(text, named, tmp_path, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
+def test_a_page_that_cannot_be_filled_stays_as_it_is(text, named, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(text)
     (tmp_path / "broken.json").write_text('{"tables": [{"columns": [], "rows": [], "colour": 1}]}')
-    assert cli.main(["bench", "readme", "--readme", str(readme), "--results", str(tmp_path)]) == 1
+    assert cli.main(["bench", "readme", "--pages", str(page), "--results", str(tmp_path)]) == 1
     assert named in capsys.readouterr().err
-    assert readme.read_text() == text
+    assert page.read_text() == text
 
 
 def test_bad_input_of_a_benchmark_is_one_line(cheap, capsys, tmp_path):
@@ -157,13 +158,26 @@ def test_every_benchmark_is_of_one_form(name):
     assert callable(module.run) and "--json" not in parser.format_help()
 
 
-def test_the_readme_shows_what_is_stored():
-    text = (ROOT / "README.md").read_text()
-    made = tables.filled(text, lambda name: results.read(ROOT / "docs" / "bench" / f"{name}.json"))
-    assert made == text, "run: jfe bench readme"
-    assert len(tables.names(text)) == len(set(tables.names(text)))
+def test_a_page_that_cannot_be_filled_leaves_the_other_pages_as_they_are(cheap, tmp_path, capsys):
+    for name, text in (("a.md", PAGE), ("b.md", PAGE.replace("cheap", "missing"))):
+        (tmp_path / name).write_text(text)
+    cli.main(["bench", "cheap", "--json", str(tmp_path / "cheap.json")])
+    assert cli.main(["bench", "readme", "--pages", str(tmp_path), "--results", str(tmp_path)]) == 1
+    assert "b.md: " in capsys.readouterr().err and (tmp_path / "a.md").read_text() == PAGE
+    assert cli.main(["bench", "readme", "--pages", str(tmp_path / "c.md"), "--results", str(tmp_path)]) == 1
+    assert "c.md: no such file" in capsys.readouterr().err
+
+
+def test_the_pages_show_what_is_stored():
+    shown = []
+    for page in results_store.page_files([ROOT / path for path in PAGES]):
+        text = page.read_text()
+        made = tables.filled(text, lambda name: results.read(ROOT / "docs" / "bench" / f"{name}.json"))
+        assert made == text, f"{page.name}: run jfe bench readme"
+        shown += tables.names(text)
+    assert len(shown) == len(set(shown))
     stems = {file.stem for file in (ROOT / "docs" / "bench").glob("*.json")}
-    assert set(tables.names(text)) == stems, "every stored result is shown"
+    assert set(shown) == stems | {summary.NAME}, "every stored result is shown"
 
 
 def test_stored_commands_are_of_benchmarks_that_there_are():

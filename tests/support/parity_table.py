@@ -1,4 +1,4 @@
-"""`python -m tests.support.parity_table`: how far ours is from transformers' classes, as the table of the README.
+"""`python -m tests.support.parity_table`: how far ours is from transformers' classes, as docs/hf-interop.md has it.
 
 Each figure is the largest over both layouts, packed and padded, and over what the column's items have in common.
 """
