@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -47,3 +48,18 @@ def test_every_verb_is_documented(site):
     page = (site / "reference" / "cli.html").read_text()
     assert not [verb for verb in VERBS if f"<h2>jfe {verb}" not in page]
     assert "jfe convert to-hf" in page and "--max-shard-size" in page
+
+
+def test_commands_and_files_that_the_documentation_names_exist():
+    """Checks every path of the repository, and every `jfe` verb, in the pages and in the README."""
+    missing = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        text = page.read_text()
+        for path in re.findall(r"(?<![\w/.])(?:tests|launch|configs|benchmarks|jfe_jax)/[\w/.*-]*[\w/]", text):
+            # Links between pages have no suffix in a table of contents.
+            linked = [page.parent / path, page.parent / f"{path}.md"]
+            if not list(ROOT.glob(path)) and not any(file.exists() for file in linked):
+                missing.append(f"{page.name}: {path}")
+        verbs = re.findall(r"(?:^|`|-- )jfe ([a-z]+)", text, re.M)
+        missing += [f"{page.name}: jfe {verb}" for verb in verbs if verb not in VERBS]
+    assert not missing
