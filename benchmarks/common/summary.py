@@ -1,6 +1,6 @@
 """The short table of speed in the README: figures of the most important stored results.
 
-Where a result has several baselines, the fastest one counts.
+Of the settings that a result has for the same baseline, the fastest one counts.
 """
 
 from collections.abc import Callable, Sequence

@@ -63,3 +63,16 @@ def test_commands_and_files_that_the_documentation_names_exist():
         verbs = re.findall(r"(?:^|`|-- )jfe ([a-z]+)", text, re.M)
         missing += [f"{page.name}: jfe {verb}" for verb in verbs if verb not in VERBS]
     assert not missing
+
+
+def test_links_of_the_readme_lead_to_files():
+    links = re.findall(r"\]\((?!http)([^)#]+)", (ROOT / "README.md").read_text())
+    assert links and not [link for link in links if not (ROOT / link).exists()]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/emoji.md", "docs/mining.md"])
+def test_quality_figures_are_those_of_the_generated_tables(page):
+    """Every row with a deviation is a row of a table that `jfe compare` wrote."""
+    generated = {row for file in (ROOT / "docs" / "emoji").glob("*.md") for row in file.read_text().splitlines()}
+    rows = [row for row in (ROOT / page).read_text().splitlines() if row.startswith("|") and "±" in row]
+    assert rows and not [row for row in rows if row not in generated]
