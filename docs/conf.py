@@ -21,7 +21,8 @@ autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 # Docstrings write code in single backticks.
 default_role = "code"
-nitpicky = False
+# "positive" and "…" are values of keys.
+smartquotes = False
 
 html_theme = "sphinx_book_theme"
 html_title = "jfe_jax"
