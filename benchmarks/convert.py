@@ -100,7 +100,7 @@ def _result(size: int, largest: int, times: dict[str, list[float]], peaks: dict[
     return Result(
         tables=[table(formats, rows)],
         packages=["jax", "orbax-checkpoint", "safetensors", "torch"],
-        method=f"{rounds} rounds by turns, each written through to the disk: median (least to most); largest peak",
+        method=f"{rounds} interleaved rounds, each written through to the disk: median (min to max); largest peak",
         notes=[
             f"{size / 1e9:.2f} GB of weights, the largest tensor {largest / 2**30:.2f} GiB: 1.3 times that and 1 GiB "
             f"are {1.3 * largest / 2**30 + 1:.2f} GiB."

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
             ),
         ],
         packages=["jax"],
-        method=f"{args.rounds} rounds by turns: median (least to most)"
+        method=f"{args.rounds} interleaved rounds: median (min to max)"
         + ("; float32, products too (jax_default_matmul_precision highest)" if card else ""),
         checked="the losses of both steps, round by round, equal to 1e-3",
         device=card,

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     return Result(
         tables=[of_slices(slices), of_choices(choices)],
         packages=["jax", "libtpu"],
-        method=f"{config.data.pairs:,} pairs of {CONFIG} on {CHIPS} chips, as many for each chip on others; the "
+        method=f"{config.data.pairs:,} pairs of {CONFIG} on {CHIPS} chips, the same number per chip on the others; the "
         "shortest times that compute, main memory (HBM) and interconnect allow (docs/scaling/plan.md)",
         notes=notes([*slices, *choices.values()]),
     )
@@ -122,7 +122,7 @@ def notes(plans: list[dict[str, Any]]) -> list[str]:
     on_chip = max(plan["memory"]["loss_on_chip"] for plan in fitting) / 2**20
     return [
         f"The loss's temporaries are at most {share:.1%} of a step's in HBM, and {on_chip:.0f} MiB on the chip.",
-        f"Arrays that the compiler copied whole to change their layout: {copied}.",
+        f"Arrays that the compiler copied in full to change their layout: {copied}.",
     ]
 
 

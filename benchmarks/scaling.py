@@ -96,9 +96,9 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     formats = {
         "mesh": "",
         "GFLOP": ".3f",
-        "of one's": ".3f",
+        "/ one device": ".3f",
         "state, MiB": ".2f",
-        " of one's": ".3f",
+        " / one device": ".3f",
         "sent, MiB": ".1f",
     }
     return Result(

@@ -57,8 +57,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     return Result(
         tables=[table(formats, rows)],
         packages=["jax", "faiss-cpu"],
-        method=f"the {args.k} best; {args.rounds} rounds by turns: median (least to most)",
-        checked=f"{same:.4%} of the results or more are the same row at the same place, or a score equal to 1e-5",
+        method=f"the {args.k} best; {args.rounds} interleaved rounds: median (min to max)",
+        checked=f"{same:.4%} of the results or more are the same row at the same rank, or have a score equal to 1e-5",
     )
 
 

@@ -64,9 +64,9 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         ["the same again", seconds["warm"], ratios(seconds["warm"], seconds["cold"])],
     ]
     return Result(
-        tables=[table({"": "", "s": ".2f", "of the first": ".2f"}, rows)],
+        tables=[table({"": "", "s": ".2f", "/ first": ".2f"}, rows)],
         packages=["jax", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "grain"],
-        method=f"{args.rounds} rounds by turns: median (least to most)",
+        method=f"{args.rounds} interleaved rounds: median (min to max)",
         checked=f"the first step's loss, the same in all {2 * args.rounds + 1} runs",
     )
 

@@ -57,7 +57,7 @@ class Result:
     Attributes:
       tables: of values.
       packages: installed packages that were measured, whose versions are to be said.
-      method: how often, in which order: "medians of 5 rounds by turns".
+      method: how often, in which order: "medians of 5 interleaved rounds".
       checked: what was compared between the sides before, if they compute the same: a half sentence.
       notes: whole sentences on what the tables cannot say.
       device: what computed, if not the CPU: the card's name.

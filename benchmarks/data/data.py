@@ -84,7 +84,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         kept = {file.stat().st_ino for file in out.rglob("*") if file.suffix == ".shard" or "array_record" in file.name}
         took = _measure("data", "prepare", raw, "--out", out)
         there = {file.stat().st_ino for file in out.rglob("*.array_record*")}
-        told = f"{len(kept & there)} of {len(kept)} finished shards kept, {len(there - kept)} written"
+        told = f"{len(kept & there)} of {len(kept)} finished shards reused, {len(there - kept)} written"
         part("restarted, to the end", *took, told)
         seconds, told = _resumed(out, Path(folder) / "tokenizer", args.steps)
         part(f"iterator restored at step {args.steps:,}, first batch", seconds, None, None, told)
@@ -95,11 +95,11 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     return Result(
         tables=[table(formats, rows)],
         packages=["grain", "array-record", "tensorflow-datasets"],
-        method="each part once, in a process of its own",
+        method="each part once, in its own process",
         notes=[
             f"A generated directory of {count:,} rows in M-BEIR's proportions, "
             + (
-                "each image another one of a kilobyte, in mbeir_images.tar.gz in four parts."
+                "each image different, of a kilobyte, in mbeir_images.tar.gz in four parts."
                 if own
                 else f"{args.distinct:,} images a data set."
             )

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         ]
         + [waits],
         packages=["pillow", "simplejpeg", "cykooz-resizer", "tokenizers", "grain", "jax", "transformers", "torch"],
-        method=f"{args.rounds} rounds of {args.items:,} items by turns: median (least to most)",
+        method=f"{args.rounds} rounds of {args.items:,} items, interleaved: median (min to max)",
         checked=f"{compared} items: pixels to 1/255, and ids, equal",
         notes=[
             f"{share:.0%} of the items have an image, each its own file.",

@@ -130,13 +130,13 @@ def _measure(args: argparse.Namespace, folder: Path, progress: Progress, ending:
         tables=[_table(seconds, told, rate)],
         packages=["jax", "sentence-transformers", "transformers", "torch"],
         method=f"{_named(args, config)}; {told.items:,} items, {told.images / told.items:.0%} with an image, "
-        f"{told.tokens:.0f} tokens on average; medians of {args.rounds} rounds by turns; matrix rate "
+        f"{told.tokens:.0f} tokens on average; medians of {args.rounds} interleaved rounds; matrix rate "
         f"{rate / 1e9:.0f} GFLOP/s; FLOPs that the vectors need, without padding",
-        checked=f"vectors, the same to {apart:.0e}",
+        checked=f"vectors, equal to {apart:.0e}",
         notes=[
-            f"Nothing is compiled in the rounds; in the first call of ours, {compiled:.0f} s with compilation, it took "
-            f"{compiled - statistics.median(seconds['jfe']):.0f} s, which a pool of any size pays once.",
-            f"Batch sizes of theirs, seconds for {args.tried} items: "
+            f"Nothing is compiled in the rounds. jfe's first call took {compiled:.0f} s, of which compilation took "
+            f"{compiled - statistics.median(seconds['jfe']):.0f} s. A pool of any size pays that once.",
+            f"Batch sizes of sentence-transformers, seconds for {args.tried} items: "
             + ", ".join(f"{size}: {took:.1f}" for size, took in sorted(tried.items()))
             + ".",
         ],

@@ -72,8 +72,8 @@ def run(batches: Sequence[int], width: int, rounds: int, progress: Progress, dev
         tables=[table(loss.COLUMNS | {"s": ".4f"}, rows)],
         packages=["jax", "torch"],
         method=f"in a third: {settings}; E = {width:,}; products in true float32 on both sides (jax's precision "
-        f"HIGHEST, torch's float32_matmul_precision highest); {rounds} rounds, jax's sides by turns, PyTorch in a "
-        "process of its own: median (least to most); memory: what is added to the embeddings, as XLA plans it and as "
+        f"HIGHEST, torch's float32_matmul_precision highest); {rounds} rounds, jax's sides interleaved, PyTorch in "
+        "its own process: median (min to max); memory: what is added to the embeddings, as XLA plans it and as "
         "PyTorch's allocator counts it",
         checked=f"at B = {batches[0]:,}, {loss.checked(apart)}",
         notes=[] if all(one.seconds for one in found) else ["Without a time: more than the card's memory holds."],

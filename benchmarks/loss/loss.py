@@ -93,8 +93,8 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     return Result(
         tables=[table(COLUMNS, rows)],
         packages=["jax", "torch"],
-        method=f"in a third: {', '.join(settings)}; E = {args.width:,}; {args.rounds} rounds by turns: median (least "
-        "to most); memory: what is added to the embeddings",
+        method=f"in a third: {', '.join(settings)}; E = {args.width:,}; {args.rounds} interleaved rounds: median (min "
+        "to max); memory: what is added to the embeddings",
         checked=checked(apart),
         notes=notes,
     )

@@ -109,7 +109,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
     return Result(
         tables=[table(COLUMNS, [_row(kind, found, settings) for kind in KINDS])],
         packages=["jax", "torch", "transformers"],
-        method=f"{', '.join(how)}; rounds over {settings.batches} batch{'es' * (settings.batches > 1)}, by turns; "
+        method=f"{', '.join(how)}; interleaved rounds over {settings.batches} batch{'es' * (settings.batches > 1)}; "
         f"matrix rate {rate / 1e9:,.0f} GFLOP/s (median of the rounds); model FLOPs without padding and what is "
         "recomputed",
         checked=found.checked,
