@@ -1,4 +1,4 @@
-"""Compiles a config's training step and embedding step for chips that are not there."""
+"""Compiles a config's training step and embedding step ahead of time, for TPU chips that need not be attached."""
 
 import os
 import re
@@ -24,11 +24,12 @@ class CompiledProgram:
     """A compiled program.
 
     Attributes:
-      hlo: its optimized text.
-      arguments, outputs, aliased, temporaries, code: bytes a chip; outputs that reuse arguments are in `aliased`.
-      seconds, cpu_seconds: that tracing and compiling took, and of all processors together.
-      warnings: what libtpu wrote of arrays copied whole to change their layout.
-      buffers: what lies in memory when.
+      hlo: Optimized HLO text.
+      arguments, outputs, aliased, temporaries, code: Bytes per chip. Outputs that reuse the memory of arguments are
+        counted in `aliased`.
+      seconds, cpu_seconds: Wall-clock time of tracing and compiling, and their CPU time summed over all cores.
+      warnings: Lines that libtpu logged about arrays it fully rematerializes to change their layout.
+      buffers: Buffer assignment, with the lifetime of each buffer.
     """
 
     hlo: str
@@ -48,7 +49,12 @@ class CompiledProgram:
 
 
 class OutOfMemory(UserError):
-    """The program needs more memory than a chip has; `needed` and `available` in bytes, as the compiler says."""
+    """The program needs more memory than a chip has.
+
+    Attributes:
+      needed, available: Bytes, as the compiler reports them.
+      largest: Descriptions of the largest buffers at peak memory use.
+    """
 
     def __init__(self, message: str, needed: int, available: int, largest: tuple[str, ...]):
         super().__init__(message)
@@ -56,10 +62,12 @@ class OutOfMemory(UserError):
 
 
 def configure_libtpu(topology: Topology) -> Path:
-    """Sets what libtpu reads when it is loaded; to be called once, before anything asks JAX for a device.
+    """Sets the environment variables that libtpu reads when it is loaded.
+
+    Call it once, before anything asks JAX for a device.
 
     Returns:
-      The folder that libtpu's log files go to.
+      The directory of libtpu's log files.
 
     Raises:
       UserError: libtpu is not installed.
@@ -75,7 +83,7 @@ def configure_libtpu(topology: Topology) -> Path:
     chips = topology.chips // topology.slices
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
-        # There is no TPU and no metadata server to ask about one.
+        # No TPU is attached, so there is no metadata server to query.
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": topology.chip.accelerator.format(chips * (2 if topology.chip.name == "v5p" else 1)),
         "TPU_WORKER_HOSTNAMES": "localhost",
@@ -87,25 +95,25 @@ def configure_libtpu(topology: Topology) -> Path:
 
 
 def scale_batch(config: Config, factor: float) -> Config:
-    """The config with `factor` times the batch.
+    """Returns the config with its batch scaled by `factor`.
 
     Raises:
-      UserError: pairs, rows or image slots do not come out whole.
+      UserError: A scaled size of the batch is not a positive integer.
     """
     data = config.data
     sizes = {name: getattr(data, name) * factor for name in ("pairs", "rows", "image_slots")}
     for name, size in sizes.items():
         if size != int(size) or size < 1:
-            raise UserError(f"data.{name}: {getattr(data, name)} times {factor} is no whole number")
+            raise UserError(f"data.{name}: {getattr(data, name)} times {factor} is not a positive integer")
     return replace(config, data=replace(data, **{name: int(size) for name, size in sizes.items()}))
 
 
 def compile_train_step(config: Config, mesh: Any, logs: Path) -> CompiledProgram:
-    """The training step of `config` on `mesh`, whose devices are stand-ins.
+    """Compiles the training step of `config` for `mesh`, whose devices are topology descriptions.
 
     Raises:
-      UserError: config and mesh do not fit together.
-      OutOfMemory: the step does not fit into a chip's memory.
+      UserError: The config and the mesh are incompatible.
+      OutOfMemory: The step does not fit into a chip's memory.
     """
     from jfe_jax.train import train_state, validate
     from jfe_jax.train.train_step import make_train_step
@@ -116,7 +124,12 @@ def compile_train_step(config: Config, mesh: Any, logs: Path) -> CompiledProgram
 
 
 def compile_embedding_step(config: Config, mesh: Any, logs: Path) -> CompiledProgram:
-    """The forward pass of a global batch on `mesh`: what `jfe embed` would run there. Raises as `train_step`."""
+    """Compiles the forward pass of a global batch on `mesh`, which is what `jfe embed` would run there.
+
+    Raises:
+      UserError: The config and the mesh are incompatible.
+      OutOfMemory: The step does not fit into a chip's memory.
+    """
     import jax
     from flax import nnx
 
@@ -129,16 +142,16 @@ def compile_embedding_step(config: Config, mesh: Any, logs: Path) -> CompiledPro
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return nnx.merge(plan.graphdef, params)(packed)
 
-    one = replace(config, loss=replace(config.loss, grad_cache_chunks=1))
+    unchunked = replace(config, loss=replace(config.loss, grad_cache_chunks=1))
     step = jax.jit(embed, out_shardings=sharding.batch_sharding(mesh))
-    return _compile(step, (plan.abstract, make_abstract_batch(one, mesh).packed), logs)
+    return _compile(step, (plan.abstract, make_abstract_batch(unchunked, mesh).packed), logs)
 
 
 def make_abstract_batch(config: Config, mesh: Any) -> Any:
-    """A ContrastiveBatch of the config's shapes on the mesh, without arrays.
+    """Makes an abstract `ContrastiveBatch` (shapes, dtypes and shardings only) of the config's shapes on the mesh.
 
     Raises:
-      UserError: the batch does not divide among the mesh's groups.
+      UserError: The batch is not divisible by the number of groups of the mesh.
     """
     from jfe_jax.data.pipeline.loader import MAX_POSITIVES, batch_shape
     from jfe_jax.data.pipeline.pair_batcher import empty_batch
@@ -152,14 +165,14 @@ def make_abstract_batch(config: Config, mesh: Any) -> Any:
 def _compile(step: Any, arguments: tuple[Any, ...], logs: Path) -> CompiledProgram:
     import jax
 
-    began, worked, seen = time.monotonic(), time.process_time(), _read_log_sizes(logs)
+    wall_start, cpu_start, log_sizes = time.monotonic(), time.process_time(), _read_log_sizes(logs)
     lowered = step.lower(*arguments)
-    with tempfile.TemporaryDirectory(prefix="jfe_plan_hlo_") as dumped:
+    with tempfile.TemporaryDirectory(prefix="jfe_plan_hlo_") as dump_dir:
         try:
-            compiled = lowered.compile(compiler_options=xla_dump_options(dumped))
+            compiled = lowered.compile(compiler_options=xla_dump_options(dump_dir))
         except jax.errors.JaxRuntimeError as error:
-            raise _explain_compile_error(str(error), BufferAssignment.read(Path(dumped))) from error
-        buffers = BufferAssignment.read(Path(dumped))
+            raise _explain_compile_error(str(error), BufferAssignment.read(Path(dump_dir))) from error
+        buffers = BufferAssignment.read(Path(dump_dir))
     memory = compiled.memory_analysis()
     return CompiledProgram(
         compiled.as_text(),
@@ -168,15 +181,16 @@ def _compile(step: Any, arguments: tuple[Any, ...], logs: Path) -> CompiledProgr
         memory.alias_size_in_bytes,
         memory.temp_size_in_bytes,
         memory.generated_code_size_in_bytes,
-        time.monotonic() - began,
-        time.process_time() - worked,
-        tuple(line for line in _read_new_lines(logs, seen) if REMATERIALIZED in line),
+        time.monotonic() - wall_start,
+        time.process_time() - cpu_start,
+        tuple(line for line in _read_new_lines(logs, log_sizes) if REMATERIALIZED in line),
         buffers,
     )
 
 
 def _wait_for_libtpu_lock() -> None:
-    # libtpu refuses a second process on a machine, and two compilers want twice the memory. Held until this one ends.
+    # libtpu allows only one process per machine, and two concurrent compilations need twice the memory. The lock is
+    # held until this process exits.
     import fcntl
 
     global _lock
@@ -184,21 +198,21 @@ def _wait_for_libtpu_lock() -> None:
     try:
         fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print("another process compiles for TPU; waiting for it", file=sys.stderr)
+        print("another process is compiling for TPU; waiting for it to finish", file=sys.stderr)
         fcntl.flock(_lock, fcntl.LOCK_EX)
 
 
 def _explain_compile_error(text: str, buffers: BufferAssignment | None) -> UserError:
     # "… required for HLO temporaries (17.00G) exceeds available HBM (15.75G)", "Used 17.51G of 15.75G hbm"
-    used = re.search(r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM|of) \(?([\d.]+)([KMGT]?)\)?", text)
-    if "RESOURCE_EXHAUSTED" not in text or not used:
-        first = next((line for line in text.splitlines() if line.strip()), text)
-        return UserError(f"the compiler refused the step: {first[:300]}")
-    needed, available = _parse_bytes(used[1], used[2]), _parse_bytes(used[3], used[4])
+    match = re.search(r"([\d.]+)([KMGT]?)\)? (?:exceeds available HBM|of) \(?([\d.]+)([KMGT]?)\)?", text)
+    if "RESOURCE_EXHAUSTED" not in text or not match:
+        first_line = next((line for line in text.splitlines() if line.strip()), text)
+        return UserError(f"the compiler failed on the step: {first_line[:300]}")
+    needed, available = _parse_bytes(match[1], match[2]), _parse_bytes(match[3], match[4])
     largest = tuple(describe_buffer(value) for value in buffers.largest(3)) if buffers else ()
-    named = f"; the largest buffers where it is fullest: {'; '.join(largest)}" if largest else ""
+    details = f"; the largest buffers at the memory peak: {'; '.join(largest)}" if largest else ""
     return OutOfMemory(
-        f"does not fit: {needed / 2**30:.2f} GiB of {available / 2**30:.2f} GiB{named}", needed, available, largest
+        f"does not fit: {needed / 2**30:.2f} GiB of {available / 2**30:.2f} GiB{details}", needed, available, largest
     )
 
 
@@ -210,8 +224,8 @@ def _read_log_sizes(logs: Path) -> dict[Path, int]:
     return {path: path.stat().st_size for path in logs.glob("tpu_driver.*") if not path.is_symlink()}
 
 
-def _read_new_lines(logs: Path, seen: dict[Path, int]) -> Iterator[str]:
+def _read_new_lines(logs: Path, offsets: dict[Path, int]) -> Iterator[str]:
     for path in _read_log_sizes(logs):
         with path.open(errors="replace") as file:
-            file.seek(seen.get(path, 0))
+            file.seek(offsets.get(path, 0))
             yield from (line.strip() for line in file)

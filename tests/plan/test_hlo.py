@@ -97,7 +97,7 @@ def test_groups_along_named_axes_are_read():
 
     assert group("'b'") == (0, 2)
     assert group("'a','c'") == (0, 1, 4, 5)
-    with pytest.raises(ValueError, match="not understood"):
+    with pytest.raises(ValueError, match="unsupported replica groups"):
         group("'a':(1)2")
 
 

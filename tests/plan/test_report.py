@@ -46,9 +46,9 @@ def test_what_does_not_fit_names_the_largest_buffers():
         f"{size} GiB {array} (tower)"
         for size, array in (("1.72", "bf16[900000,1024]"), ("1.53", "bf16[800000,1024]"), ("1.34", "bf16[700000,1024]"))
     )
-    assert str(error).startswith("does not fit: 22.12 GiB of 15.75 GiB; the largest buffers where it is fullest: 1.72")
+    assert str(error).startswith("does not fit: 22.12 GiB of 15.75 GiB; the largest buffers at the memory peak: 1.72")
     assert str(compiling._explain_compile_error(REFUSED, None)) == "does not fit: 22.12 GiB of 15.75 GiB"
-    assert "refused the step: INTERNAL: no" in str(compiling._explain_compile_error("INTERNAL: no\nmore", None))
+    assert "failed on the step: INTERNAL: no" in str(compiling._explain_compile_error("INTERNAL: no\nmore", None))
 
 
 def test_the_roofline_by_hand():
@@ -85,7 +85,7 @@ def test_a_search_tries_only_what_divides_and_prefers_what_fits():
 def test_a_batch_grows_with_the_chips():
     config = configs.load(STAGE2)
     assert compiling.scale_batch(config, 0.0625).data.pairs == config.data.pairs // 16
-    with pytest.raises(UserError, match=r"data.pairs: 4096 times 0.0001 is no whole number"):
+    with pytest.raises(UserError, match=r"data.pairs: 4096 times 0.0001 is not a positive integer"):
         compiling.scale_batch(config, 0.0001)
 
 

@@ -65,7 +65,7 @@ def test_a_batch_that_is_too_large_names_its_buffers(tmp_path):
     rows = 2**21
     done = plan(tmp_path, "--json", f"--data.rows={rows}", "--step", "train")
     assert done.returncode == 1
-    assert re.search(r"jfe plan: does not fit: [\d.]+ GiB of 15.75 GiB; the largest buffers where it is", done.stderr)
+    assert re.search(r"jfe plan: does not fit: [\d.]+ GiB of 15.75 GiB; the largest buffers at the memory", done.stderr)
     largest = json.loads(done.stdout)["largest"]
     assert len(largest) == 3
     # A quarter of the rows: the logits of 32 tokens for 4 heads over 32.
