@@ -1,7 +1,7 @@
-"""`jfe convert from-hf` beside a plain copy of the same files, and beside PyTorch's way to a format of its own.
+"""Compares `jfe convert from-hf` with a plain copy of the same files, and with PyTorch's way to its own format.
 
-Each conversion is a process of its own, as a user runs it, and its peak is what Linux says (VmHWM): every page it had
-in memory, of files too.
+Each conversion runs in its own process, as a user would run it. Its peak memory is VmHWM from Linux: every page that it
+had in memory, including pages of files.
 """
 
 import argparse
@@ -48,14 +48,14 @@ _PEAK = "from benchmarks import memory; print(memory.peak())"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Size, rounds, place."""
+    """Declares size, rounds and directory."""
     parser.add_argument("--gigabytes", type=float, default=4.5, help="size of the generated checkpoint")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dir", type=Path, help="where to make it; needs three times the size")
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Makes a PaliGemma of about so many GB; copies and converts it by turns."""
+    """Makes a PaliGemma of about the given size in GB; copies and converts it in interleaved rounds."""
     times: dict[str, list[float]] = {"copy": [], "convert": [], "torch": []}
     peaks: dict[str, list[int]] = {"convert": [], "torch": []}
     with tempfile.TemporaryDirectory(dir=args.dir) as folder, progress("conversions", args.rounds) as done:

@@ -1,9 +1,9 @@
-"""An evaluation at M-BEIR's size, killed and taken up again: seconds and peak memory.
+"""Runs an evaluation at M-BEIR's size, killed and resumed: seconds and peak memory.
 
-The directory is generated in M-BEIR's format and proportions, with local pools and their union as the global one. So
-are the embeddings: of each item a vector that is drawn by its content, of a query its right candidate's with noise.
-Everything else is `jfe eval`'s: rows are read, embeddings stored in shards, pools searched from the disk, figures
-computed. Each run is a process of its own, whose peak is what Linux says (VmHWM).
+The directory is generated in M-BEIR's format and proportions, with local pools and their union as the global one. The
+embeddings are generated too. An item's vector is drawn by its content, a query's is its right candidate's with noise.
+Everything else is the code of `jfe eval`: it reads rows, stores embeddings in shards, searches pools from the disk and
+computes metrics. Each run is a separate process, whose peak memory is VmHWM from Linux.
 """
 
 import argparse
@@ -33,7 +33,7 @@ _DRAWN = 8192
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The pools and the embeddings."""
+    """Declares the pools and the embeddings."""
     parser.add_argument("--candidates", type=int, default=5_600_000)
     parser.add_argument("--queries", type=int, default=100, help="of each of the 16 units")
     parser.add_argument("--width", type=int, default=256)
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Generates the directory, evaluates until half of the shards are there, kills that, evaluates again."""
+    """Generates the directory, kills an evaluation when half of the shards are finished, and evaluates again."""
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         data, out = Path(folder) / "mbeir", Path(folder) / "out"
         with progress("generating", 1) as made:

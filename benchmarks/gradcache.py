@@ -1,7 +1,7 @@
-"""A step in GradCache chunks beside the plain step of as many pairs, and the memory of both against the batch.
+"""Compares a step in GradCache chunks with a plain step of the same pairs, and the memory of both by batch size.
 
-The memory is what XLA plans for a compiled program (`memory_analysis`), on eight simulated devices or on the GPU, which
-need not run it.
+The memory is XLA's plan for a compiled program (`memory_analysis`), on eight simulated devices or on the GPU. The
+program need not run.
 """
 
 import argparse
@@ -33,8 +33,8 @@ PLAIN_UP_TO = {"cpu": 2048, "gpu": 4096}
 
 
 class Memory(NamedTuple):
-    """Bytes of temporary memory for each device, besides state and batch: of the step in chunks, of the plain step, and
-    of the loss alone; 0 where it was not compiled."""
+    """Bytes of temporary memory per device, excluding state and batch: of the step in chunks, of the plain step, and of
+    the loss alone; 0 where it was not compiled."""
 
     pairs: int
     chunked: int
@@ -43,7 +43,7 @@ class Memory(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of both tables."""
+    """Declares the settings of both tables."""
     parser.add_argument("--device", choices=list(DEFAULTS), default="cpu")
     words = {name: f"default {DEFAULTS['cpu'][name]}, on a GPU {DEFAULTS['gpu'][name]}" for name in DEFAULTS["cpu"]}
     parser.add_argument("--pairs", type=int, help=f"of the timed steps; {words['pairs']}")
@@ -161,7 +161,7 @@ def memory(batches: Sequence[int], chunk: int, plain_up_to: int) -> list[Memory]
 
 
 def batch(settings: Config, groups: int) -> ContrastiveBatch:
-    """Random pairs in so many groups, each item half patches and half text."""
+    """Makes random pairs in the given number of groups, each item half patches and half text."""
     random = np.random.default_rng(0)
     data, patches = settings.data, settings.model.vision.patches
     each, length = data.pairs // groups, ROW_TOKENS // 2

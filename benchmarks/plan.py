@@ -1,7 +1,7 @@
-"""Stage 2 at 3 B parameters on TPU slices, from its compiled step: at fixed work per chip, and in other settings.
+"""Compiles stage 2 at 3 B parameters for TPU slices, at fixed work per chip and in other settings.
 
-Nothing runs, so only the compiler is timed. Each program is compiled in a process of its own and its plan kept in a
-folder; what is there is not compiled again.
+Nothing runs, so only the compiler is timed. Each program is compiled in a separate process. Its plan is cached in a
+directory and not compiled again.
 """
 
 import argparse
@@ -29,16 +29,16 @@ CHOICES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Where plans are kept, and which are made."""
+    """Declares where plans are cached, and which are made."""
     parser.add_argument("--dir", type=Path, default=Path("runs/plan"), metavar="DIR", help="keep plans here")
     parser.add_argument("--timeout", type=int, default=3600, metavar="S", help="seconds for one compilation")
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Compiles what is not there yet, minutes for each.
+    """Compiles the programs that are not cached, minutes for each.
 
     Raises:
-      UserError: this is not the checkout, libtpu is missing.
+      UserError: this is not the checkout, or libtpu is missing.
     """
     from jfe_jax.plan.sweep import PlanRunner
     from jfe_jax.plan.topology import Topology
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
 
 
 def sized(config: Config, chips: int) -> tuple[str, ...]:
-    """The config's work per chip on so many chips, as overrides."""
+    """Returns the config's work per chip for the given number of chips, as overrides."""
     from jfe_jax.plan.aot_compile import scale_batch
     from jfe_jax.plan.sweep import batch_overrides
 

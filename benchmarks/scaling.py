@@ -1,8 +1,9 @@
-"""What the compiled training step gives each device to do, on 1 to 8 simulated ones: work, memory, traffic.
+"""Reads from the compiled training step what each of 1 to 8 simulated devices does: work, memory, traffic.
 
-The batch is the same for all, so that what is well split falls as 1/n. FLOPs are of the matrix products in the compiled
-program, each as often as its loop runs; memory is what the program takes in, less the batch: parameters and optimizer;
-what a device sends is counted on rings. Nothing runs: simulated devices say nothing of speed.
+The batch is the same for all meshes, so work that is well split falls as 1/n. FLOPs are those of the matrix products in
+the compiled program, times their loop counts. Memory is the program's input without the batch: parameters and
+optimizer. The bytes that a device sends are counted on rings. Nothing runs: simulated devices give no indication of
+speed.
 """
 
 import argparse
@@ -59,11 +60,11 @@ def config() -> Config:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """None: what is compiled is always the same."""
+    """Declares nothing: the same programs are always compiled."""
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Compiles for every mesh, in a process of its own, which has the simulated devices."""
+    """Compiles for every mesh, in a separate process that has the simulated devices."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.scaling"],

@@ -1,6 +1,6 @@
-"""Our exact search beside faiss.IndexFlatIP: seconds for a batch of queries, and whether they find the same.
+"""Compares exact search with faiss.IndexFlatIP: seconds for a batch of queries, and agreement of the results.
 
-Both keep the pool in memory, use all cores that this process may use, and are asked by turns.
+Both hold the pool in memory, use all cores that this process may use, and run in interleaved rounds.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from jfe_jax.search.exact import Searcher
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Pools and batches."""
+    """Declares pools and batch sizes."""
     parser.add_argument("--pools", default="1000000x256,200000x1024", help="rows x width, separated by commas")
     parser.add_argument("--batches", default="1,64,1024", help="queries asked together")
     parser.add_argument("-k", type=int, default=50)

@@ -1,8 +1,8 @@
-"""How long a person waits: for `jfe --help`, and for `jfe train` to its first step with nothing compiled and once more.
+"""Times `jfe --help`, and `jfe train` to its first step: with nothing compiled, and with the compilation cache.
 
-Every call is a process of its own, from its start to the line that says the first step's loss; only the compilation
-cache differs. The model has PaliGemma's architecture and 6 M parameters; layers are scanned, so that the program that
-is compiled is about as large as that of 3 B.
+Every call is a separate process, timed from its start to the line with the first step's loss. Only the compilation
+cache differs. The model has PaliGemma's architecture and 6 M parameters. Its layers are scanned, so that the compiled
+program is about as large as that of 3 B.
 """
 
 import argparse
@@ -28,12 +28,12 @@ _FIRST = "step 1/1 "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Rounds."""
+    """Declares the number of rounds."""
     parser.add_argument("--rounds", type=int, default=5)
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Starts each by turns; checks that the first step's loss is the same."""
+    """Starts each in interleaved rounds; checks that the first step's loss is the same."""
     with tempfile.TemporaryDirectory() as folder:
         config = make_run(Path(folder), progress)
         losses = set()

@@ -1,7 +1,8 @@
-"""Exact search of a pool that is larger than memory: seconds and peak memory.
+"""Searches a pool that is larger than memory, exactly: seconds and peak memory.
 
-The pool is generated, float16, and read from its file by a process of its own, whose peak is what Linux says (VmHWM):
-every page it had in memory, of files too. Each query is a row of the pool with noise, and must find that row.
+The pool is generated as float16 and read from its file by a separate process. Its peak memory is VmHWM from Linux:
+every page that it had in memory, including pages of files. Each query is a row of the pool with noise, and must find
+that row.
 """
 
 import argparse
@@ -23,7 +24,7 @@ _BLOCK = 8192
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The pool."""
+    """Declares the pool."""
     parser.add_argument("--rows", type=int, default=5_600_000)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--queries", type=int, default=64)
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Generates the pool, searches it, removes it."""
+    """Generates the pool, searches it and removes it."""
     with tempfile.TemporaryDirectory(dir=args.dir) as folder:
         file = Path(folder) / "pool.npy"
         with progress("generating", args.rows) as made:

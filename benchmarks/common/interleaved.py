@@ -1,4 +1,4 @@
-"""Several ways to the same, timed by turns."""
+"""Times several implementations in interleaved rounds."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,10 +8,11 @@ from typing import Any
 def by_turns(
     sides: Mapping[str, Callable[[], Any]], rounds: int, progress: Callable[[int], None]
 ) -> dict[str, list[float]]:
-    """Seconds of each call, a list of `rounds` for each side.
+    """Returns the seconds of each call, a list of `rounds` for each side.
 
-    In every round each side is called once; the order is turned round from one to the next, so that none always runs
-    in another's wake. A side returns when its work is done, not when it is dispatched. `progress` is told of each call.
+    Every round calls each side once. The order is reversed from one round to the next, so that no side always runs
+    after the same one. A side returns when its work is done, not when it is dispatched. `progress` is called after each
+    call.
     """
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds):

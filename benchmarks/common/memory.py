@@ -1,14 +1,14 @@
-"""What Linux says of a process's memory; getrusage's peak is inherited from the process that started this one."""
+"""Reads a process's memory from Linux; getrusage's peak is inherited from the parent process."""
 
 from pathlib import Path
 
 
 def peak() -> int:
-    """KiB: the most pages that this process has had in memory, of files too."""
+    """Returns the peak resident memory of this process in KiB, including pages of files."""
     return status("VmHWM")
 
 
 def status(name: str) -> int:
-    """KiB, of a line of /proc/self/status."""
+    """Returns a line of /proc/self/status, in KiB."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -1,4 +1,4 @@
-"""What every benchmark gives: tables of measured values, and all that they have to be read with."""
+"""Results of benchmarks: tables of measured values, with the settings needed to interpret them."""
 
 import dataclasses
 import datetime
@@ -25,7 +25,7 @@ _PLACES = ("--json", "--dir")
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """`format` is Python's, of each number in the column: ".2f", ",d", ".1%"; texts stand as they are."""
+    """A column of numbers or texts; `format` is a Python format for its numbers: ".2f", ",d", ".1%"."""
 
     name: str
     format: str = ""
@@ -33,7 +33,7 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Rows have a cell for each column."""
+    """A table whose rows have a cell for each column."""
 
     columns: list[Column]
     rows: list[list[Cell]]
@@ -46,22 +46,22 @@ class Table:
 
 
 def table(formats: dict[str, str], rows: list[list[Cell]], title: str = "") -> Table:
-    """Of columns given as name → format."""
+    """Makes a table from columns given as name → format."""
     return Table(columns=[Column(name=name, format=one) for name, one in formats.items()], rows=rows, title=title)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What a benchmark measured.
+    """Result of a benchmark.
 
     Attributes:
-      tables: of values.
-      packages: installed packages that were measured, whose versions are to be said.
-      method: how often, in which order: "medians of 5 interleaved rounds".
-      checked: what was compared between the sides before, if they compute the same: a half sentence.
-      notes: whole sentences on what the tables cannot say.
-      device: what computed, if not the CPU: the card's name.
-      command, machine, threads, versions, date: of this run, set by `stamped`.
+      tables: Measured values.
+      packages: Installed packages that were measured, whose versions are stored.
+      method: How often and in which order: "medians of 5 interleaved rounds".
+      checked: What was compared between the sides beforehand, as a phrase.
+      notes: Sentences about what the tables do not show.
+      device: Name of the GPU; "" for the CPU.
+      command, machine, threads, versions, date: Set by `stamped`.
     """
 
     tables: list[Table]
@@ -78,7 +78,7 @@ class Result:
 
 
 def stamped(result: Result, name: str, words: Sequence[str]) -> Result:
-    """The result with this machine's settings and the command line, benchmark `name` called with `words`."""
+    """Adds this machine's settings, and the command line of benchmark `name` called with `words`."""
     return dataclasses.replace(
         result,
         command=command(name, words),
@@ -90,7 +90,7 @@ def stamped(result: Result, name: str, words: Sequence[str]) -> Result:
 
 
 def command(name: str, words: Sequence[str]) -> str:
-    """What to type for the same again; where files lie is no part of it."""
+    """Returns the command that repeats the measurement, without paths."""
     kept, left = [], iter(words)
     for word in left:
         if word in _PLACES:
@@ -101,7 +101,7 @@ def command(name: str, words: Sequence[str]) -> str:
 
 
 def machine() -> str:
-    """Cores, processor and memory, as Linux says."""
+    """Returns cores, processor and memory, from Linux."""
     lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -109,17 +109,17 @@ def machine() -> str:
 
 
 def ratios(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    """one / other, round by round: what each was measured beside."""
+    """Returns one / other, round by round."""
     return [a / b for a, b in zip(one, other, strict=True)]
 
 
 def write(result: Result, file: Path) -> None:
-    """Stores it as JSON, whole or not at all."""
+    """Stores a result as JSON, atomically."""
     replace_text(file, json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False) + "\n")
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
+    """Writes a text file atomically."""
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as part:
         part.write(text)
     os.chmod(part.name, 0o644)
@@ -127,10 +127,10 @@ def replace_text(file: Path, text: str) -> None:
 
 
 def read(file: Path) -> Result:
-    """What `write` stored.
+    """Reads a result that `write` stored.
 
     Raises:
-      UserError: the file is not there, or not what `write` writes.
+      UserError: the file does not exist, or is not a result.
     """
     try:
         fields: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A side of a benchmark in a process of its own, as a user runs it: what it is told to do comes line by line."""
+"""Runs one side of a benchmark in its own process, as a user would run it, with one request per line."""
 
 import contextlib
 import json
@@ -28,10 +28,10 @@ class Served:
         self._process = subprocess.Popen(command, env={**os.environ, **env}, text=True, bufsize=1, **pipes)
 
     def ask(self, line: str) -> None:
-        """Has it do what `line` says, and waits for that.
+        """Executes the request `line`, and waits for it.
 
         Raises:
-          UserError: the process ended; it has said why.
+          UserError: the process ended; its output has the reason.
         """
         try:
             self._process.stdin.write(f"{line}\n")
@@ -54,7 +54,7 @@ class Served:
 
 
 def serve(work: Callable[[str], Any]) -> None:
-    """Does what each line of the input says, and repeats the line when it is done."""
+    """Executes each line of the input, and repeats the line when it is done."""
     for line in sys.stdin:
         work(line.rstrip("\n"))
         print(line, end="", flush=True)

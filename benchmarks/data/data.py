@@ -1,6 +1,7 @@
-"""The data path at scale: check and prepare a generated M-BEIR directory, a kill and its restart, a resume, memory.
+"""Measures the data path at scale: check, prepare, kill and restart, resume, and memory.
 
-Each part is a process of its own, as a user runs it; its peak is what Linux says (VmHWM).
+The directory is generated in M-BEIR's format. Each part runs in its own process, as a user would run it. Its peak
+memory is VmHWM from Linux.
 """
 
 import argparse
@@ -43,7 +44,7 @@ VOCABULARY = 4096
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes, and the place."""
+    """Declares sizes and directory."""
     parser.add_argument("--rows", type=int, default=1_000_000, help="queries and candidates")
     parser.add_argument(
         "--distinct",
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Goes through all parts."""
+    """Runs all parts."""
     rows: list[list[Any]] = []
     own = not args.distinct
     with (

@@ -1,4 +1,4 @@
-"""How long the device waits for data in `jfe train`, as its log says: models of two sizes on the same directory."""
+"""Measures the time that devices wait for data in `jfe train`, by its log: two model sizes on the same directory."""
 
 import json
 import subprocess

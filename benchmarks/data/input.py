@@ -1,8 +1,8 @@
-"""Our loader beside torch's DataLoader with PaliGemmaProcessor: items a second, from files to what a step takes.
+"""Compares the loader with torch's DataLoader and PaliGemmaProcessor: items per second, from files to model input.
 
 Both read the queries and positives of the same generated M-BEIR directory with the same number of worker processes:
-ours from shards to packed batches, theirs from files to padded ones. Texts alone, which the processor does not take, go
-through its tokenizer. A side gives some batches and is then timed; the sides take turns.
+ours from shards to packed batches, theirs from files to padded ones. The processor does not take texts alone, so these
+go through its tokenizer. A side yields some batches and is then timed. The sides are interleaved.
 """
 
 import argparse
@@ -47,17 +47,17 @@ class Rate(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """How much, and in how many processes."""
+    """Declares the number of items and of processes."""
     parser.add_argument("--items", type=int, default=1500, help="of each side in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--workers", type=int, default=2, help="reader processes of each side")
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Times `items` items of each side, `rounds` times by turns.
+    """Times `items` items of each side, in `rounds` interleaved rounds.
 
     Raises:
-      UserError: transformers or torch is not there, or both sides do not compute the same.
+      UserError: transformers or torch is not installed, or the sides do not compute the same.
     """
     try:
         import transformers  # noqa: F401

@@ -1,7 +1,7 @@
-"""How many of the tokens that a step computes are real, in each layout, on M-BEIR's training mix.
+"""Counts the real tokens among those that a step computes, in each layout, on M-BEIR's training mix.
 
-Units come as often as in M-BEIR's up-sampled training union, texts are as long as `mbeir_like` draws them, in ids of
-PaliGemma's tokenizer, and an image takes 256 tokens. The packed layouts are the loader's own batches.
+Tasks are as frequent as in M-BEIR's up-sampled training union. Texts have the lengths that `synthetic_mbeir` draws, in
+ids of PaliGemma's tokenizer, and an image takes 256 tokens. The packed layouts are the loader's own batches.
 """
 
 import argparse
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Steps."""
+    """Declares the number of steps."""
     parser.add_argument("--steps", type=int, default=100)
 
 

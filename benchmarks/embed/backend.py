@@ -1,7 +1,7 @@
-"""One side of `jfe bench embed` in a process of its own, as a user runs it: items of a file → vectors on disk.
+"""Runs one side of `jfe bench embed` in its own process: items of a file → vectors on disk.
 
-`python -m benchmarks.embed.backend '{"side": "jfe", "model": DIRECTORY, "device": "cpu"}'` does what each line of its
-input says, JSON with the keys `items`, `out` and `batch`.
+`python -m benchmarks.embed.backend '{"side": "jfe", "model": DIRECTORY, "device": "cpu"}'` executes the requests on its
+standard input: one JSON object per line, with the keys `items`, `out` and `batch`.
 """
 
 import json

@@ -1,8 +1,8 @@
-"""`jfe embed` beside sentence-transformers on the exported checkpoint: from files on disk to vectors on disk.
+"""Compares `jfe embed` with sentence-transformers on the exported checkpoint, from files to vectors on disk.
 
-Items with a text, an image or both lie mixed in one file. Both sides open the directory that
-`jfe convert to-hf --layout sentence-transformers` writes, each in a process of its own as its user runs it
-(`embed_side`). Every round reads a pool of its own path: neither side knows an image from before.
+Items with a text, an image or both are mixed in one file. Both sides open the directory that
+`jfe convert to-hf --layout sentence-transformers` writes, each in its own process (`embed.backend`). Every round reads
+a pool under a new path, so neither side has seen its images before.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Pool(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes."""
+    """Declares sizes."""
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--geometry", help="tiny, 30m, 150m or 3b; default 30m, on a GPU 3b")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), help="default float32, on a GPU bfloat16")
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Times both sides by turns, after checking that their vectors are the same.
+    """Times both sides in interleaved rounds, after checking that their vectors agree.
 
     Raises:
       UserError: sentence-transformers is not installed, or the vectors differ.

@@ -1,7 +1,7 @@
-"""`jfe bench loss` on a GPU: ours and `jit` by turns in one process, PyTorch in another, as memory holds only one.
+"""Runs `jfe bench loss` on a GPU: jax's sides interleaved in one process, PyTorch in another, as memory holds only one.
 
-`python -m benchmarks.loss.gpu '{"side": "jax", …}'` prints a line of JSON, and leaves loss and gradients of the
-smallest batch in a directory, where the caller compares them. Products are of true float32 on both sides.
+`python -m benchmarks.loss.gpu '{"side": "jax", …}'` prints a line of JSON, and writes loss and gradients of the
+smallest batch to a directory, where the caller compares them. Products use true float32 on both sides.
 """
 
 import json

@@ -1,7 +1,8 @@
-"""The contrastive loss with its gradients beside the same written plainly, in PyTorch and in jit.
+"""Compares the contrastive loss and its gradients with the plain formula, in PyTorch and in jit.
 
-What a user would write is: all logits at once, the softmax's cross-entropy over their rows and columns. "third" is ours
-with so many logits kept (`loss.keep_mib`) as a third of `jit`'s memory has room for. `loss_gpu` measures on a GPU.
+The plain formula is what a user would write: all logits at once, and the softmax's cross-entropy over rows and columns.
+"third" is this project's loss with as many logits cached (`loss.keep_mib`) as fit into a third of `jit`'s memory.
+`loss.gpu` measures on a GPU.
 """
 
 import argparse
@@ -38,7 +39,7 @@ TOLERANCE = 1e-4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes, and what computes."""
+    """Declares sizes and device."""
     parser.add_argument("--device", choices=list(BATCHES), default="cpu")
     parser.add_argument(
         "--batches", help=f"pairs, separated by commas; default {BATCHES['cpu']}, GPU: {BATCHES['gpu']}"
@@ -48,13 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, progress: Progress) -> Result:
-    """Times the sides by turns, after checking that loss and gradients are the same.
+    """Times the sides in interleaved rounds, after checking that loss and gradients agree.
 
-    On a CPU memory is measured first, each side in a process of its own. A side that would need more than is free is
-    left out: its need is told from the smaller batch's, by the square of the batch.
+    On a CPU, memory is measured first, each side in a separate process. A side that would need more than is free is
+    skipped. Its need is extrapolated from the smaller batch, by the square of the batch.
 
     Raises:
-      UserError: torch is not installed; on a GPU, as `loss_gpu.run`.
+      UserError: torch is not installed; on a GPU, as `gpu.run`.
     """
     batches = sorted(int(number) for number in (args.batches or BATCHES[args.device]).split(","))
     if args.device == "gpu":

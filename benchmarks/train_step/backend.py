@@ -1,8 +1,7 @@
-"""One side of `train-step`: what it takes to make it, to check it and to time it; and as a process of its own, as a
-user runs it.
+"""Runs one side of `jfe bench train-step`: makes it, checks it and times it, also in its own process.
 
-`python -m benchmarks.train_step.backend '{"side": "jfe", "settings": {…}}'` prints a line of JSON: on a GPU
-whose memory does not hold two of them at once. With 0 rounds it takes steps as it is told to (`Apart`).
+`python -m benchmarks.train_step.backend '{"side": "jfe", "settings": {…}}'` prints a line of JSON. It is used on a GPU,
+whose memory does not hold both sides. With 0 rounds, it takes the steps that its input names (`Apart`).
 """
 
 import json
@@ -74,12 +73,13 @@ def time_rounds(
     progress: Callable[[int], None] = lambda count: None,
     between: Callable[[], None] = lambda: None,
 ) -> list[list[float]]:
-    """Seconds of every step of each side, by turns, after one step on each batch: [side][rounds · batches].
+    """Returns the seconds of every step of each side, interleaved, after one step on each batch: [side][rounds ·
+    batches].
 
     Args:
-      sides: a `Step` and its batches on the device, as many for each.
-      progress: is told of each step.
-      between: is called after each round.
+      sides: a `Step` and its batches on the device, equally many for each.
+      progress: called after each step.
+      between: called after each round.
     """
     seconds: list[list[float]] = [[] for _ in sides]
     for turn in range(rounds + 1):

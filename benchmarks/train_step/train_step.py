@@ -1,9 +1,9 @@
-"""One contrastive step in pairs/s: ours on packed batches beside transformers' PaliGemma in PyTorch on padded ones.
+"""Compares a contrastive step on packed batches with transformers' PaliGemma in PyTorch on padded ones, in pairs/s.
 
-Both start from the same weights (`weights`) and see the same pairs. A step's time is that of forward and backward pass,
-loss and update; its batch lies on the device already. Each side is a process of its own, with the memory allocation
-that a user has. On a CPU they take a step by turns, after a check of losses, gradients and updated weights in this
-process. A GPU's memory holds only one: processes by turns, whose first losses and gradient norms are compared.
+Both start from the same weights (`weights`) and see the same pairs. The time of a step is that of forward and backward
+pass, loss and update. Its batch is on the device already. Each side runs in its own process, with the memory allocator
+that a user has. On a CPU, the steps are interleaved, after a check of losses, gradients and updated weights in this
+process. A GPU's memory holds only one side, so processes are interleaved, and first losses and gradient norms compared.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Measured(NamedTuple):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Sizes, and how each side computes."""
+    """Declares sizes, and how each side computes."""
     parser.add_argument("--device", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--geometry", help="tiny, 30m, 150m or 3b; default 30m on a CPU, 3b on a GPU")
     parser.add_argument("--rows", type=int, help="packed rows of a step; default 20, on a GPU 8")
