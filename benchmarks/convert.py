@@ -24,7 +24,7 @@ from jfe_jax.data.processor import train_tokenizer
 from jfe_jax.hf import mapping
 from jfe_jax.hf.load import parameter_shapes
 from jfe_jax.hf.safetensors_io import Tensor, write_weights
-from jfe_jax.hf.settings import config_json
+from jfe_jax.models.paligemma.hf_config import paligemma_config_json
 
 SHARD_BYTES = 1 << 30
 
@@ -125,7 +125,7 @@ def make_checkpoint(out: Path, gigabytes: float) -> tuple[int, int]:
     model, wanted = shapes(max(1, 1 + round((gigabytes * 1e9 - one) / (two - one))))
     out.mkdir(parents=True)
     train_tokenizer(["a red house"], model.text.vocab_size, out)
-    (out / "config.json").write_text(json.dumps(config_json(model, {"pad": 0, "eos": 1, "bos": 2})))
+    (out / "config.json").write_text(json.dumps(paligemma_config_json(model, {"pad": 0, "eos": 1, "bos": 2})))
     theirs = {name: piece.entry.their_shape(piece.shape) for name, piece in mapping.pieces(wanted).items()}
     rng = np.random.default_rng(0)
 

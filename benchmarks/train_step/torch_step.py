@@ -10,7 +10,7 @@ from transformers import PaliGemmaConfig, PaliGemmaModel
 from benchmarks.train_step import weights
 from benchmarks.train_step.batches import BOS, EOS, Padded
 from jfe_jax.config import Config
-from jfe_jax.hf.settings import config_json
+from jfe_jax.models.paligemma.hf_config import paligemma_config_json
 
 
 class Step:
@@ -30,7 +30,7 @@ class Step:
         self, config: Config, shapes: dict[str, tuple[int, ...]], checkpointing: bool = False, compiled: bool = False
     ):
         self.config, self.device = config, "cuda" if torch.cuda.is_available() else "cpu"
-        settings = config_json(config.model, {"bos": BOS, "eos": EOS, "pad": 0})
+        settings = paligemma_config_json(config.model, {"bos": BOS, "eos": EOS, "pad": 0})
         with torch.device(self.device):
             self.model = PaliGemmaModel(PaliGemmaConfig(**settings)).float().eval()
         # What decides the mask, whatever the config says: every token attends to every token.

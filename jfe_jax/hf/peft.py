@@ -19,10 +19,10 @@ from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.load import parameter_shapes
 from jfe_jax.hf.mapping import Piece
-from jfe_jax.hf.model_card import adapter_card, known_results
+from jfe_jax.hf.model_card import known_results, model_card
 from jfe_jax.hf.safetensors_io import DTYPES, Tensor, write_file
 from jfe_jax.hf.save import copy_tokenizer
-from jfe_jax.hf.settings import ENCODER_FILE, encoder_json, processor_json
+from jfe_jax.hf.settings import ENCODER_FILE, get_hf_format
 from jfe_jax.models import lora
 from jfe_jax.models.hf_json import write_json
 from jfe_jax.models.hf_spec import Entry
@@ -128,14 +128,15 @@ def save_adapter(stored: StoredModel, out: str | Path, base_name: str, dtype: st
         "target_modules": "|".join(targets),
         "modules_to_save": [module for module, trained in whole.items() if all(trained)] or None,
     }
+    hf_format = get_hf_format(model)
     try:
         with atomic_directory(out) as part:
             write_json(part / SETTINGS, settings)
-            write_json(part / ENCODER_FILE, encoder_json(model, stored.config.tokens))
-            write_json(part / "preprocessor_config.json", processor_json(model))
+            write_json(part / ENCODER_FILE, hf_format.encoder_json(model, stored.config.tokens))
+            write_json(part / "preprocessor_config.json", hf_format.processor_json(model))
             copy_tokenizer(Path(stored.tokenizer_dir), part)
             results = known_results(Path(stored.tokenizer_dir).parent, stored.step)
-            card = adapter_card(stored.config, stored.step, Path(out).name, results, base_name)
+            card = model_card(stored.config, stored.step, Path(out).name, results, "peft", base_name)
             (part / "README.md").write_text(card, encoding="utf-8")
             write_file(part / WEIGHTS, {name: _tensor(tensor) for name, tensor in tensors.items()})
     except OSError as error:

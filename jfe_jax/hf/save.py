@@ -17,7 +17,7 @@ from jfe_jax.errors import UserError
 from jfe_jax.hf import mapping
 from jfe_jax.hf.model_card import known_results, model_card
 from jfe_jax.hf.safetensors_io import Tensor, write_weights
-from jfe_jax.hf.settings import ENCODER_FILE, config_json, encoder_json, processor_json
+from jfe_jax.hf.settings import ENCODER_FILE, get_hf_format
 from jfe_jax.hf.st_layout import add_layout
 from jfe_jax.models.hf_json import write_json
 
@@ -70,18 +70,17 @@ def save_hf(model: Outgoing, out: str | Path, shard_bytes: int = SHARD_BYTES, la
       UserError: the model has no Hugging Face layout, `out` is in use, the tokenizer is missing, or the disk is full.
     """
     config, tokenizer = model.config, Path(model.tokenizer_dir)
-    if config.model.kind == "two_tower":
-        raise UserError("model.kind is 'two_tower', which no class of transformers is; 'fusion' and 'dual' have one")
-    if config.model.kind == "dual" and layout == "sentence-transformers":
+    hf_format = get_hf_format(config.model)
+    if layout not in hf_format.layouts:
         raise UserError("the sentence-transformers layout is of the fusion model; a dual encoder has transformers' own")
     tensors = _tensors(model.arrays, _names(tokenizer))
     main = Counter(str(tensor.dtype) for tensor in tensors.values()).most_common(1)[0][0]
     special = special_ids(tokenizer, SPECIAL_OF[config.tokens.template])
     try:
         with atomic_directory(out) as part:
-            write_json(part / "config.json", config_json(config.model, special) | {"dtype": main})
-            write_json(part / ENCODER_FILE, encoder_json(config.model, config.tokens))
-            write_json(part / "preprocessor_config.json", processor_json(config.model))
+            write_json(part / "config.json", hf_format.config_json(config.model, special) | {"dtype": main})
+            write_json(part / ENCODER_FILE, hf_format.encoder_json(config.model, config.tokens))
+            write_json(part / "preprocessor_config.json", hf_format.processor_json(config.model))
             copy_tokenizer(tokenizer, part)
             results = known_results(tokenizer.parent, model.step)
             card = model_card(config, model.step, Path(out).name, results, layout)

@@ -1,11 +1,12 @@
 """The protocol of a backbone: what the rest of the package asks about one kind of model."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 from flax import nnx
 
-from jfe_jax.config import ModelConfig
+from jfe_jax.config import Config, ModelConfig, TokensConfig
 
 
 class Workload(NamedTuple):
@@ -44,6 +45,46 @@ class FlopTerm(NamedTuple):
     attention: float = 0
 
 
+class HfFormat(Protocol):
+    """A backbone's Hugging Face directory: config.json and what goes with it, in both directions.
+
+    Attributes:
+      model_types: The `model_type` values of config.json that it reads.
+      layouts: The layouts that it can be exported in: "transformers", "sentence-transformers".
+    """
+
+    model_types: tuple[str, ...]
+    layouts: tuple[str, ...]
+
+    def read_config(self, tree: dict[str, Any], directory: Path, encoder: dict[str, Any]) -> Config:
+        """Reads a directory's config.json (`tree`) and jfe.json (`encoder`, {} without one).
+
+        Raises:
+          UserError: A setting that the encoder does not implement.
+        """
+        ...
+
+    def config_json(self, model: ModelConfig, special: dict[str, int]) -> dict[str, Any]:
+        """Returns config.json; `special` has the ids of the special tokens "bos", "eos" and "pad" that there are."""
+        ...
+
+    def encoder_json(self, model: ModelConfig, tokens: TokensConfig) -> dict[str, Any]:
+        """Returns jfe.json: what config.json cannot say."""
+        ...
+
+    def processor_json(self, model: ModelConfig) -> dict[str, Any]:
+        """Returns preprocessor_config.json."""
+        ...
+
+    def tag(self, model: ModelConfig) -> str:
+        """Returns the model card's tag of the architecture."""
+        ...
+
+    def card(self, config: Config, step: int, name: str, layout: str, base: str) -> list[str]:
+        """Returns the lines of the model card that say what the model is and how to open it."""
+        ...
+
+
 class Backbone(Protocol):
     """One kind of model. Stateless: everything follows from the `model` section that a method is given.
 
@@ -52,12 +93,14 @@ class Backbone(Protocol):
       attention: The attention implementations that it has, of those that `model.attention` names.
       own_temperature: Its published weights hold a temperature, which `loss.temperature` 0 stands for.
       min_image_slots: The least number of image slots of a batch.
+      hf_format: Its Hugging Face directory; None if no class of transformers has this architecture.
     """
 
     bins: bool
     attention: tuple[str, ...]
     own_temperature: bool
     min_image_slots: int
+    hf_format: HfFormat | None
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises UserError if the sizes in `cfg` do not fit together."""

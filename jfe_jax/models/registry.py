@@ -9,7 +9,7 @@ from flax import nnx
 
 from jfe_jax.config import ModelConfig
 from jfe_jax.models import lora
-from jfe_jax.models.base import Backbone
+from jfe_jax.models.base import Backbone, HfFormat
 from jfe_jax.models.layers import attention
 
 # Name → module and class.
@@ -22,7 +22,17 @@ _BACKBONES: dict[str, tuple[str, str]] = {
 
 def get_backbone(cfg: ModelConfig) -> Backbone:
     """Returns the backbone that `cfg.kind` names."""
-    module, name = _BACKBONES[cfg.kind]
+    return _load(cfg.kind)
+
+
+def hf_formats() -> list[HfFormat]:
+    """Returns the Hugging Face directories of all backbones that have one."""
+    formats = [_load(kind).hf_format for kind in _BACKBONES]
+    return [hf_format for hf_format in formats if hf_format is not None]
+
+
+def _load(kind: str) -> Backbone:
+    module, name = _BACKBONES[kind]
     return getattr(importlib.import_module(module), name)()
 
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from flax import nnx
 
 from jfe_jax.config import ModelConfig
-from jfe_jax.models.base import FlopTerm, Workload
+from jfe_jax.models.base import FlopTerm, HfFormat, Workload
 from jfe_jax.models.paligemma.flops import gemma_token_flops, text_attention_flops, tower_terms, vision_terms
+from jfe_jax.models.paligemma.hf_format import PaliGemmaFormat
 from jfe_jax.models.paligemma.model import FusionEncoder
 from jfe_jax.models.validation import check_gemma, require
 
@@ -18,6 +19,7 @@ class PaliGemmaBackbone:
     attention = ("xla", "cudnn", "splash")
     own_temperature = False
     min_image_slots = 0
+    hf_format: HfFormat | None = PaliGemmaFormat()
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises UserError if the sizes in `cfg` do not fit together."""

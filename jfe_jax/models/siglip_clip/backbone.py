@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from flax import nnx
 
 from jfe_jax.config import ModelConfig
-from jfe_jax.models.base import FlopTerm, Workload
+from jfe_jax.models.base import FlopTerm, HfFormat, Workload
 from jfe_jax.models.paligemma.flops import text_attention_flops, vision_terms
+from jfe_jax.models.siglip_clip.hf_format import SiglipClipFormat
 from jfe_jax.models.siglip_clip.model import DualEncoder
 from jfe_jax.models.validation import check_towers, require
 
@@ -18,6 +19,7 @@ class SiglipClipBackbone:
     attention = ("xla",)
     own_temperature = True
     min_image_slots = 1
+    hf_format: HfFormat | None = SiglipClipFormat()
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises UserError if the sizes in `cfg` do not fit together.

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from flax import nnx
 
 from jfe_jax.config import ModelConfig
-from jfe_jax.models.base import FlopTerm, Workload
+from jfe_jax.models.base import FlopTerm, HfFormat, Workload
 from jfe_jax.models.paligemma.flops import gemma_token_flops, text_attention_flops, vision_terms
 from jfe_jax.models.two_tower.model import TwoTowerEncoder
 from jfe_jax.models.validation import check_gemma
@@ -18,6 +18,7 @@ class TwoTowerBackbone:
     attention = ("xla", "cudnn", "splash")
     own_temperature = False
     min_image_slots = 1
+    hf_format: HfFormat | None = None
 
     def validate(self, cfg: ModelConfig) -> None:
         """Raises UserError if the sizes in `cfg` do not fit together."""
