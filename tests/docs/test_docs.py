@@ -7,9 +7,13 @@ import subprocess
 import sys
 import typing
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from jfe_jax import Retriever
 from jfe_jax.cli.main import VERBS
 from jfe_jax.config import Config
 
@@ -76,3 +80,18 @@ def test_quality_figures_are_those_of_the_generated_tables(page):
     generated = {row for file in (ROOT / "docs" / "emoji").glob("*.md") for row in file.read_text().splitlines()}
     rows = [row for row in (ROOT / page).read_text().splitlines() if row.startswith("|") and "±" in row]
     assert rows and not [row for row in rows if row not in generated]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/quickstart.md"])
+def test_python_examples_run(page, shapes_retriever, tmp_path, monkeypatch):
+    """Executes the page's example with a small model, and with an image for each file that it names."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    for name in re.findall(r'"(\w+\.png)"', example):
+        Image.new("RGB", (20, 30), "red").save(name)
+    monkeypatch.setattr(Retriever, "load", lambda path: shapes_retriever)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    vectors = names["vectors"] if "vectors" in names else names["scores"]
+    assert vectors.dtype == np.float32 and np.isfinite(vectors).all()
+    assert "best" not in names or names["best"] in names["pool"]
