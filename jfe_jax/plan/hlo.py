@@ -1,7 +1,7 @@
-"""Reads what a compiled program does from its optimized HLO text: matrix products, memory traffic, collectives.
+"""Parses the optimized HLO text of a compiled program, to count its matrix products, memory traffic and collectives.
 
-XLA's own cost analysis counts the body of a loop once. Here every instruction counts as often as it runs: a loop's body
-as often as its trip count, read from its annotation or from its condition.
+XLA's own cost analysis counts the body of a loop once. Here every instruction is counted by its number of runs: a
+loop's body is multiplied by its trip count, which is read from its annotation or from its condition.
 """
 
 import json
@@ -25,7 +25,7 @@ _CALLED = re.compile(
 
 @dataclass(frozen=True)
 class HloArray:
-    """One array of a shape: element type, sizes, and whether it lies in the main memory (HBM on TPU)."""
+    """An array of an HLO shape: element type, sizes, and whether it is in main memory (HBM on TPU)."""
 
     dtype: str
     sizes: tuple[int, ...]
@@ -38,7 +38,7 @@ class HloArray:
 
 @dataclass
 class HloInstruction:
-    """A line of HLO."""
+    """An HLO instruction, which is one line of the text."""
 
     name: str
     arrays: list[HloArray]
@@ -48,22 +48,22 @@ class HloInstruction:
     root: bool
 
     def attribute(self, name: str) -> str | None:
-        found = re.search(rf"[,\s]{name}=([^\s,{{]+|\{{[^}}]*\}})", self.text)
-        return found and found[1]
+        match = re.search(rf"[,\s]{name}=([^\s,{{]+|\{{[^}}]*\}})", self.text)
+        return match and match[1]
 
     @property
     def op_name(self) -> str:
-        found = re.search(r'op_name="([^"]*)"', self.text)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.text)
+        return match[1] if match else ""
 
     def called(self) -> dict[str, list[str]]:
-        """Computations by the role that they play for it."""
+        """Returns the names of the computations that the instruction calls, by role, such as "body" or "condition"."""
         return {role: re.findall(r"[\w.\-]+", names) for role, names in _CALLED.findall(self.text)}
 
 
 @dataclass
 class HloComputation:
-    """A list of instructions, also by name."""
+    """An HLO computation: its instructions in order, and by name."""
 
     name: str
     entry: bool
@@ -72,17 +72,21 @@ class HloComputation:
 
     @property
     def root(self) -> HloInstruction:
-        return next(one for one in self.instructions if one.root)
+        return next(instruction for instruction in self.instructions if instruction.root)
 
     def parameter(self, number: int) -> HloInstruction:
-        return next(one for one in self.instructions if one.opcode == "parameter" and one.operands == [str(number)])
+        return next(
+            instruction
+            for instruction in self.instructions
+            if instruction.opcode == "parameter" and instruction.operands == [str(number)]
+        )
 
     def users(self, name: str) -> list[HloInstruction]:
-        return [one for one in self.instructions if name in one.operands]
+        return [instruction for instruction in self.instructions if name in instruction.operands]
 
 
 class HloModule:
-    """A whole program: computations by name."""
+    """An HLO program: its computations by name."""
 
     def __init__(self, text: str):
         self.computations: dict[str, HloComputation] = {}
@@ -92,49 +96,50 @@ class HloModule:
             if header and " = " not in line.split("(", 1)[0]:
                 current = HloComputation(header[2], bool(header[1]))
                 self.computations[current.name] = current
-            elif current is not None and (found := _INSTRUCTION.match(line)):
-                one = _parse_instruction(line, found)
-                current.instructions.append(one)
-                current.by_name[one.name] = one
-        self.entry = next(one for one in self.computations.values() if one.entry)
+            elif current is not None and (match := _INSTRUCTION.match(line)):
+                instruction = _parse_instruction(line, match)
+                current.instructions.append(instruction)
+                current.by_name[instruction.name] = instruction
+        self.entry = next(computation for computation in self.computations.values() if computation.entry)
 
     def runs(self) -> Iterator[tuple[HloComputation, float]]:
-        """Every computation that is no fusion's, with how often it runs; branches of a conditional each count."""
+        """Yields each computation outside fusions with its number of runs; all branches of a conditional count."""
         yield from self._runs(self.entry, 1.0)
 
     def _runs(self, computation: HloComputation, times: float) -> Iterator[tuple[HloComputation, float]]:
         yield computation, times
-        for one in computation.instructions:
-            called = one.called()
-            if one.opcode == "while":
+        for instruction in computation.instructions:
+            called = instruction.called()
+            if instruction.opcode == "while":
                 body = self.computations[called["body"][0]]
-                yield from self._runs(body, times * self.trip_count(computation, one))
-            elif one.opcode in ("call", "conditional", "async-start"):
+                yield from self._runs(body, times * self.trip_count(computation, instruction))
+            elif instruction.opcode in ("call", "conditional", "async-start"):
                 for names in called.values():
                     for name in names:
                         if name in self.computations:
                             yield from self._runs(self.computations[name], times)
 
     def trip_count(self, computation: HloComputation, loop: HloInstruction) -> int:
-        """How often a `while` runs its body.
+        """Returns the trip count of a `while` instruction.
 
         Raises:
-          ValueError: it is neither written beside the loop nor a comparison of a counter with a constant.
+          ValueError: The loop has no annotation of its trip count, and its condition does not compare a counter with a
+            constant.
         """
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
-        if known:
-            return int(known[1])
+        annotation = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop.text)
+        if annotation:
+            return int(annotation[1])
         called = loop.called()
         condition, body = (self.computations[called[role][0]] for role in ("condition", "body"))
         test = condition.root
         sides = test.operands
         if test.opcode == "fusion":
-            # compare(parameter, parameter) in a computation of its own, its operands outside.
+            # compare(parameter, parameter) in a fused computation; the operands are those of the fusion.
             inner = self.computations[test.called()["calls"][0]]
             sides = [test.operands[int(inner.by_name[side].operands[0])] for side in inner.root.operands]
             test = inner.root
         if test.opcode != "compare" or test.attribute("direction") not in ("LT", "GT", "NE"):
-            raise ValueError(f"loop {loop.name}: its condition is {test.opcode}, no comparison")
+            raise ValueError(f"loop {loop.name}: its condition is {test.opcode}, not a supported comparison")
         counter, limit = (condition.by_name[side] for side in sides)
         if counter.opcode == "constant":
             counter, limit = limit, counter
@@ -148,41 +153,41 @@ class HloModule:
         init = computation.by_name[name]
         return computation.by_name[init.operands[index]] if init.opcode == "tuple" else init
 
-    def _constant(self, computation: HloComputation, one: HloInstruction) -> int:
-        while one.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
-            one = computation.by_name[one.operands[0]]
-        value = re.search(r"constant\((-?\d+)\)", one.text)
+    def _constant(self, computation: HloComputation, instruction: HloInstruction) -> int:
+        while instruction.opcode in ("copy", "bitcast", "convert", "copy-done", "copy-start"):
+            instruction = computation.by_name[instruction.operands[0]]
+        value = re.search(r"constant\((-?\d+)\)", instruction.text)
         if value is None:
-            raise ValueError(f"{one.name}: a loop's bound is {one.opcode}, no constant")
+            raise ValueError(f"{instruction.name}: a loop's bound is {instruction.opcode}, not a constant")
         return int(value[1])
 
     def _step(self, body: HloComputation, index: int) -> int:
-        one = self._element(body, body.root.name, index)
-        while one.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-            one = body.by_name[one.operands[0]]
-        where = body
-        if one.opcode == "fusion":
-            where = self.computations[one.called()["calls"][0]]
-            one = where.root
-        for operand in one.operands:
-            value = where.by_name.get(operand)
-            if one.opcode == "add" and value is not None and value.opcode == "constant":
-                return self._constant(where, value)
+        update = self._element(body, body.root.name, index)
+        while update.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+            update = body.by_name[update.operands[0]]
+        computation = body
+        if update.opcode == "fusion":
+            computation = self.computations[update.called()["calls"][0]]
+            update = computation.root
+        for operand in update.operands:
+            value = computation.by_name.get(operand)
+            if update.opcode == "add" and value is not None and value.opcode == "constant":
+                return self._constant(computation, value)
         return 1
 
-    def fused(self, one: HloInstruction) -> HloComputation | None:
-        """The computation of a fusion."""
-        return self.computations[one.called()["calls"][0]] if one.opcode == "fusion" else None
+    def fused(self, instruction: HloInstruction) -> HloComputation | None:
+        """Returns the computation of a fusion; None for any other instruction."""
+        return self.computations[instruction.called()["calls"][0]] if instruction.opcode == "fusion" else None
 
 
-def _parse_instruction(line: str, found: re.Match) -> HloInstruction:
-    rest = line[found.end() :]
-    # The shape ends where the opcode begins; a tuple's shape has parentheses of its own.
+def _parse_instruction(line: str, match: re.Match) -> HloInstruction:
+    rest = line[match.end() :]
+    # The shape ends where the opcode begins; a tuple's shape is itself in parentheses.
     end = _find_closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opcode, _, after = rest[end + 1 :].partition("(")
     inside = after[: _find_closing("(" + after, 0) - 1]
     operands = [part.strip().split(" ")[-1].lstrip("%") for part in _split_operands(re.sub(r"/\*.*?\*/", "", inside))]
-    return HloInstruction(found[2], _parse_arrays(rest[:end]), opcode.strip(), operands, line, bool(found[1]))
+    return HloInstruction(match[2], _parse_arrays(rest[:end]), opcode.strip(), operands, line, bool(match[1]))
 
 
 def _parse_arrays(shape: str) -> list[HloArray]:
@@ -196,33 +201,34 @@ def _parse_arrays(shape: str) -> list[HloArray]:
 
 def _find_closing(text: str, start: int) -> int:
     depth = 0
-    for place in range(start, len(text)):
-        if text[place] in "({[":
+    for position in range(start, len(text)):
+        if text[position] in "({[":
             depth += 1
-        elif text[place] in ")}]":
+        elif text[position] in ")}]":
             depth -= 1
             if not depth:
-                return place
+                return position
     return len(text)
 
 
 def _split_operands(text: str) -> list[str]:
     parts, depth, start = [], 0, 0
-    for place, letter in enumerate(text):
+    for position, letter in enumerate(text):
         depth += (letter in "({[") - (letter in ")}]")
         if letter == "," and not depth:
-            parts.append(text[start:place])
-            start = place + 1
+            parts.append(text[start:position])
+            start = position + 1
     return [part for part in [*parts, text[start:]] if part.strip()]
 
 
-def parse_backend_config(one: HloInstruction) -> dict:
-    """The backend's annotations of an instruction, {} if there are none that can be read."""
-    found = one.text.find("backend_config=")
-    if found < 0:
+def parse_backend_config(instruction: HloInstruction) -> dict:
+    """Parses the backend config of an instruction; returns {} if it is missing or not valid JSON."""
+    text = instruction.text
+    position = text.find("backend_config=")
+    if position < 0:
         return {}
-    start = found + len("backend_config=")
+    start = position + len("backend_config=")
     try:
-        return json.loads(one.text[start : _find_closing(one.text, start) + 1])
+        return json.loads(text[start : _find_closing(text, start) + 1])
     except ValueError:
         return {}
