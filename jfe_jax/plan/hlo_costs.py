@@ -60,7 +60,8 @@ def _contracted_size(computation: HloComputation, instruction: HloInstruction) -
 
 def _convolution_flops(computation: HloComputation, instruction: HloInstruction) -> float:
     # On TPU a matrix product is a convolution whose batch axes are spatial axes, with a window that overlaps one
-    # position each. So count the pairs of output position and window position that fall on a real input, not on padding.
+    # position each. So count the pairs of output position and window position that fall on a real input, not on
+    # padding.
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
     left, kernel, out = labels.groups()
     operands = [computation.by_name[name].arrays[0].sizes for name in instruction.operands]

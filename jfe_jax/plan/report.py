@@ -1,4 +1,4 @@
-"""A plan: what one config needs on one topology, as a tree of plain values, and as text."""
+"""Makes a plan: the memory, FLOPs and traffic of one config on one topology, as plain values and as text."""
 
 import math
 from collections.abc import Callable
@@ -27,22 +27,22 @@ def make_plan(
     keep: Path | None = None,
     embedding: bool = True,
 ) -> dict[str, Any]:
-    """Compiles the training step and, if wanted, the embedding step; measures both.
+    """Compiles and analyzes the training step and, optionally, the embedding step.
 
     Args:
-      config: what `jfe train` would run.
-      topology: where; `aot_compile.configure_libtpu` was called for it.
-      logs: libtpu's log files.
-      say: takes progress lines.
-      keep: a folder that the programs' HLO is written to.
-      embedding: whether to compile the embedding step too.
+      config: The config that `jfe train` would run.
+      topology: The TPU slices to compile for, after `aot_compile.configure_libtpu` was called for them.
+      logs: Directory of libtpu's log files.
+      say: Callback for progress lines.
+      keep: Directory to write the programs' HLO to.
+      embedding: If true, compile the embedding step too.
 
     Returns:
-      A tree of plain values; `as_text` prints it. "fits" says whether the step compiles within a chip's memory; if it
-      does not, "problem" says how far.
+      A tree of plain values; `format_plan` formats it. "fits" is true if the step compiles within a chip's memory.
+      Otherwise "problem" gives the needed and the available memory.
 
     Raises:
-      UserError: config and topology do not fit together.
+      UserError: The config and the topology are incompatible.
     """
     from jfe_jax.parallel import sharding
     from jfe_jax.train import train_state
@@ -68,29 +68,29 @@ def make_plan(
         "unsplit": _find_replicated(abstract.params, mesh),
     }
 
-    def where(group: tuple[int, ...]) -> GroupLinks:
-        chosen = [mesh.devices.flat[number] for number in group]
-        return find_links(topology, [(getattr(one, "slice_index", 0) or 0, one.coords) for one in chosen])
+    def links_of(group: tuple[int, ...]) -> GroupLinks:
+        devices = [mesh.devices.flat[number] for number in group]
+        return find_links(topology, [(getattr(device, "slice_index", 0) or 0, device.coords) for device in devices])
 
-    def measured(name: str, program: CompiledProgram, model_flops: float) -> dict[str, Any]:
+    def analyze(name: str, program: CompiledProgram, model_flops: float) -> dict[str, Any]:
         say(f"{name}: compiled in {program.seconds:.0f} s")
         if keep:
             keep.mkdir(parents=True, exist_ok=True)
             (keep / f"{name.replace(' ', '_')}.hlo.txt").write_text(program.hlo)
         module = HloModule(program.hlo)
-        done, moved = count_hlo_costs(module), find_collectives(module)
+        costs, collectives = count_hlo_costs(module), find_collectives(module)
         return {
             "compile_seconds": round(program.seconds, 1),
             "compile_cpu_seconds": round(program.cpu_seconds, 1),
             "model_flops": model_flops / topology.chips,
-            "executed_flops": done.flops,
-            "hbm_traffic": done.bytes,
+            "executed_flops": costs.flops,
+            "hbm_traffic": costs.bytes,
             "collectives": [
                 {key: value for key, value in asdict(item).items() if key != "group"}
-                | {"chips": len(item.group), "links": where(item.group).axes}
-                for item in moved
+                | {"chips": len(item.group), "links": links_of(item.group).axes}
+                for item in collectives
             ],
-            "roofline": asdict(compute_roofline(topology, done, moved, where, model_flops)),
+            "roofline": asdict(compute_roofline(topology, costs, collectives, links_of, model_flops)),
             "rematerialized": list(program.warnings),
         }
 
@@ -109,16 +109,16 @@ def make_plan(
         "loss_on_chip": program.buffers.temporaries("loss", space=1),
         "largest": [describe_buffer(value) for value in program.buffers.largest(5)],
     }
-    plan["train"] = measured("training step", program, flops.count_training_flops(config))
+    plan["train"] = analyze("training step", program, flops.count_training_flops(config))
     if embedding:
         program = compile_embedding_step(config, mesh, logs)
         memory["embedding_peak"] = program.peak
-        plan["embed"] = measured("embedding step", program, flops.count_embedding_flops(config))
+        plan["embed"] = analyze("embedding step", program, flops.count_embedding_flops(config))
     return plan | {"fits": True}
 
 
 def format_plan(plan: dict[str, Any]) -> str:
-    """A plan for people; of one that does not fit, "problem" is for the caller to say."""
+    """Formats a plan for people, without the "problem" of a plan that does not fit, which the caller reports."""
     memory, batch = plan["memory"], plan["batch"]
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan["mesh"].items())
     each = plan["per_group"]
@@ -138,26 +138,26 @@ def format_plan(plan: dict[str, Any]) -> str:
     if plan["fits"]:
         share = memory["loss"] / max(memory["temporaries"], 1)
         lines += [
-            f"  the loss has {memory['loss'] / GIB:.3f} GiB of temporaries at most, {share:.1%} of the step's, and "
-            f"{memory['loss_on_chip'] / 2**20:.0f} MiB in the on-chip memory",
-            f"  largest where memory is fullest: {'; '.join(memory['largest'])}",
+            f"  the loss has {memory['loss'] / GIB:.3f} GiB of temporaries at its peak, {share:.1%} of the step's, and "
+            f"{memory['loss_on_chip'] / 2**20:.0f} MiB in on-chip memory",
+            f"  largest buffers at the memory peak: {'; '.join(memory['largest'])}",
         ]
         if "embed" in plan:
-            lines.append(f"  peak of the embedding step {memory['embedding_peak'] / GIB:.2f}")
+            lines.append(f"  peak of the embedding step: {memory['embedding_peak'] / GIB:.2f}")
     unsplit = plan["unsplit"]
-    lines += ["", f"whole on every chip: {unsplit['share']:.2%} of the parameters' bytes"]
-    lines += [f"  {one['name']:48s}{one['bytes'] / 2**20:10.2f} MiB" for one in unsplit["largest"]]
+    lines += ["", f"replicated on every chip: {unsplit['share']:.2%} of the parameters' bytes"]
+    lines += [f"  {leaf['name']:48s}{leaf['bytes'] / 2**20:10.2f} MiB" for leaf in unsplit["largest"]]
     if not plan["fits"]:
         return "\n".join(lines)
     for title, key in (("Training step", "train"), ("Embedding step", "embed")):
         if key in plan:
             lines += ["", *_format_step(title, plan[key])]
-    return "\n".join([*lines, "", "Assumptions", *(f"  {one}" for one in ASSUMPTIONS)])
+    return "\n".join([*lines, "", "Assumptions", *(f"  {assumption}" for assumption in ASSUMPTIONS)])
 
 
 def _format_step(title: str, step: dict[str, Any]) -> list[str]:
     line = step["roofline"]
-    moved = step["collectives"]
+    collectives = step["collectives"]
     lines = [
         f"{title} (compiled in {step['compile_seconds']:.0f} s, {step['compile_cpu_seconds']:.0f} s of CPU)",
         f"  TFLOP per chip: model {step['model_flops'] / 1e12:.1f}, executed {step['executed_flops'] / 1e12:.1f}",
@@ -165,21 +165,21 @@ def _format_step(title: str, step: dict[str, Any]) -> list[str]:
         f"({step['hbm_traffic'] / GIB:.0f} GiB), interconnect {line['interconnect'] * 1e3:.1f}; "
         f"bound by {line['bound']}",
         f"  MFU at most {line['mfu_overlapped']:.1%} overlapped, {line['mfu_serial']:.1%} serial",
-        f'  copied whole to change layout ("involuntary full rematerialization"): {len(step["rematerialized"])}',
-        "  collectives per chip             array                     times    MiB whole   MiB sent  links",
+        f'  arrays copied to change layout ("involuntary full rematerialization"): {len(step["rematerialized"])}',
+        "  collectives per chip             array                      runs     MiB full   MiB sent  links",
     ]
-    for item in moved:
+    for item in collectives:
         if item["bytes"] >= 2**20:
-            what = f"{item['kind']} of {item['chips']}"
+            label = f"{item['kind']} of {item['chips']}"
             lines.append(
-                f"    {what:28s} {item['array']:24s} {item['count']:6.0f} {item['bytes'] / 2**20:12.1f} "
+                f"    {label:28s} {item['array']:24s} {item['count']:6.0f} {item['bytes'] / 2**20:12.1f} "
                 f"{item['sent'] / 2**20:10.1f}  {item['links']:6s} {item['what']}"
             )
-    small = [item for item in moved if item["bytes"] < 2**20]
+    small = [item for item in collectives if item["bytes"] < 2**20]
     lines.append(
         f"    {len(small)} others under 1 MiB, {math.fsum(item['sent'] for item in small) / 2**20:.1f} MiB sent"
     )
-    lines.append(f"    all: {math.fsum(item['sent'] for item in moved) / GIB:.2f} GiB sent per chip")
+    lines.append(f"    all: {math.fsum(item['sent'] for item in collectives) / GIB:.2f} GiB sent per chip")
     return lines
 
 

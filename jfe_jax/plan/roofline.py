@@ -1,4 +1,4 @@
-"""The shortest time that a program can take on its chips, and the share of their peak that this allows."""
+"""Computes a roofline: a lower bound on a program's run time, and the MFU at that bound."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,26 +8,26 @@ from jfe_jax.plan.hlo_costs import HloCosts
 from jfe_jax.plan.topology import GroupLinks, Topology
 
 ASSUMPTIONS = (
-    "Compute: every matrix product of the compiled program, recomputed ones too, at the chip's bfloat16 peak.",
-    "HBM: operands and results of every instruction outside the on-chip memory, once each, at full bandwidth.",
-    "Interconnect: every collective alone on its links, at their full bandwidth, on rings; latency is left out. A "
-    "group uses two links of an axis of the torus on which it closes a ring, one of any other that it extends over.",
-    "Between slices: each chip exchanges its part of an array with its counterparts, over its share of a host's NIC.",
-    "Overlapped: the longest of the three. Serial: the longer of compute and HBM, then the interconnect.",
-    "MFU: model FLOPs by formula (nothing recomputed; attention in both directions, over whole rows, padding included) "
-    "over time and peak.",
+    "Compute: all matrix products of the compiled program, including recomputation, at the chip's bfloat16 peak.",
+    "HBM: the operands and results of every instruction, unless in on-chip memory, once each, at full bandwidth.",
+    "Interconnect: every collective runs alone on its links, at their full bandwidth, on rings, without latency. A "
+    "group uses two links of each torus axis on which it closes a ring, and one of each other axis that it spans.",
+    "Between slices: each chip exchanges its shard of an array with its counterparts, over its share of a host's NIC.",
+    "Overlapped: the longest of the three. Serial: the longer of compute and HBM, plus the interconnect.",
+    "MFU: model FLOPs by formula (no recomputation; bidirectional attention over full rows, including padding) divided "
+    "by time and peak FLOP/s.",
 )
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of one run, all chips doing the same.
+    """Seconds of one execution, in which all chips do the same work.
 
     Attributes:
-      compute, hbm, interconnect: what each would take alone.
-      bound: the longest of them.
-      overlapped, serial: shortest times if interconnect runs beside the rest, and if it does not.
-      mfu_overlapped, mfu_serial: model FLOPs over peak in these times.
+      compute, hbm, interconnect: Time that each would take alone.
+      bound: Name of the longest of them.
+      overlapped, serial: Lower bounds if the interconnect fully overlaps with the rest, and if it does not overlap.
+      mfu_overlapped, mfu_serial: Model FLOPs utilization at these times.
     """
 
     compute: float
@@ -42,17 +42,27 @@ class Roofline:
 
 def compute_roofline(
     topology: Topology,
-    work: HloCosts,
-    moved: Sequence[Collective],
+    costs: HloCosts,
+    collectives: Sequence[Collective],
     links_of: Callable[[tuple[int, ...]], GroupLinks],
     model_flops: float,
 ) -> Roofline:
-    """Args: the slices; what a chip does and moves; links of a group of chips; model FLOPs of all chips together."""
+    """Computes the roofline of one program.
+
+    Args:
+      topology: The TPU slices that the program runs on.
+      costs: FLOPs and memory traffic of one chip.
+      collectives: Collectives of the program.
+      links_of: Returns the links of a group of chips.
+      model_flops: Model FLOPs of all chips together.
+    """
     chip = topology.chip
     times = {
-        "compute": work.flops / chip.flops,
-        "HBM": work.bytes / chip.hbm_bandwidth,
-        "interconnect": sum(links_of(one.group).seconds(one.kind, one.bytes, len(one.group)) for one in moved),
+        "compute": costs.flops / chip.flops,
+        "HBM": costs.bytes / chip.hbm_bandwidth,
+        "interconnect": sum(
+            links_of(item.group).seconds(item.kind, item.bytes, len(item.group)) for item in collectives
+        ),
     }
     overlapped = max(times.values())
     serial = max(times["compute"], times["HBM"]) + times["interconnect"]

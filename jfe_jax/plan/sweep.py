@@ -1,7 +1,7 @@
-"""Several plans side by side: which mesh, remat policy and chunks to choose; how a batch grows with the chips.
+"""Compares plans: searches meshes, remat policies and chunk counts, and scales the batch with the number of chips.
 
-Every compilation is a process of its own, so that one that the compiler does not finish ends at its time limit, and its
-result is a file, so that a search that was stopped goes on where it was.
+Every compilation runs in a separate process, so that one that does not finish can be stopped at a time limit. Its
+result is stored in a file, so that an interrupted search resumes.
 """
 
 import hashlib
@@ -21,23 +21,23 @@ from jfe_jax.plan import flops
 from jfe_jax.plan.aot_compile import scale_batch
 from jfe_jax.plan.topology import Topology
 
-# Of what the forward pass computes in a layer of the tower, the share that the backward pass computes again. The last
-# product of a layer is never needed again; "up" and "dots" keep more.
+# Share of a tower layer's forward FLOPs that the backward pass recomputes. The last product of a layer is never
+# recomputed. "up" and "dots" save more activations.
 _RECOMPUTED_SHARE = {"none": 0.0, "dots": 0.05, "up": 0.40, "full": 0.70}
 
 
 @dataclass(frozen=True)
 class SettingsCandidate:
-    """A setting to try, with what is expected of it before anything is compiled."""
+    """A setting to try, with its memory in bytes and its step time in seconds, both estimated before compilation."""
 
     overrides: tuple[str, ...]
     memory: float
     seconds: float
 
     def agrees(self, given: dict[str, str]) -> bool:
-        """Whether none of `given`, by key, says otherwise; -1 leaves an axis of the mesh open."""
-        own = (_split_override(one) for one in self.overrides)
-        return all(given.get(key, value) in (value, "-1") for key, value in own)
+        """Returns True if no value in `given`, by key, conflicts with this setting; -1 leaves a mesh axis open."""
+        overrides = map(_split_override, self.overrides)
+        return all(given.get(key, value) in (value, "-1") for key, value in overrides)
 
 
 def _split_override(override: str) -> tuple[str, str]:
@@ -46,22 +46,23 @@ def _split_override(override: str) -> tuple[str, str]:
 
 
 class PlanRunner:
-    """Plans in processes of their own.
+    """Makes each plan in a separate process.
 
     Args:
-      config: the YAML file; `overrides` come after it.
-      out: where results are kept; None keeps none.
-      timeout: seconds for each.
-      say: takes progress lines.
+      config: YAML file of the config.
+      overrides: Overrides of the config, for all plans.
+      out: Directory to store results in; None stores none.
+      timeout: Time limit per plan, in seconds.
+      say: Callback for progress lines.
     """
 
     def __init__(self, config: str, overrides: list[str], out: Path | None, timeout: int, say: Callable[[str], None]):
         self.config, self.overrides, self.out, self.timeout, self.say = config, list(overrides), out, timeout, say
 
     def plan(self, topology: Topology, overrides: tuple[str, ...]) -> dict[str, Any]:
-        """The plan, or {"fits": False, "problem": why not}."""
+        """Makes the plan, or {"fits": False, "problem": reason}."""
         extra = [*self.overrides, *overrides]
-        # The embedding step needs less of everything.
+        # The training step only: the embedding step needs less memory and compute.
         command = [
             sys.executable,
             "-m",
@@ -75,11 +76,11 @@ class PlanRunner:
         ]
         name = f"{topology.chip.name}:{'x'.join(map(str, topology.shape))}"
         command += ["--config", self.config, "--topology", name, "--slices", str(topology.slices), *extra]
-        kept = self._file(topology, extra)
-        if kept and kept.is_file():
-            return json.loads(kept.read_text(encoding="utf-8"))
-        if kept:
-            command += ["--out", str(kept.with_suffix(""))]
+        result_file = self._result_file(topology, extra)
+        if result_file and result_file.is_file():
+            return json.loads(result_file.read_text(encoding="utf-8"))
+        if result_file:
+            command += ["--out", str(result_file.with_suffix(""))]
         self.say(f"{topology} {' '.join(overrides)}")
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.timeout, check=False)
@@ -87,14 +88,14 @@ class PlanRunner:
             return {"topology": str(topology), "fits": False, "problem": f"not compiled within {self.timeout} s"}
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         plan = json.loads(done.stdout) if done.stdout.strip() else {"fits": False, "problem": last}
-        if kept and done.stdout.strip():
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(".partial")
+        if result_file and done.stdout.strip():
+            result_file.parent.mkdir(parents=True, exist_ok=True)
+            partial = result_file.with_suffix(".partial")
             partial.write_text(json.dumps(plan, indent=2), encoding="utf-8")
-            partial.replace(kept)
+            partial.replace(result_file)
         return plan
 
-    def _file(self, topology: Topology, extra: list[str]) -> Path | None:
+    def _result_file(self, topology: Topology, extra: list[str]) -> Path | None:
         if self.out is None:
             return None
         resolved = configs.to_yaml(configs.load(self.config, extra))
@@ -103,38 +104,44 @@ class PlanRunner:
 
 
 def search_settings(runner: PlanRunner, config: Config, topology: Topology, limit: int) -> list[dict[str, Any]]:
-    """Compiles the `limit` most promising settings; what fits first, the fastest first.
+    """Compiles the `limit` most promising settings and returns table rows: first those that fit, fastest first.
 
-    What the runner's overrides say stays as it is.
+    Values that the runner's overrides set are not varied.
 
     Raises:
-      UserError: no mesh of the topology's chips goes with the config and the overrides.
+      UserError: No mesh of the topology's chips is compatible with the config and the overrides.
     """
-    given = dict(_split_override(one) for one in runner.overrides)
+    given = dict(map(_split_override, runner.overrides))
     candidates = sorted(
-        (one for one in enumerate_settings(config, topology) if one.agrees(given)),
-        key=lambda one: (one.memory > topology.chip.hbm_bytes, one.seconds, one.memory),
+        (candidate for candidate in enumerate_settings(config, topology) if candidate.agrees(given)),
+        key=lambda candidate: (candidate.memory > topology.chip.hbm_bytes, candidate.seconds, candidate.memory),
     )
     if not candidates:
-        raise UserError(f"no mesh of {topology.chips} chips divides both the weights and the batch as it should")
+        raise UserError(
+            f"no mesh of {topology.chips} chips evenly divides both the weights and the batch; change the batch or the "
+            "overrides"
+        )
     runner.say(f"{len(candidates)} settings; compiling {min(limit, len(candidates))}")
-    rows = [make_table_row(runner.plan(topology, one.overrides), " ".join(one.overrides)) for one in candidates[:limit]]
-    return sorted(rows, key=lambda one: (not one["fits"], -one.get("mfu_serial", 0.0)))
+    rows = [
+        make_table_row(runner.plan(topology, candidate.overrides), " ".join(candidate.overrides))
+        for candidate in candidates[:limit]
+    ]
+    return sorted(rows, key=lambda row: (not row["fits"], -row.get("mfu_serial", 0.0)))
 
 
 def enumerate_settings(config: Config, topology: Topology) -> Iterator[SettingsCandidate]:
-    """Every mesh, remat policy and number of chunks that divides weights and batch, with a rough estimate."""
+    """Yields every mesh, remat policy and chunk count that divides weights and batch, with rough estimates."""
     chips, data = topology.chips, config.data
-    whole = math.gcd(config.model.vision.width, config.model.text.width)
+    width = math.gcd(config.model.vision.width, config.model.text.width)
     heads = math.gcd(config.model.vision.num_heads, config.model.text.num_heads)
     size = _ModelSize.of(config)
     for tensor in (n for n in (1, 2, 4, 8) if heads % n == 0):
-        for fsdp in (n for n in range(1, whole + 1) if whole % n == 0 and chips % (n * tensor) == 0):
+        for fsdp in (n for n in range(1, width + 1) if width % n == 0 and chips % (n * tensor) == 0):
             groups = chips // tensor
             for chunks in (1, 2, 4, 8):
                 if any(count % (groups * chunks) for count in (data.pairs, data.rows, data.image_slots)):
                     continue
-                # Slices meet on `data` alone.
+                # Only the `data` axis spans slices.
                 if (chips // (fsdp * tensor)) % topology.slices:
                     continue
                 for remat in _RECOMPUTED_SHARE:
@@ -152,22 +159,21 @@ def enumerate_settings(config: Config, topology: Topology) -> Iterator[SettingsC
 
 
 def plan_scaling(runner: PlanRunner, config: Config, topology: Topology) -> list[dict[str, Any]]:
-    """From 16 to 1024 chips, the batch growing with them.
+    """Plans from 16 to 1024 chips, with the batch proportional to the number of chips (weak scaling).
 
     Raises:
-      UserError: the config's batch cannot be divided as far.
+      UserError: The config's batch cannot be scaled to one of the sizes.
     """
     rows = []
-    for one in _scaling_topologies(topology):
-        larger = scale_batch(config, one.chips / topology.chips)
-        rows.append(
-            make_table_row(runner.plan(one, (*batch_overrides(larger), "--mesh.data=-1")), f"{larger.data.pairs} pairs")
-        )
+    for scaled_topology in _scaling_topologies(topology):
+        scaled = scale_batch(config, scaled_topology.chips / topology.chips)
+        plan = runner.plan(scaled_topology, (*batch_overrides(scaled), "--mesh.data=-1"))
+        rows.append(make_table_row(plan, f"{scaled.data.pairs} pairs"))
     return rows
 
 
 def batch_overrides(config: Config) -> tuple[str, ...]:
-    """The size of a config's batch, as overrides."""
+    """Returns the size of a config's batch as command-line overrides."""
     return tuple(f"--data.{key}={getattr(config.data, key)}" for key in ("pairs", "rows", "image_slots"))
 
 
@@ -178,12 +184,12 @@ def _scaling_topologies(topology: Topology) -> Iterator[Topology]:
     for shape in flat if chip.dimensions == 2 else deep:
         yield Topology(chip, shape)
     if chip.dimensions == 2:
-        # One slice ends at 256 chips.
+        # A slice has at most 256 chips.
         yield from (Topology(chip, (16, 16), slices) for slices in (2, 4))
 
 
 def make_table_row(plan: dict[str, Any], label: str) -> dict[str, Any]:
-    """A plan in one line of a table."""
+    """Summarizes a plan as a table row."""
     if not plan["fits"]:
         return {"topology": plan.get("topology", ""), "what": label, "fits": False, "problem": plan["problem"]}
     line, train = plan["train"]["roofline"], plan["train"]
@@ -206,27 +212,27 @@ def make_table_row(plan: dict[str, Any], label: str) -> dict[str, Any]:
 
 
 def format_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of `row`s."""
+    """Formats the rows of `make_table_row` as a Markdown table."""
     lines = [
         "| topology | what | peak GiB | sent GiB | compute / HBM / interconnect ms | MFU overlapped / serial "
         "| compiled in s (CPU) |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for one in rows:
-        start = f"| {one['topology']} | {one['what'].replace('--', '')} | "
-        if not one["fits"]:
-            lines.append(f"{start}{one['problem'].split(';')[0]} | | | | |")
+    for row in rows:
+        start = f"| {row['topology']} | {row['what'].replace('--', '')} | "
+        if not row["fits"]:
+            lines.append(f"{start}{row['problem'].split(';')[0]} | | | | |")
             continue
         lines.append(
-            f"{start}{one['peak_gib']:.2f} of {one['hbm_gib']:.0f} | {one['sent_gib']:.2f} | {one['compute_ms']:.0f} / "
-            f"{one['hbm_ms']:.0f} / {one['interconnect_ms']:.0f} | {one['mfu_overlapped']:.1%} / "
-            f"{one['mfu_serial']:.1%} | {one['compile_seconds']:.0f} ({one['compile_cpu_seconds']:.0f}) |"
+            f"{start}{row['peak_gib']:.2f} of {row['hbm_gib']:.0f} | {row['sent_gib']:.2f} | {row['compute_ms']:.0f} / "
+            f"{row['hbm_ms']:.0f} / {row['interconnect_ms']:.0f} | {row['mfu_overlapped']:.1%} / "
+            f"{row['mfu_serial']:.1%} | {row['compile_seconds']:.0f} ({row['compile_cpu_seconds']:.0f}) |"
         )
     return "\n".join(lines)
 
 
 class _ModelSize(NamedTuple):
-    """Of a config's model: parameters, those that are trained, and FLOPs of a step and of its forward pass."""
+    """Size of a config's model: all and trained parameters, and FLOPs of a training step and of its forward pass."""
 
     parameters: int
     trained: int
@@ -241,10 +247,10 @@ class _ModelSize(NamedTuple):
         from jfe_jax.utils.pytrees import select
 
         _, shapes = shapes_of(config.model)
-        moving = select(shapes, trained_mask(config, logical_axes(shapes))["model"])
+        trained = select(shapes, trained_mask(config, logical_axes(shapes))["model"])
         return cls(
             count_parameters(shapes),
-            count_parameters(moving),
+            count_parameters(trained),
             flops.count_training_flops(config),
             flops.count_embedding_flops(config),
         )
@@ -253,30 +259,32 @@ class _ModelSize(NamedTuple):
 def _estimate_memory(
     config: Config, size: _ModelSize, fsdp: int, tensor: int, groups: int, chunks: int, remat: str
 ) -> float:
-    # Parameters; two moments and the gradients of what is trained; kept activations; one layer at work, its MLP in a
-    # few copies.
+    # Parameters; two moments and gradients of the trained ones; saved activations; the working memory of one layer,
+    # with a few copies of its MLP activations.
     text, data = config.model.text, config.data
     bytes_each = 2 if config.model.dtype == "bfloat16" else 4
     tokens = data.rows * data.row_tokens / groups / chunks
     mlp, width = text.mlp_dim / tensor, text.width
-    kept = {"full": width, "up": width + mlp, "dots": 6 * width + 2 * mlp, "none": 12 * width + 6 * mlp}[remat]
+    saved = {"full": width, "up": width + mlp, "dots": 6 * width + 2 * mlp, "none": 12 * width + 6 * mlp}[remat]
     state = (4 * size.parameters + 12 * size.trained) / (fsdp * tensor)
-    return state + bytes_each * tokens * (text.depth * kept + 6 * mlp + 8 * width)
+    return state + bytes_each * tokens * (text.depth * saved + 6 * mlp + 8 * width)
 
 
 def _estimate_seconds(
     config: Config, topology: Topology, size: _ModelSize, fsdp: int, tensor: int, chunks: int, remat: str
 ) -> float:
-    # Compute and interconnect one after the other: weights gathered for every pass and chunk, gradients scattered.
+    # Compute and interconnect without overlap: weights are all-gathered for every pass and chunk, gradients are
+    # reduce-scattered.
     chip = topology.chip
-    again = _RECOMPUTED_SHARE[remat] + (1.0 if chunks > 1 else 0.0)
-    work = (size.step + again * size.forward) / topology.chips / chip.flops
-    travelling = size.parameters - config.model.text.vocab_size * config.model.text.width
-    gathered = (2 * 2 + 2 * (chunks > 1)) * travelling + 4 * min(size.trained, travelling)
-    moved = gathered / tensor * chunks * (fsdp > 1)
+    recomputed = _RECOMPUTED_SHARE[remat] + (1.0 if chunks > 1 else 0.0)
+    compute = (size.step + recomputed * size.forward) / topology.chips / chip.flops
+    # The token embedding table stays sharded (see `parallel.fsdp.sharded_embedding_lookup`).
+    gathered = size.parameters - config.model.text.vocab_size * config.model.text.width
+    fsdp_bytes = (2 * 2 + 2 * (chunks > 1)) * gathered + 4 * min(size.trained, gathered)
+    fsdp_bytes = fsdp_bytes / tensor * chunks * (fsdp > 1)
     tokens = config.data.rows * config.data.row_tokens * tensor / topology.chips
-    # Two all-reduces of the residual stream in a layer, forward, again and back.
-    exchanged = 0.0 if tensor == 1 else 2 * 2 * 5 * config.model.text.depth * tokens * config.model.text.width
-    reduced = 8 * size.trained / (fsdp * tensor)
-    slow = 0.0 if topology.slices == 1 else reduced / 16 / chip.dcn
-    return work + (moved + exchanged + reduced) / (2 * chip.link) + slow
+    # Two all-reduces of the residual stream per layer, each in the forward, recomputed and backward pass.
+    tensor_bytes = 0.0 if tensor == 1 else 2 * 2 * 5 * config.model.text.depth * tokens * config.model.text.width
+    data_bytes = 8 * size.trained / (fsdp * tensor)
+    dcn_seconds = 0.0 if topology.slices == 1 else data_bytes / 16 / chip.dcn
+    return compute + (fsdp_bytes + tensor_bytes + data_bytes) / (2 * chip.link) + dcn_seconds

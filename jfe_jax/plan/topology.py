@@ -1,4 +1,4 @@
-"""TPU slices: what a chip can do, which chips are there, and which links a group of them has between them."""
+"""Describes TPU slices: chip specifications, topologies, and the links that a group of chips can use."""
 
 import math
 from collections.abc import Sequence
@@ -10,17 +10,18 @@ from jfe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Chip:
-    """A kind of TPU chip.
+    """Specification of a TPU chip.
 
     Attributes:
-      flops: bfloat16 operations a second.
-      hbm_bytes: its memory; the compiler keeps a little of it for itself.
-      hbm_bandwidth: bytes a second.
-      link: bytes a second of one link to a neighbour, in one direction.
-      dcn: bytes a second out of the slice, a chip's share of its host's network.
-      dimensions: of the torus.
-      ring: an axis of the slice closes to a ring if its length is a multiple of this.
-      accelerator: how Cloud TPU names slices of it, before the number of chips (v5p counts two cores a chip).
+      name: Name in `--topology`, such as "v5e".
+      flops: bfloat16 FLOP/s.
+      hbm_bytes: Memory in bytes, of which the compiler reserves a little.
+      hbm_bandwidth: Memory bandwidth in bytes/s.
+      link: Bandwidth of one link to a neighbor in bytes/s, in one direction.
+      dcn: Bandwidth out of the slice in bytes/s, as a chip's share of its host's network.
+      dimensions: Number of axes of the torus.
+      ring: An axis of the slice closes to a ring if its length is a multiple of this.
+      accelerator: Format of Cloud TPU's accelerator type, given the number of chips (v5p counts two cores per chip).
     """
 
     name: str
@@ -36,7 +37,7 @@ class Chip:
 
 # FLOP/s, HBM and its bandwidth: Google Cloud's "TPU v5e", "TPU v5p" and "TPU v6e" pages (peak compute per chip, HBM
 # capacity and bandwidth per chip). Links, rings and DCN: Austin et al., "How to Scale Your Model" (2025), "TPU specs"
-# (bytes/s a link one way; wraparound on a full axis of 16 for v5e and v6e, on multiples of 4 for v5p; DCN egress).
+# (bytes/s per link one way; wraparound on a full axis of 16 for v5e and v6e, on multiples of 4 for v5p; DCN egress).
 CHIPS = {
     "v5e": Chip("v5e", 197e12, 16 * 2**30, 819e9, 4.5e10, 3.125e9, 2, 16, "v5litepod-{}"),
     "v5p": Chip("v5p", 459e12, 95 * 2**30, 2765e9, 9e10, 6.25e9, 3, 4, "v5p-{}"),
@@ -46,12 +47,12 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Topology:
-    """One or several equal slices.
+    """One or several identical slices.
 
     Attributes:
-      chip: of all of them.
-      shape: chips along each axis of a slice's torus.
-      slices: how many, joined by the data-centre network.
+      chip: Chip type of all slices.
+      shape: Chips along each axis of a slice's torus.
+      slices: Number of slices, connected by the data center network.
     """
 
     chip: Chip
@@ -68,10 +69,10 @@ class Topology:
 
     @classmethod
     def parse(cls, text: str, slices: int = 1) -> "Topology":
-        """From "v5e:16x16".
+        """Parses a topology such as "v5e:16x16".
 
         Raises:
-          UserError: an unknown chip, or no such shape.
+          UserError: The chip is unknown or the shape is invalid.
         """
         kind, _, dims = text.partition(":")
         if kind not in CHIPS:
@@ -83,16 +84,16 @@ class Topology:
         except ValueError:
             shape = ()
         if len(shape) != chip.dimensions or min(shape) < 1:
-            raise UserError(f"--topology {text}: a {kind} slice has {chip.dimensions} dimensions, as {example}")
+            raise UserError(f"--topology {text}: a {kind} slice has {chip.dimensions} dimensions, such as {example}")
         if slices < 1:
-            raise UserError(f"--slices {slices}: it has to be 1 or more")
+            raise UserError(f"--slices must be at least 1, got {slices}")
         return cls(chip, shape, slices)
 
     def devices(self) -> list[Any]:
-        """Stand-ins for the chips, to compile for. `aot_compile.configure_libtpu` comes first.
+        """Returns descriptions of the chips to compile for. Call `aot_compile.configure_libtpu` first.
 
         Raises:
-          UserError: libtpu is missing or knows no such slice.
+          UserError: libtpu is missing or does not support this slice.
         """
         from jax.experimental import topologies
 
@@ -111,13 +112,13 @@ class Topology:
 
 @dataclass(frozen=True)
 class GroupLinks:
-    """What carries the traffic of a group of chips.
+    """The links that carry the traffic of a group of chips.
 
     Attributes:
-      bandwidth: bytes a second in and out of each chip within its slice, over all links that the group can use at once.
-      axes: what they lie along, for people: "x", "x+y", "y+dcn".
-      slices: how many slices the group extends over.
-      dcn: bytes a second out of each chip to the other slices.
+      bandwidth: Bytes/s in and out of each chip within its slice, over all links that the group can use at once.
+      axes: Axes of the links, for display: "x", "x+y", "y+dcn".
+      slices: Number of slices that the group spans.
+      dcn: Bytes/s out of each chip to the other slices.
     """
 
     bandwidth: float
@@ -126,45 +127,45 @@ class GroupLinks:
     dcn: float = math.inf
 
     def seconds(self, kind: str, bytes: float, chips: int) -> float:
-        """How long a collective over a group takes, rings in each slice, and what must cross to other slices after.
+        """Returns the seconds of a collective over the group: first on rings within each slice, then between slices.
 
-        Over several slices each chip exchanges its part of the array with its counterparts, so that the slow network
-        carries every part once (as XLA's and NCCL's hierarchical collectives do).
+        Over several slices each chip exchanges its shard of the array with its counterparts, so that the slow network
+        carries every shard once (as XLA's and NCCL's hierarchical collectives do).
 
         Args:
-          kind: as in `collectives.KINDS`.
-          bytes: of the whole array.
-          chips: of the group.
+          kind: One of `collectives.COLLECTIVE_KINDS`.
+          bytes: Bytes of the full array.
+          chips: Number of chips in the group.
         """
-        near = chips // self.slices
-        within = bytes * ring_traffic(kind, near) / self.bandwidth if near > 1 else 0.0
-        return within + bytes / near * ring_traffic(kind, self.slices) / self.dcn
+        per_slice = chips // self.slices
+        within_slice = bytes * ring_traffic(kind, per_slice) / self.bandwidth if per_slice > 1 else 0.0
+        return within_slice + bytes / per_slice * ring_traffic(kind, self.slices) / self.dcn
 
 
 def ring_traffic(kind: str, n: int) -> float:
-    """Bytes that each of n chips on a ring sends for each byte of the whole array."""
+    """Returns the bytes that each of n chips on a ring sends per byte of the full array."""
     return {
         "all-gather": (n - 1) / n,
         "reduce-scatter": (n - 1) / n,
         "all-reduce": 2 * (n - 1) / n,
-        # Each chip's array goes, on average, a quarter of the way round.
+        # Each chip's array travels, on average, a quarter of the way around the ring.
         "all-to-all": n / 4,
         "ragged-all-to-all": n / 4,
         "collective-permute": 1.0,
     }[kind] * (n > 1)
 
 
-def find_links(topology: Topology, places: Sequence[tuple[int, Sequence[int]]]) -> GroupLinks:
-    """The links between chips at `places` (slice number, coordinates).
+def find_links(topology: Topology, positions: Sequence[tuple[int, Sequence[int]]]) -> GroupLinks:
+    """Finds the links between chips at `positions` (slice number, coordinates).
 
-    A chip has two links along an axis on which the group goes all the way round a ring, and one along any other axis
-    that the group extends over.
+    A chip has two links along an axis on which the group goes all the way around a ring, and one along any other axis
+    that the group spans.
     """
     chip = topology.chip
-    slices = {number for number, _ in places}
+    slices = {number for number, _ in positions}
     bandwidth, axes = 0.0, []
     for axis, size in enumerate(topology.shape):
-        extent = {place[axis] for _, place in places}
+        extent = {coordinates[axis] for _, coordinates in positions}
         if len(extent) > 1:
             closed = len(extent) == size and size % chip.ring == 0
             bandwidth += chip.link * (2 if closed else 1)

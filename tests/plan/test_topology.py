@@ -24,11 +24,11 @@ def test_names_are_read():
     "text, slices, says",
     [
         ("v9:4x4", 1, "unknown chip 'v9'; known: v5e, v5p, v6e"),
-        ("v5e:4x4x4", 1, "2 dimensions, as v5e:4x4"),
-        ("v5p:4x4", 1, "3 dimensions, as v5p:4x4x4"),
+        ("v5e:4x4x4", 1, "2 dimensions, such as v5e:4x4"),
+        ("v5p:4x4", 1, "3 dimensions, such as v5p:4x4x4"),
         ("v5e:axb", 1, "2 dimensions"),
         ("v5e", 1, "2 dimensions"),
-        ("v5e:4x4", 0, "--slices 0"),
+        ("v5e:4x4", 0, "--slices must be at least 1, got 0"),
     ],
 )
 def test_what_is_no_topology_is_said(text, slices, says):
