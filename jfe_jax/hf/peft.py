@@ -27,13 +27,14 @@ from jfe_jax.models import lora
 from jfe_jax.models.hf_json import write_json
 from jfe_jax.models.hf_spec import Entry
 from jfe_jax.models.lora import Kernel
+from jfe_jax.models.paligemma import hf_names
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 # How transformers names modules in memory, which is what PEFT looks for.
 _IN_MEMORY = {
-    mapping.TEXT: "model.language_model.",
-    mapping.VISION: f"model.{mapping.VISION}",
-    mapping.PROJECTOR: f"model.{mapping.PROJECTOR}",
+    hf_names.TEXT: "model.language_model.",
+    hf_names.VISION: f"model.{hf_names.VISION}",
+    hf_names.PROJECTOR: f"model.{hf_names.PROJECTOR}",
 }
 _ROOT = "base_model.model."
 _PAIR = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(\.[^.]+)?\.weight")

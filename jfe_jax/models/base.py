@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from flax import nnx
 
 from jfe_jax.config import Config, ModelConfig, TokensConfig
+from jfe_jax.models.hf_spec import TensorNames
 
 
 class Workload(NamedTuple):
@@ -51,10 +52,12 @@ class HfFormat(Protocol):
     Attributes:
       model_types: The `model_type` values of config.json that it reads.
       layouts: The layouts that it can be exported in: "transformers", "sentence-transformers".
+      names: The names of its tensors.
     """
 
     model_types: tuple[str, ...]
     layouts: tuple[str, ...]
+    names: TensorNames
 
     def read_config(self, tree: dict[str, Any], directory: Path, encoder: dict[str, Any]) -> Config:
         """Reads a directory's config.json (`tree`) and jfe.json (`encoder`, {} without one).

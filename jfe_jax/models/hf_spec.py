@@ -4,7 +4,8 @@ A torch Linear is [out, in] and knows no heads; ours is [in axes…, out axes…
 that goes out and comes back is the same to the bit.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -84,6 +85,22 @@ class Entry(NamedTuple):
 def linear(ours: str, theirs: str, inner: int = 1) -> Entry:
     """A torch Linear's matrix."""
     return Entry(ours, f"{theirs}.weight", inner)
+
+
+class TensorNames(NamedTuple):
+    """The names of a backbone's tensors.
+
+    Attributes:
+      roots: The prefixes that names have in its table.
+      spellings: Patterns and replacements that rewrite other versions' names into the table's, from left to right.
+      ignored: Names that an encoder has no use for by design.
+      table: Given the dotted paths of a model's parameters, returns its entries, or None if the model is another one.
+    """
+
+    roots: tuple[str, ...]
+    spellings: tuple[tuple[re.Pattern[str], str], ...]
+    ignored: re.Pattern[str] | None
+    table: Callable[[Collection[str]], tuple[Entry, ...] | None]
 
 
 def block(ours: str, theirs: str) -> Iterator[Entry]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jfe_jax.config import Config, ModelConfig, TokensConfig
 from jfe_jax.models.paligemma import hf_config
+from jfe_jax.models.paligemma.hf_names import NAMES
 from jfe_jax.models.paligemma.model_card import paligemma_card
 
 
@@ -13,6 +14,7 @@ class PaliGemmaFormat:
 
     model_types = ("paligemma",)
     layouts = ("transformers", "sentence-transformers")
+    names = NAMES
 
     def read_config(self, tree: dict[str, Any], directory: Path, encoder: dict[str, Any]) -> Config:
         """Reads config.json and jfe.json."""

@@ -5,6 +5,7 @@ from typing import Any
 
 from jfe_jax.config import Config, ModelConfig, TokensConfig
 from jfe_jax.models.siglip_clip import hf_config
+from jfe_jax.models.siglip_clip.hf_names import NAMES
 from jfe_jax.models.siglip_clip.model_card import dual_card
 
 
@@ -13,6 +14,7 @@ class SiglipClipFormat:
 
     model_types = ("siglip", "clip")
     layouts = ("transformers",)
+    names = NAMES
 
     def read_config(self, tree: dict[str, Any], directory: Path, encoder: dict[str, Any]) -> Config:
         """Reads config.json and jfe.json."""

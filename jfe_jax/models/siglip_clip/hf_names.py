@@ -1,9 +1,9 @@
-"""Our parameters ↔ the tensors of `SiglipModel` and `CLIPModel`, as mapping.py has it for PaliGemma."""
+"""The names of the tensors of `SiglipModel` and `CLIPModel` in Hugging Face files, read in both directions."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from jfe_jax.models.hf_spec import Entry, block, linear
+from jfe_jax.models.hf_spec import Entry, TensorNames, block, linear
 
 VISION, TEXT = "vision_model.", "text_model."
 # What prefixes a name can have in the table; files spell each in one way.
@@ -59,3 +59,11 @@ CLIP: tuple[Entry, ...] = (
     linear("text_projection_de", "text_projection"),
     Entry("logit_scale_", "logit_scale"),
 )
+
+
+def _table(paths: Collection[str]) -> tuple[Entry, ...] | None:
+    # The last line of each is one that other models do not have.
+    return next((table for table in (SIGLIP, CLIP) if table[-1].ours in paths), None)
+
+
+NAMES = TensorNames(ROOTS, (SPELLING,), None, _table)
