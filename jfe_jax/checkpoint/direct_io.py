@@ -1,8 +1,8 @@
-"""Files that go from a few reused buffers straight to the disk, past the kernel's page cache.
+"""Writes files with direct I/O from a few reused buffers, bypassing the kernel's page cache.
 
-Through the cache, a model takes as many new pages as it has: each is found, filled, and written back later. On a
-virtual machine finding one can cost ten times what filling it does, and a model as large as the memory pushes out
-everything else (docs/performance.md).
+With buffered I/O a model needs a new page-cache page for every page of its data: each is allocated, filled, and written
+back later. On a virtual machine, allocating a page can cost ten times as much as filling it. A model as large as the
+memory evicts everything else (docs/performance.md).
 """
 
 import ctypes
@@ -15,29 +15,36 @@ from pathlib import Path
 
 import numpy as np
 
-# Place in memory, place in the file and length of such a write are multiples of the disk's block: 4 KiB at most.
+# Direct I/O needs the memory address, the file offset and the length of each write to be multiples of the disk's block
+# size, which is 4 KiB at most.
 _BLOCK = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)
-# Of a stream at a time: large enough for the disk's full rate.
+# Bytes per write of a stream: large enough for the disk's full bandwidth.
 _WRITE_BYTES = 16 << 20
 
 
 class AlignedBuffer:
-    """Memory that holds one file's numbers at a time."""
+    """A reusable block-aligned buffer that holds the data of one file at a time."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
         self._size = 0
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """What `write` will write, to be filled; it is the same memory at every call."""
+        """Returns the array to fill, whose contents `write` writes; every call returns the same memory."""
         self._size = math.prod(shape) * dtype.itemsize
         if len(self._bytes) < self._size:
             self._bytes = _aligned_empty(self._size)
         return self._bytes[: self._size].view(dtype).reshape(shape)
 
     def write(self, path: Path) -> None:
-        """Makes the file, of the numbers in C order. A power cut may take it before `sync`. Raises OSError."""
+        """Writes the array to a new file, in C order.
+
+        The file is durable only after `sync_file_system`.
+
+        Raises:
+          OSError: The file cannot be written.
+        """
         file = _open_direct(path)
         try:
             _pwrite_all(file, self._bytes[: _round_up_to_block(self._size)], 0)
@@ -47,10 +54,10 @@ class AlignedBuffer:
 
 
 class DirectWriter:
-    """A file that is written from its start to its end, the part before while the next one is made.
+    """Writes a file sequentially, double-buffered: one buffer is filled while a thread writes the other.
 
-    As a context: at its end the file is whole, but for what a power cut may take before `sync`; OSErrors of the disk
-    come from any of its methods.
+    Use it as a context manager. The file is complete when the context exits, and durable only after
+    `sync_file_system`. Any method may raise an OSError of an earlier write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -61,8 +68,8 @@ class DirectWriter:
         self._writing: Future[None] | None = None
 
     def write(self, data: np.ndarray) -> None:
-        """Appends a contiguous array's bytes, which are taken at once."""
-        # NumPy's own types only have the buffer that bytes are.
+        """Appends the bytes of a contiguous array, which are copied before this returns."""
+        # Only NumPy's built-in dtypes support the buffer protocol, so the array is viewed as bytes.
         rest = data.reshape(-1).view(np.uint8)
         while len(rest):
             used = self._size % _WRITE_BYTES
@@ -86,9 +93,9 @@ class DirectWriter:
             self._thread.shutdown()
             os.close(self._file)
 
-    def _flush(self, place: int, size: int) -> None:
+    def _flush(self, offset: int, size: int) -> None:
         self._wait()
-        self._writing = self._thread.submit(_pwrite_all, self._file, self._filling[:size], place)
+        self._writing = self._thread.submit(_pwrite_all, self._file, self._filling[:size], offset)
         self._filling, self._other = self._other, self._filling
 
     def _wait(self) -> None:
@@ -97,33 +104,37 @@ class DirectWriter:
 
 
 def sync_file_system(directory: Path) -> None:
-    """Returns when the disk has all that was written to the file system of `directory`. Raises OSError."""
+    """Waits until everything written to the file system of `directory` is on disk.
+
+    Raises:
+      OSError: The file system reports an error.
+    """
     syncfs = getattr(ctypes.CDLL(None, use_errno=True), "syncfs", None)
     if syncfs is None:
         os.sync()
         return
-    place = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        if syncfs(place):
+        if syncfs(descriptor):
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(directory))
     finally:
-        os.close(place)
+        os.close(descriptor)
 
 
 def _round_up_to_block(size: int) -> int:
-    """Bytes of the blocks that hold so many."""
+    """Rounds a size in bytes up to a multiple of the block size."""
     return -(-size // _BLOCK) * _BLOCK
 
 
 def _aligned_empty(size: int) -> np.ndarray:
-    """Memory for at least so many bytes that begins where a block can."""
-    # NumPy asks for huge pages, of which a disk takes one as one piece.
+    """Allocates at least `size` bytes at a block-aligned address."""
+    # NumPy requests huge pages, and the disk takes a huge page as one segment.
     spare = np.zeros(_round_up_to_block(size) + _BLOCK, np.uint8)
     return spare[-spare.ctypes.data % _BLOCK :][: _round_up_to_block(size)]
 
 
 def _open_direct(path: Path) -> int:
-    # A file system without direct writes says so when the file is opened, or at the first of them.
+    # A file system without direct I/O fails with EINVAL when the file is opened, or at the first write.
     flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
     try:
         return os.open(path, flags | _DIRECT, 0o666)
@@ -133,11 +144,11 @@ def _open_direct(path: Path) -> int:
         return os.open(path, flags, 0o666)
 
 
-def _pwrite_all(file: int, blocks: np.ndarray, place: int) -> None:
+def _pwrite_all(file: int, blocks: np.ndarray, offset: int) -> None:
     done = 0
     while done < len(blocks):
         try:
-            done += os.pwrite(file, blocks[done:], place + done)
+            done += os.pwrite(file, blocks[done:], offset + done)
         except OSError as error:
             flags = fcntl.fcntl(file, fcntl.F_GETFL)
             if error.errno != errno.EINVAL or not flags & _DIRECT:

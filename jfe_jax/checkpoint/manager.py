@@ -1,4 +1,4 @@
-"""The checkpoints of a run while it trains: written in the background, restored onto any mesh, damage survived."""
+"""Manages the checkpoints of a training run: asynchronous saves, restores onto any mesh, and damaged checkpoints."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,7 @@ policies = ocp.training.preservation_policies
 
 
 class RestoredRun(NamedTuple):
-    """What a run continues from."""
+    """State that a run resumes from."""
 
     step: int
     config: Config
@@ -37,12 +37,17 @@ class RestoredRun(NamedTuple):
 
 
 class CheckpointManager:
-    """The checkpoints of one training run, newest good one first. Writing happens in the background."""
+    """Saves the checkpoints of one training run in the background and restores the newest one that is intact."""
 
     def __init__(self, run: Path, keep: int, warn: Callable[[str], None], keep_every: int = 0, keep_best: int = 0):
-        """Opens `run`/checkpoints, or makes it; what a killed process left half-written is removed, named to `warn`.
+        """Opens or creates `run`/checkpoints and removes partial checkpoints that a killed process left.
 
-        Kept are the newest `keep`, those whose step `keep_every` divides, and the `keep_best` with the lowest loss.
+        Args:
+          run: Run directory.
+          keep: Number of most recent checkpoints to keep.
+          warn: Callback for warnings, such as the name of a partial checkpoint that was removed.
+          keep_every: Also keep the checkpoints whose step is a multiple of this; 0 disables it.
+          keep_best: Also keep this many checkpoints with the lowest validation loss; 0 disables it.
         """
         self._directory = run.absolute() / CHECKPOINTS
         self._warn = warn
@@ -51,12 +56,12 @@ class CheckpointManager:
             if is_process_zero():
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._remove_half_written()
-        kept = [policies.LatestN(keep)]
+        preservation = [policies.LatestN(keep)]
         if keep_every:
-            kept.append(policies.EveryNSteps(keep_every))
+            preservation.append(policies.EveryNSteps(keep_every))
         if keep_best:
-            # Sorted from the worst to the best, of which the last are kept.
-            kept.append(
+            # reverse=True sorts from the highest loss to the lowest; the policy keeps the last n.
+            preservation.append(
                 policies.BestN(
                     get_metric_fn=_validation_loss, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
                 )
@@ -66,22 +71,22 @@ class CheckpointManager:
             self._directory,
             context=model_io.orbax_context(),
             save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+            preservation_policy=policies.AnyPreservationPolicy(preservation),
         )
 
     def steps(self) -> list[int]:
-        """Steps that there is a checkpoint of, ascending."""
+        """Returns the steps of the existing checkpoints, ascending."""
         return [saved.step for saved in self._checkpointer.checkpoints]
 
     def save(self, step: int, config: Config, params: Any, train: Any, data: Any, loss: float | None = None) -> None:
-        """Starts to write; the arrays may be donated as soon as this returns. Waits for the save before, if need be.
+        """Starts an asynchronous save, after waiting for the previous one. The arrays may be donated once this returns.
 
         Args:
-          step, config, params, train, data: what `restore` gives back.
-          loss: on the validation split, by which the best are known.
+          step, config, params, train, data: The values that `restore` returns.
+          loss: Validation loss, which ranks the best checkpoints.
 
         Raises:
-          UserError: this or the previous checkpoint cannot be written (a full disk); older ones are intact.
+          UserError: This or the previous checkpoint cannot be written (a full disk); older ones are intact.
         """
         parts = {"params": params, "train": train, "data": _IteratorState(data), "config": dataclasses.asdict(config)}
         try:
@@ -91,7 +96,7 @@ class CheckpointManager:
             raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Until everything is on disk. Raises as `save` does."""
+        """Waits until all checkpoints are on disk. Raises as `save` does."""
         try:
             self._checkpointer.wait()
         except Exception as error:
@@ -99,7 +104,7 @@ class CheckpointManager:
         self._link_best()
 
     def close(self) -> None:
-        """Waits and releases. Raises as `save` does, unless that has been raised already."""
+        """Waits for pending saves and releases resources. Raises as `save` does, unless it has raised already."""
         if self._closed:
             return
         try:
@@ -108,12 +113,15 @@ class CheckpointManager:
             raise self._failed(error) from error
 
     def restore(self, config: Config, abstract_params: Any, abstract_train: Any) -> RestoredRun | None:
-        """The newest checkpoint that can be read, on the shardings of the abstract trees; None if there is none.
+        """Restores the newest readable checkpoint onto the shardings of the abstract trees.
 
-        A damaged checkpoint is named in a line to `warn`, set aside in `damaged/`, and the one before is used.
+        A damaged checkpoint is reported to `warn` and moved to `damaged/`, and the previous one is used instead.
+
+        Returns:
+          The restored state, or None if there is no checkpoint.
 
         Raises:
-          UserError: the checkpoint is of another model or optimizer layout (the differing keys are listed), or every
+          UserError: The checkpoint has a different model or optimizer layout (the differing keys are listed), or every
             checkpoint is damaged.
         """
         steps = self.steps()
@@ -124,7 +132,7 @@ class CheckpointManager:
                 data = _IteratorState()
                 if not (path / "train").exists():
                     raise UserError(
-                        f"{path}: holds a model and no training state; give it as `init`, with another output"
+                        f"{path}: contains a model without training state; pass it as `init`, with another output"
                     )
                 model_io.check_same_model(saved.model, config.model, str(path))
                 _check_same_optimizer_layout(saved, config, str(path))
@@ -136,7 +144,7 @@ class CheckpointManager:
             except Exception as error:
                 self._set_aside(path, error)
         if steps:
-            raise UserError(f"{self._directory}: no checkpoint can be read; they are in {self._damaged}")
+            raise UserError(f"{self._directory}: no checkpoint can be read; all were moved to {self._damaged}")
         return None
 
     @property
@@ -144,10 +152,10 @@ class CheckpointManager:
         return self._directory.parent / "damaged"
 
     def _link_best(self) -> None:
-        valued = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
-        if not (self._links_best and valued and is_process_zero()):
+        with_loss = [saved for saved in self._checkpointer.checkpoints if saved.metrics is not None]
+        if not (self._links_best and with_loss and is_process_zero()):
             return
-        best = min(valued, key=lambda saved: _validation_loss(saved.metrics))
+        best = min(with_loss, key=lambda saved: _validation_loss(saved.metrics))
         link = self._directory.parent / BEST
         new = link.with_name(f".{BEST}.new")
         new.unlink(missing_ok=True)
@@ -163,44 +171,44 @@ class CheckpointManager:
                     shutil.rmtree(target)
                 path.rename(target)
         self._checkpointer.reload()
-        why = model_io.flatten_message(error)
-        self._warn(f"warning: checkpoint {path} is damaged ({why}); moved to {target}, using the one before")
+        reason = model_io.flatten_message(error)
+        self._warn(f"warning: checkpoint {path} is damaged ({reason}); moved to {target}, using the previous one")
 
     def _remove_half_written(self) -> None:
         for path in sorted(self._directory.iterdir()):
             if path.is_dir() and ".orbax-checkpoint-tmp" in path.name:
-                self._warn(f"warning: checkpoint {path} is half-written; removed, using the one before")
+                self._warn(f"warning: checkpoint {path} is incomplete; removed, using the previous one")
                 shutil.rmtree(path, ignore_errors=True)
 
     def _failed(self, error: Exception) -> UserError:
-        # Other threads may still be writing their parts of what cannot be finished.
+        # Other threads may still be writing parts of the failed checkpoint, so close the checkpointer before removal.
         self._closed = True
         with contextlib.suppress(Exception):
             self._checkpointer.close()
         for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
             shutil.rmtree(path, ignore_errors=True)
-        good = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
-        kept = f"step {good[-1]} is intact" if good else "there is none before it"
+        intact = sorted(int(path.name) for path in self._directory.iterdir() if path.name.isdigit())
+        remaining = f"step {intact[-1]} is intact" if intact else "there is no earlier one"
         return UserError(
-            f"{self._directory}: cannot write the checkpoint ({model_io.explain_write_failure(error)}); {kept}"
+            f"{self._directory}: cannot write the checkpoint ({model_io.explain_write_failure(error)}); {remaining}"
         )
 
 
 def _validation_loss(metrics: dict[str, float]) -> float:
-    # What is no number is the worst.
+    # A NaN or infinite loss ranks last.
     return metrics["val_loss"] if math.isfinite(metrics["val_loss"]) else math.inf
 
 
 def _restore_train(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-    stored, wanted = {*read_stored_names(path / "train")}, _leaf_names(abstract)
-    # A checkpoint from before steps were skipped counts none.
+    stored, expected = {*read_stored_names(path / "train")}, _leaf_names(abstract)
+    # Checkpoints written before the counter of skipped steps existed lack it, so it starts at zero.
     new = {"skipped"} - stored
-    if stored != wanted - new:
-        changed = sorted(stored ^ (wanted - new))
+    if stored != expected - new:
+        changed = sorted(stored ^ (expected - new))
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
         raise UserError(
-            f"{path}: holds the state of another optimizer ({', '.join(changed[:3])}{more} differ); set `optimizer` as "
-            "it was, or start a new run from it with `init`"
+            f"{path}: contains the state of a different optimizer ({', '.join(changed[:3])}{more} differ); restore the "
+            "original `optimizer` settings, or start a new run from it with `init`"
         )
     train = model_io.restore_checkpointable(
         path, "train", {name: abstract[name] for name in abstract if name not in new}
@@ -213,23 +221,22 @@ def _leaf_names(tree: Any) -> set[str]:
     return {path_name(keys) for keys, _ in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
-def _check_same_optimizer_layout(saved: Config, wanted: Config, place: str) -> None:
-    # What decides which parameters there are, and which moments they have.
+def _check_same_optimizer_layout(saved: Config, current: Config, path: str) -> None:
+    # Keys that determine which parameters and which moments exist.
     keys = ["optimizer.name", "optimizer.freeze", "optimizer.train"]
     keys += ["loss.kind", "loss.learn_temperature", "loss.learn_bias"]
     for key in keys:
         section, name = key.split(".")
-        one, other = getattr(getattr(saved, section), name), getattr(getattr(wanted, section), name)
-        if one != other:
-            raise UserError(
-                f"{place}: cannot continue with {key}: {one} != {other}; start a new run from it with `init`"
-            )
+        old, new = getattr(getattr(saved, section), name), getattr(getattr(current, section), name)
+        if old != new:
+            raise UserError(f"{path}: cannot resume with {key}: {old} != {new}; start a new run from it with `init`")
 
 
 class _IteratorState:
-    """The data iterator's position as an Orbax checkpointable: every process writes its own.
+    """The data iterator's state as an Orbax checkpointable, with one file per process.
 
-    It reads its own too, or, if there were more or fewer of them, its share of what they all had left.
+    A process restores its own state. If the number of processes has changed, the remaining data of all of them is
+    redistributed.
     """
 
     def __init__(self, state: Any = None):
@@ -245,14 +252,14 @@ class _IteratorState:
 
     async def load(self, directory: Any) -> Awaitable[None]:
         async def read() -> None:
-            own = Path(directory) / _process_file_name()
-            if own.exists():
-                self.state = json.loads(own.read_text(encoding="utf-8"))
+            process_file = Path(directory) / _process_file_name()
+            if process_file.exists():
+                self.state = json.loads(process_file.read_text(encoding="utf-8"))
                 return
-            # In the order of the processes, whose numbers are not padded.
-            files = sorted(own.parent.glob("process_*.json"), key=lambda file: (len(file.name), file.name))
+            # In process order; the numbers in the names are not zero-padded, so shorter names sort first.
+            files = sorted(process_file.parent.glob("process_*.json"), key=lambda file: (len(file.name), file.name))
             if not files or len(files) != int(files[0].stem.rpartition("-")[2]):
-                raise FileNotFoundError(f"{own.parent}: the states of some processes are missing")
+                raise FileNotFoundError(f"{process_file.parent}: the states of some processes are missing")
             states = [json.loads(file.read_text(encoding="utf-8")) for file in files]
             self.state = redistribute(states, jax.process_index(), jax.process_count())
 

@@ -1,9 +1,10 @@
-"""Checkpoints: written while training goes on, restored onto any mesh, opened without their YAML.
+"""Saves and loads models as Orbax checkpoints, which restore onto any mesh and need no separate YAML config.
 
-A run directory holds `config.yaml`, `tokenizer/`, `logs/` and `checkpoints/<step>/`, the last with the Orbax
+A run directory contains `config.yaml`, `tokenizer/`, `logs/` and `checkpoints/<step>/`. A checkpoint has the Orbax
 checkpointables `params` (plain dict of the model's parameters), `train` (the rest of the training state), `data` (the
-data iterator's position, one file per process) and `config` (the resolved tree). One without `train` and `data` is a
-model only. With adapters `params` holds them and what is trained besides; `base.json` says where the rest lies.
+data iterator's state, one file per process) and `config` (the resolved config tree). A checkpoint without `train` and
+`data` is a model only. In a LoRA run `params` contains the adapters and the other trained parameters, and `base.json`
+locates the base weights.
 """
 
 import contextlib
@@ -40,7 +41,8 @@ from jfe_jax.utils import pytrees
 from jfe_jax.utils.local_paths import require_checkpoint_path
 
 CHECKPOINTS, TOKENIZER, CONFIG, BEST = "checkpoints", "tokenizer", "config.yaml", "best"
-# What may differ between a checkpoint's model and the one that takes its weights: how it computes, not what it is.
+# Model fields that may differ between a checkpoint and the model that loads it: they affect how the model computes, not
+# its parameters.
 RUNTIME_ONLY_FIELDS = ("dtype", "remat", "attention")
 
 
@@ -48,10 +50,10 @@ class LoadedModel(NamedTuple):
     """A model with its weights: `nnx.merge(graphdef, params)(packed)`.
 
     Attributes:
-      config: the run's resolved config.
-      graphdef, params: of `nnx.split`.
-      tokenizer_dir: a Hugging Face tokenizer's directory.
-      step: optimizer steps it was trained for.
+      config: Resolved config of the run.
+      graphdef, params: As returned by `nnx.split`.
+      tokenizer_dir: Directory of a Hugging Face tokenizer.
+      step: Number of optimizer steps that the model was trained for.
     """
 
     config: Config
@@ -68,19 +70,19 @@ def save_model(
     tokenizer_dir: str | Path,
     base_ref: base_model.BaseModelRef | None = None,
 ) -> None:
-    """Writes a run directory at step 0 that holds only a model.
+    """Writes a run directory with a single checkpoint, at step 0, that contains only a model.
 
-    Written beside `path` and renamed into place, so that it is there whole or not at all.
+    The write is atomic: a temporary directory next to `path` is renamed to it at the end.
 
     Args:
-      path: must not exist, or be an empty directory.
-      config: the resolved config; its `model` is what counts.
-      params: nnx.State or plain dict; its leaves may be StreamedArrays (all of them, if any).
-      tokenizer_dir: is copied.
-      base_ref: where the parameters lie that `params` lacks, which are adapters then.
+      path: Must not exist, or be an empty directory.
+      config: Resolved config, of which only `model` matters.
+      params: nnx.State or plain dict. Either all leaves are StreamedArrays or none is.
+      tokenizer_dir: Tokenizer directory to copy.
+      base_ref: Base model, if `params` are adapters.
 
     Raises:
-      UserError: `path` is in use, or the checkpoint cannot be written; what reading a StreamedArray raises.
+      UserError: `path` is in use, or the checkpoint cannot be written, or reading a StreamedArray raises it.
     """
     require_checkpoint_path(path, "checkpoint")
     pure = nnx.to_pure_dict(params) if isinstance(params, nnx.State) else params
@@ -100,20 +102,22 @@ def save_model(
             raise
         except Exception as error:
             raise UserError(
-                f"{path}: cannot write the checkpoint ({explain_write_failure(error)}); nothing is left of it"
+                f"{path}: cannot write the checkpoint ({explain_write_failure(error)}); partial files were removed"
             ) from error
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """A new directory beside `path` to write into; renamed to `path` at the end, removed after an exception.
+    """Yields a new directory next to `path` to write into.
+
+    The directory is renamed to `path` at the end, or removed after an exception.
 
     Raises:
-      UserError: `path` is something else than an empty directory.
+      UserError: `path` exists and is not an empty directory.
     """
     path = Path(path).absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path}: exists already; choose another directory or remove it")
+        raise UserError(f"{path}: already exists; choose another directory or remove it")
     part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.part"
     part.mkdir(parents=True)
     try:
@@ -122,7 +126,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             path.rmdir()
         part.rename(path)
     except BaseException:
-        # Threads may still write after an interrupt: under the other name they find nothing to write to.
+        # Threads may still be writing after an interrupt. Renaming first makes their paths invalid.
         gone = part.with_suffix(".gone")
         part.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -130,7 +134,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 
 def write_run_files(run: Path, config: Config, tokenizer_dir: Path) -> None:
-    """`config.yaml` and `tokenizer/` of a run directory, which is made."""
+    """Creates a run directory with its `config.yaml` and `tokenizer/`."""
     run.mkdir(parents=True, exist_ok=True)
     if tokenizer_dir.absolute() != (run / TOKENIZER).absolute():
         shutil.copytree(tokenizer_dir, run / TOKENIZER, dirs_exist_ok=True)
@@ -143,53 +147,54 @@ def load_model(
     dtype: str | None = None,
     validate: Callable[[Config, Path], None] | None = None,
 ) -> LoadedModel:
-    """Opens a model for use.
+    """Loads a model with its parameters.
 
     Args:
-      path: a run directory (its newest checkpoint that can be read is taken), or `checkpoints/<step>` or `best` of it.
-      mesh: where the parameters are to lie; None is the first device. One of this process's devices is opened by this
-        process alone, another by all of them together.
-      dtype: to hold the parameters in, as "bfloat16"; None is what they are stored in, float32 after training.
-      validate: is given the config and the checkpoint's directory before anything large is read; may raise.
+      path: A run directory (the newest readable checkpoint is loaded), or its `checkpoints/<step>` or `best`.
+      mesh: Mesh to place the parameters on; None is the first device. If all its devices belong to this process, only
+        this process loads the model. Otherwise every process must call this function.
+      dtype: Dtype of the loaded parameters, such as "bfloat16"; None keeps the stored dtype, which is float32 after
+        training.
+      validate: Called with the config and the checkpoint's directory before anything large is read; may raise.
 
     Raises:
-      UserError: no checkpoint there, or none that can be read; or what adapters stand on is not there.
+      UserError: There is no checkpoint, none can be read, or the base model of adapters is missing.
     """
     mesh = mesh or make_mesh(MeshConfig(data=1), jax.local_devices())
-    for step, place in _list_checkpoints(Path(path)):
+    for step, ckpt_dir in _list_checkpoints(Path(path)):
         try:
-            config = read_config(place, alone=not mesh.is_multi_process)
+            config = read_config(ckpt_dir, single_process=not mesh.is_multi_process)
             if validate:
-                validate(config, place)
-            # How training attends may need its accelerator, and its length of rows.
+                validate(config, ckpt_dir)
+            # The attention implementation of training may need its accelerator and its row length.
             plan = blueprint(dataclasses.replace(config.model, attention="xla"), mesh)
             if dtype:
                 plan = plan._replace(abstract=_with_dtype(plan.abstract, dtype))
-            params = nnx.State(_load_params(place, plan, mesh))
+            params = nnx.State(_load_params(ckpt_dir, plan, mesh))
         except UserError:
             raise
         except Exception as error:
-            failure = f"{place} is damaged ({flatten_message(error)})"
+            failure = f"{ckpt_dir} is damaged ({flatten_message(error)})"
             continue
-        return LoadedModel(config, plan.graphdef, params, place.parent.parent / TOKENIZER, step)
+        return LoadedModel(config, plan.graphdef, params, ckpt_dir.parent.parent / TOKENIZER, step)
     raise UserError(f"{path}: no checkpoint can be read; {failure}")
 
 
-def check_same_model(saved: ModelConfig, wanted: ModelConfig, place: str) -> None:
-    """Raises UserError, with the differing keys, if weights of one model do not fit the other."""
-    same = {name: getattr(wanted, name) for name in RUNTIME_ONLY_FIELDS}
-    differing = configs.differing_keys(dataclasses.replace(saved, **same), wanted)
+def check_same_model(saved: ModelConfig, current: ModelConfig, path: str) -> None:
+    """Raises UserError, with the differing keys, if the weights of one model do not fit the other."""
+    runtime_fields = {name: getattr(current, name) for name in RUNTIME_ONLY_FIELDS}
+    differing = configs.differing_keys(dataclasses.replace(saved, **runtime_fields), current)
     if differing:
-        raise UserError(f"{place}: another model: {'; '.join(f'model.{key}' for key in differing)}")
+        raise UserError(f"{path}: different model: {'; '.join(f'model.{key}' for key in differing)}")
 
 
 class StoredModel(NamedTuple):
-    """A model that lies on the disk.
+    """A model on disk.
 
     Attributes:
-      config: the run's resolved config.
-      arrays: its parameters by dotted path, in the types that they are stored in.
-      tokenizer_dir, step: as in LoadedModel.
+      config: Resolved config of the run.
+      arrays: Parameters by dotted path, in their stored dtypes.
+      tokenizer_dir, step: As in LoadedModel.
     """
 
     config: Config
@@ -199,58 +204,59 @@ class StoredModel(NamedTuple):
 
 
 def open_model(path: str | Path) -> StoredModel:
-    """Opens a model without reading it.
+    """Opens a model without reading its parameters.
 
     Args:
-      path: as for `load_model`.
+      path: As for `load_model`.
 
     Raises:
-      UserError: no checkpoint there, or one that is damaged.
+      UserError: There is no checkpoint, or it is damaged.
     """
-    step, place = _list_checkpoints(Path(path))[0]
+    step, ckpt_dir = _list_checkpoints(Path(path))[0]
     try:
-        arrays = open_stored_arrays(place / "params")
-        return StoredModel(read_config(place), arrays, place.parent.parent / TOKENIZER, step)
+        arrays = open_stored_arrays(ckpt_dir / "params")
+        return StoredModel(read_config(ckpt_dir), arrays, ckpt_dir.parent.parent / TOKENIZER, step)
     except UserError:
         raise
     except Exception as error:
         raise UserError(
-            f"{place} is damaged ({flatten_message(error)}); name another of the run's checkpoints"
+            f"{ckpt_dir} is damaged ({flatten_message(error)}); choose another checkpoint of the run"
         ) from error
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The tokenizer's directory of a run directory or of one of its checkpoints.
+    """Returns the tokenizer directory of a run directory or of one of its checkpoints.
 
     Raises:
-      UserError: no checkpoint there.
+      UserError: There is no checkpoint.
     """
     return _list_checkpoints(Path(path))[0][1].parent.parent / TOKENIZER
 
 
 def find_latest_step(run: str | Path) -> int | None:
-    """The newest complete checkpoint's step, without opening it; None if there is none."""
+    """Returns the step of the newest complete checkpoint, without opening it; None if there is none."""
     directory = Path(run) / CHECKPOINTS
-    found = [int(path.name) for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
-    return max(found, default=None)
+    steps = [int(path.name) for path in directory.iterdir() if path.name.isdigit()] if directory.is_dir() else []
+    return max(steps, default=None)
 
 
 def _list_checkpoints(path: Path) -> list[tuple[int, Path]]:
-    # `best` is a link to one.
+    # Resolves `best`, which is a symbolic link to a checkpoint.
     path = path.resolve()
     require_checkpoint_path(path, "checkpoint")
     if (path / "_CHECKPOINT_METADATA").exists() and path.name.isdigit():
         return [(int(path.name), path)]
     directory = path / CHECKPOINTS
-    found = [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
-    if not found:
+    ckpt_dirs = [child for child in directory.iterdir() if child.name.isdigit()] if directory.is_dir() else []
+    if not ckpt_dirs:
         raise UserError(f"{path}: no checkpoint there; give a run directory of `jfe train` or one of its checkpoints")
-    return sorted(((int(child.name), child) for child in found), reverse=True)
+    return sorted(((int(child.name), child) for child in ckpt_dirs), reverse=True)
 
 
-def read_config(place: Path, *, alone: bool = False) -> Config:
-    """The resolved config of the checkpoint directory `place`; `alone` as for `restore_checkpointable`."""
-    return configs.from_dict(restore_checkpointable(place, "config", None, alone=alone), f"{place}/config")
+def read_config(ckpt_dir: Path, *, single_process: bool = False) -> Config:
+    """Reads the resolved config of a checkpoint directory; `single_process` as for `restore_checkpointable`."""
+    tree = restore_checkpointable(ckpt_dir, "config", None, single_process=single_process)
+    return configs.from_dict(tree, f"{ckpt_dir}/config")
 
 
 def _with_dtype(abstract: Any, dtype: str) -> Any:
@@ -259,26 +265,30 @@ def _with_dtype(abstract: Any, dtype: str) -> Any:
     )
 
 
-def _load_params(place: Path, plan: Blueprint, mesh: Mesh) -> dict[str, Any]:
-    held, alone = read_stored_names(place / "params"), not mesh.is_multi_process
-    mask = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in held, plan.abstract)
-    if not any(map(lora.is_adapter, held)) or all(jax.tree.leaves(mask)):
-        return restore_checkpointable(place, "params", plan.abstract, alone=alone)
-    # First what is small and may be damaged.
-    own = restore_checkpointable(place, "params", pytrees.select(plan.abstract, mask), alone=alone)
-    beneath = restore_base_params(place.parent.parent, mesh)
-    beneath = jax.tree.map(
-        lambda leaf, wanted: leaf.astype(wanted.dtype), beneath, lora.without_adapters(plan.abstract)
+def _load_params(ckpt_dir: Path, plan: Blueprint, mesh: Mesh) -> dict[str, Any]:
+    stored, single_process = read_stored_names(ckpt_dir / "params"), not mesh.is_multi_process
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) in stored, plan.abstract)
+    if not any(map(lora.is_adapter, stored)) or all(jax.tree.leaves(mask)):
+        return restore_checkpointable(ckpt_dir, "params", plan.abstract, single_process=single_process)
+    # Read the small adapter first, so that damage surfaces before the base model is loaded.
+    trained = restore_checkpointable(
+        ckpt_dir, "params", pytrees.select(plan.abstract, mask), single_process=single_process
     )
-    return pytrees.overlay(beneath, own)
+    base = restore_base_params(ckpt_dir.parent.parent, mesh)
+    base = jax.tree.map(lambda leaf, abstract: leaf.astype(abstract.dtype), base, lora.without_adapters(plan.abstract))
+    return pytrees.overlay(base, trained)
 
 
 def restore_base_params(run: Path, mesh: Mesh) -> dict[str, Any]:
-    """The weights that the adapters of a run stand on, on a mesh. Raises UserError as `base_model.load_base_params`."""
+    """Restores the base weights of a run's adapters onto a mesh.
+
+    Raises:
+      UserError: As `base_model.load_base_params` raises it.
+    """
 
     def load(path: Path) -> tuple[LoraConfig, dict[str, Any]]:
         if (path / "config.json").is_file():
-            # Where Hugging Face's names are known.
+            # Imported here because `hf` imports this module.
             from jfe_jax.hf.load import load_hf
 
             config, params = load_hf(path, mesh)
@@ -289,23 +299,30 @@ def restore_base_params(run: Path, mesh: Mesh) -> dict[str, Any]:
     return base_model.load_base_params(run, load)
 
 
-def restore_checkpointable(place: Path, part: str, abstract: Any, *, alone: bool = False) -> Any:
-    """One checkpointable of the directory `place`, into its abstract tree; whatever Orbax raises if it is damaged.
+def restore_checkpointable(ckpt_dir: Path, name: str, abstract: Any, *, single_process: bool = False) -> Any:
+    """Restores one checkpointable of a checkpoint directory.
 
     Args:
-      alone: by this process, onto its own devices; else every process calls it, and none is done before all are.
+      ckpt_dir: Checkpoint directory.
+      name: Name of the checkpointable, such as "params".
+      abstract: Abstract tree to restore into.
+      single_process: If true, this process restores onto its own devices without the others. If false, every process
+        must call this, and no call returns before all have finished.
+
+    Raises:
+      Exception: Whatever Orbax raises if the checkpointable is damaged.
     """
     context = orbax_context()
-    if alone:
+    if single_process:
         context.multiprocessing.primary_host = jax.process_index()
         context.multiprocessing.active_processes = {jax.process_index()}
-    # Not several at once: Orbax leaves the others' coroutines behind when one fails.
+    # One checkpointable at a time: if one of several fails, Orbax leaves the coroutines of the others running.
     with context:
-        return ocp.load_checkpointables(place, {part: abstract})[part]
+        return ocp.load_checkpointables(ckpt_dir, {name: abstract})[name]
 
 
 def orbax_context() -> ocp.Context:
-    """How all checkpoints are written and read: `config` as JSON."""
+    """Returns the Orbax context for reading and writing all checkpoints, with `config` stored as JSON."""
     registry = ocp.handlers.local_registry()
     registry.add(ocp.handlers.JsonHandler, checkpointable_name="config")
     context = ocp.Context()
@@ -314,25 +331,28 @@ def orbax_context() -> ocp.Context:
 
 
 def explain_write_failure(error: Exception) -> str:
-    """Why writing failed: the system's own words, where the storage library has wrapped them."""
+    """Returns the reason of a failed write: the system's error message, if the storage library has wrapped it."""
     text = flatten_message(error)
-    words = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS))
-    return next((one for one in words if one in text), text)
+    messages = (os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS))
+    return next((message for message in messages if message in text), text)
 
 
 def flatten_message(error: Exception) -> str:
-    """An exception's message without line breaks, cut to what a line holds."""
+    """Returns an exception's message on one line, truncated to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 class _OrbaxLogFilter(logging.Filter):
-    """Drops the tracebacks that Orbax's threads log of errors which then reach the caller as exceptions, and that there
-    is no OCDBT to merge where none is wanted."""
+    """Drops redundant log records of Orbax.
+
+    Those are tracebacks of errors in Orbax's threads, which also reach the caller as exceptions, and the notice that
+    there is no OCDBT to merge in checkpoints that do not use it.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        told = record.levelno >= logging.ERROR or "Skipping merge of OCDBT" in str(record.msg)
-        return not ("orbax" in record.pathname and told)
+        redundant = record.levelno >= logging.ERROR or "Skipping merge of OCDBT" in str(record.msg)
+        return not ("orbax" in record.pathname and redundant)
 
 
 logging.getLogger("absl").addFilter(_OrbaxLogFilter())

@@ -1,8 +1,7 @@
-"""Arrays that are written to a checkpoint, and read from one, piece by piece: for models larger than the memory.
+"""Writes and reads the arrays of a checkpoint chunk by chunk, for models larger than the memory.
 
-Orbax takes whole arrays; it knows how to store one, in which chunks, but wants all its numbers at once. Here a leaf of
-the tree is a shape and a function that reads any part of it; its chunks are read and written a few at a time. The way
-back opens the stored arrays themselves.
+Orbax stores an array in chunks but needs all of it in memory. Here a leaf of the tree is a shape and a function that
+reads any slice of it, and its chunks are read and written a few at a time. Reading opens the stored arrays lazily.
 """
 
 import asyncio
@@ -25,12 +24,12 @@ from orbax.checkpoint.experimental.v1._src.serialization import numpy_leaf_handl
 from jfe_jax.checkpoint.direct_io import AlignedBuffer
 from jfe_jax.errors import UserError
 
-# Of a stored chunk, and so of what is in memory at a time. From 32 MiB on, glibc maps new pages for each that is read
-# and clears them, which takes half as long as everything else.
+# Size of a stored chunk, and so of each read and write. From 32 MiB on, glibc maps and clears new pages for every chunk
+# that is read, which takes half as long as everything else.
 CHUNK_BYTES = 16 << 20
-# Written at a time: while one waits for the disk, the others are read and turned.
+# Chunks processed concurrently: while one waits for the disk, the others are read and transposed.
 CHUNKS_IN_FLIGHT = 3
-# A chunk of which only a part is wanted is kept for the next part's turn.
+# TensorStore caches a chunk of which only a part was read, for the reads of its other parts.
 CACHE_BYTES = 256 << 20
 
 Index = tuple[slice, ...]
@@ -38,12 +37,12 @@ Index = tuple[slice, ...]
 
 @dataclass(frozen=True)
 class StreamedArray:
-    """An array that is read in parts.
+    """An array that is read slice by slice.
 
     Attributes:
-      shape, dtype: of the whole.
-      read: gives the part at an index of one slice for each axis, with start and stop.
-      fill: puts that part into a contiguous array, where this costs less than to copy what `read` gives.
+      shape, dtype: Shape and dtype of the full array.
+      read: Returns the part at an index, which is one slice per axis with start and stop.
+      fill: Writes that part into a contiguous array. Set it if this is cheaper than copying the result of `read`.
     """
 
     shape: tuple[int, ...]
@@ -60,13 +59,13 @@ class StreamedArray:
         return len(self.shape)
 
     def astype(self, dtype: np.dtype) -> "StreamedArray":
-        """The same numbers in another type."""
+        """Returns a view that converts to another dtype when it is read."""
         if dtype == self.dtype:
             return self
         return StreamedArray(self.shape, dtype, lambda index: self.read(index).astype(dtype))
 
     def into(self, index: Index, out: np.ndarray) -> None:
-        """Puts the part at an index into a contiguous array of its shape and this type."""
+        """Writes the part at an index into a contiguous array of its shape and this dtype."""
         if self.fill:
             self.fill(index, out)
         else:
@@ -83,37 +82,37 @@ def with_per_layer_chunks(base: ocp.Context) -> ocp.Context:
 
     def storage(keypath: Any, value: Any) -> Any:
         stacked = any(getattr(key, "key", getattr(key, "name", None)) == "blocks" for key in keypath)
-        # What is small is read at once.
-        apart = stacked and math.prod(value.shape) * np.dtype(value.dtype).itemsize > CHUNK_BYTES
-        return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if apart else ())
+        # Small arrays are read in one piece.
+        per_layer = stacked and math.prod(value.shape) * np.dtype(value.dtype).itemsize > CHUNK_BYTES
+        return options(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if per_layer else ())
 
     base.array_options.saving.scoped_storage_options_creator = storage
-    # Trained weights shrink by a few percent at best, for several times the time.
+    # Compression shrinks trained weights by a few percent at best and takes several times as long.
     base.array_options.saving.use_compression = False
     return base
 
 
 def streaming_context(base: ocp.Context) -> ocp.Context:
-    """`base` for a checkpoint whose `params` are StreamedArrays; each of their chunks is a file of bare numbers."""
+    """Configures `base` to save `params` that are StreamedArrays, with each chunk as a file of raw numbers."""
     base.checkpointables.registry.add(_StreamedTreeHandler, checkpointable_name="params")
     base.array_options.saving.use_ocdbt = base.array_options.saving.use_zarr3 = False
     return with_per_layer_chunks(base)
 
 
 def open_stored_arrays(directory: Path) -> dict[str, StreamedArray]:
-    """The arrays of an Orbax tree, by dotted path; nothing is read until a part of one is asked for.
+    """Opens the arrays of an Orbax tree, by dotted path, without reading their data.
 
     Args:
-      directory: of the checkpointable, as `checkpoints/100/params`.
+      directory: Directory of the checkpointable, such as `checkpoints/100/params`.
 
     Raises:
-      UserError: when a part is read that is damaged.
+      UserError: On a later read, if the stored data is damaged.
     """
     tree = _read_metadata(directory)
     context = ts.Context({"cache_pool": {"total_bytes_limit": CACHE_BYTES}})
 
     def array(name: str) -> StreamedArray:
-        # Not as a URL, in which `#`, `?`, `|` and `%` mean something else.
+        # A JSON spec, not a URL, in which `#`, `?`, `|` and `%` have special meanings.
         base = {"driver": "file", "path": f"{directory.absolute()}/"}
         store = (
             {"driver": "ocdbt", "base": base, "path": name}
@@ -136,9 +135,9 @@ def open_stored_arrays(directory: Path) -> dict[str, StreamedArray]:
 
 
 def read_stored_names(directory: Path) -> list[str]:
-    """Dotted paths of the arrays of an Orbax tree."""
+    """Returns the dotted paths of the arrays of an Orbax tree."""
     leaves = _read_metadata(directory)["tree_metadata"].values()
-    # What is an empty container in the tree stands there too, with nothing to read.
+    # The metadata also lists empty containers of the tree, which have no data.
     leaves = (leaf for leaf in leaves if not leaf["value_metadata"]["skip_deserialize"])
     return [".".join(key["key"] for key in leaf["key_metadata"]) for leaf in leaves]
 
@@ -147,16 +146,16 @@ def _read_metadata(directory: Path) -> dict[str, Any]:
     return json.loads((directory / "_METADATA").read_text(encoding="utf-8"))
 
 
-# How numbers lie in a chunk's file, and how it is called (zarr-specs.readthedocs.io, version 2).
+# Layout and file names of chunks (zarr-specs.readthedocs.io, version 2).
 _UNCOMPRESSED = {"compressor": None, "filters": None, "order": "C", "dimension_separator": "."}
 
 
 class _ChunkWriter(type_handlers.NumpyHandler):
-    """Writes the files of chunks itself, a few at a time; Orbax's own gives the whole array to TensorStore."""
+    """Writes chunk files directly, a few at a time. Orbax's own handler passes the full array to TensorStore."""
 
     def __init__(self) -> None:
         super().__init__(deepcopy_host_arrays=False)
-        # Leaves are written concurrently: so many chunks of them all are in memory.
+        # Leaves are written concurrently. The thread count limits the chunks in memory over all of them.
         self._threads = ThreadPoolExecutor(CHUNKS_IN_FLIGHT)
         self._failed = False
         self._buffers: SimpleQueue[AlignedBuffer] = SimpleQueue()
@@ -172,23 +171,24 @@ class _ChunkWriter(type_handlers.NumpyHandler):
             buffer = self._buffers.get()
             try:
                 value.into(index, buffer.array(shape, value.dtype))
-                place = [str(one.start // size) for one, size in zip(index, shape, strict=True)]
-                buffer.write(directory / (".".join(place) or "0"))
+                chunk_index = [str(part.start // size) for part, size in zip(index, shape, strict=True)]
+                buffer.write(directory / (".".join(chunk_index) or "0"))
             finally:
                 self._buffers.put(buffer)
 
         loop = asyncio.get_running_loop()
         try:
-            # Who saves all this makes sure of the disk at the end, once.
+            # No sync per file: `save_model` syncs the file system once at the end.
             await ts.open(ts.Spec(tspec), create=True, context=ts.Context({"file_io_sync": False}))
             if self._failed:
                 raise asyncio.CancelledError
             # Orbax's chunks divide the shape.
             await asyncio.gather(
-                *(loop.run_in_executor(self._threads, write, one) for one in _chunk_indices(value.shape, shape))
+                *(loop.run_in_executor(self._threads, write, index) for index in _chunk_indices(value.shape, shape))
             )
         except BaseException as error:
-            # What has been written is removed then: nothing may come after, and nobody asks what else went wrong.
+            # The caller removes the partial checkpoint, so nothing may be written after this. Only the first error is
+            # raised; the other leaves are cancelled.
             self._threads.shutdown(cancel_futures=True)
             if self._failed:
                 raise asyncio.CancelledError from error
@@ -203,7 +203,7 @@ class _StreamedLeafHandler(numpy_leaf_handler.NumpyLeafHandler):
 
 
 class _AbstractStreamedArray:
-    """Nothing is read back as a StreamedArray; the registry wants a name for it all the same."""
+    """Placeholder that the registry requires as the abstract type; nothing is restored as a StreamedArray."""
 
 
 class _StreamedTreeHandler(ocp.handlers.PyTreeHandler):
@@ -213,15 +213,15 @@ class _StreamedTreeHandler(ocp.handlers.PyTreeHandler):
         super().__init__(context=context, leaf_handler_registry=leaves)
 
 
-# What it writes is an ordinary tree of arrays, and is recorded as one, so that any Orbax reads it.
+# The handler writes an ordinary tree of arrays. Recording it under the standard handler's name lets any Orbax read it.
 _StreamedTreeHandler.__module__ = ocp.handlers.PyTreeHandler.__module__
 _StreamedTreeHandler.__qualname__ = ocp.handlers.PyTreeHandler.__qualname__
 
 
 def _chunk_indices(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Iterator[Index]:
-    """Indices that cover `shape` in pieces of `chunk`."""
-    starts = (range(0, whole, part) for whole, part in zip(shape, chunk, strict=True))
+    """Yields indices that cover `shape` in chunks of shape `chunk`."""
+    starts = (range(0, size, step) for size, step in zip(shape, chunk, strict=True))
     for corner in itertools.product(*starts):
         yield tuple(
-            slice(start, min(start + part, whole)) for start, part, whole in zip(corner, chunk, shape, strict=True)
+            slice(start, min(start + step, size)) for start, step, size in zip(corner, chunk, shape, strict=True)
         )

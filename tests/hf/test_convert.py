@@ -277,7 +277,7 @@ def test_the_published_config_leaves_most_out(broken):
 def test_a_directory_in_use_is_left_alone(source, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
-    with pytest.raises(UserError, match="exists already"):
+    with pytest.raises(UserError, match="already exists"):
         save_hf(opened(source), tmp_path / "out")
     assert (tmp_path / "out" / "precious").exists()
 

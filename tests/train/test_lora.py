@@ -139,7 +139,7 @@ def test_another_base_is_refused_and_a_missing_one_named(adapted, whole, tmp_pat
     with pytest.raises(UserError, match="not the weights"):
         train(more, "auto", lambda line: None)
     base_model.write_base_ref(run, found._replace(path=tmp_path / "gone"))
-    with pytest.raises(UserError, match=r"gone: not there; the adapters of .*base\.json"):
+    with pytest.raises(UserError, match=r"gone: base model not found; the adapters of .*base\.json"):
         model_io.load_model(run)
 
 

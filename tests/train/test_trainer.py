@@ -220,7 +220,7 @@ def test_stage_two_starts_from_stage_one_and_inherits_its_tokenizer(config, whol
 
 def test_stage_two_of_another_model_is_refused(config, whole, tmp_path):
     wider = replace(config.model, text=replace(config.model.text, mlp_dim=128))
-    with pytest.raises(UserError, match=r"another model: model\.text\.mlp_dim: 64 != 128"):
+    with pytest.raises(UserError, match=r"different model: model\.text\.mlp_dim: 64 != 128"):
         train(replace(config, output=str(tmp_path / "two"), init=str(whole), model=wider), "auto", lambda line: None)
 
 
