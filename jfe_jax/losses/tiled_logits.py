@@ -1,11 +1,12 @@
-"""Logits of all pairs of queries and candidates, a block of both at a time, so that no [J, I] array is ever whole.
+"""Logits of all pairs of queries and candidates in tiles, so that no [J, I] array is ever materialized.
 
-Axes: I queries of this device, J candidates of everybody, A blocks of T queries, B blocks of U candidates, P right
-answers, E embedding. A block's logits are [U, T].
+Axes: I queries of this device, J candidates of all devices, A blocks of T queries, B blocks of U candidates, P
+positives of a query, E embedding. The logits of a tile, one block of each, are [U, T].
 
-`forward` sums over them and `backward` gives the gradients. That makes a block's logits again and needs nothing of the
-forward pass but its results, and the logits of as many blocks as may be kept. It adds the gradients up where they are
-returned, those of the positives too: memory besides is that of a few blocks, whatever I and J.
+`forward` reduces over the tiles and `backward` returns the gradients. The backward pass recomputes a tile's logits, or
+loads them from the cache for as many tiles as the cache has room. It needs nothing else of the forward pass but its
+results. It accumulates all gradients, those of the positives too, in the arrays that it returns. Temporary memory is
+that of a few tiles, whatever I and J.
 """
 
 import functools
@@ -21,49 +22,49 @@ from jfe_jax.losses import logit_cache
 
 
 class QueryInfo(NamedTuple):
-    """What is known of the queries.
+    """Metadata of the queries that decides which candidates are their negatives.
 
     Attributes:
-      own_column: int32 [I], the column of the query's positive.
-      own_id: int32 [I], number of that positive.
-      right: int32 [I, P], numbers of all candidates that are right, padded with -1.
-      modality: int32 [I], of the positive: what the query wants.
+      own_column: int32 [I], the column of the query's own positive.
+      own_id: int32 [I], candidate id of that positive.
+      positive_ids: int32 [I, P], candidate ids of all positives, padded with -1.
+      modality: int32 [I], modality of the query's own positive.
       valid: bool [I].
     """
 
     own_column: jax.Array
     own_id: jax.Array
-    right: jax.Array
+    positive_ids: jax.Array
     modality: jax.Array
     valid: jax.Array
 
 
 class CandidateInfo(NamedTuple):
-    """What is known of the candidates.
+    """Metadata of the candidates that decides which queries they are negatives of.
 
     Attributes:
-      place: int32 [J], their columns, 0 to J - 1.
-      ids: int32 [J], their numbers, -1 for a filler.
+      column: int32 [J], 0 to J - 1.
+      ids: int32 [J], candidate ids, -1 for padding.
       modality: int32 [J].
       valid: bool [J].
     """
 
-    place: jax.Array
+    column: jax.Array
     ids: jax.Array
     modality: jax.Array
     valid: jax.Array
 
 
 class TileConfig(NamedTuple):
-    """What is fixed when the loss is compiled.
+    """Settings that are static when the loss is compiled.
 
     Attributes:
-      columns: log Σ exp over the rows of each column, too.
-      mask: leave out candidates that are right for the query.
-      same_modality: leave out candidates of another modality than the query's positive.
-      tile_bytes: of a block's logits.
-      keep_bytes: of logits that are kept for the backward pass, which need not make them again; besides those in the
-        memory of the queries' gradients, see `kept`.
+      columns: also reduce over the rows of each column, as log Σ exp.
+      mask: exclude other positives of the query from its negatives.
+      same_modality: exclude candidates whose modality is not that of the query's own positive.
+      tile_bytes: size of a tile's logits.
+      cache_bytes: size of the quantized logits that are cached for the backward pass, which then does not recompute
+        them. The buffer of the queries' gradients caches some more, see `logit_cache`.
       axes: mesh axes of a surrounding shard_map.
     """
 
@@ -71,15 +72,15 @@ class TileConfig(NamedTuple):
     mask: bool
     same_modality: bool
     tile_bytes: int
-    keep_bytes: int
+    cache_bytes: int
     axes: tuple[str, ...]
 
 
 class LogitInputs(NamedTuple):
-    """What s_ij = scale · <q_i, c_j> are made of, and which of the pairs are negatives.
+    """Inputs of s_ij = scale · <q_i, c_j>, and the metadata that decides which pairs are negatives.
 
     Attributes:
-      queries, candidates: float32 [I, E], [J, E]: unit rows, but for those that are not valid.
+      queries, candidates: float32 [I, E], [J, E]: rows of unit length, except those that are not valid.
       scale: float32 scalar, above 0.
       rows, columns: see QueryInfo, CandidateInfo.
     """
@@ -91,195 +92,205 @@ class LogitInputs(NamedTuple):
     columns: CandidateInfo
 
 
-def forward(settings: TileConfig, block: Callable[..., Any], scores: LogitInputs, *empty: tuple[float, ...]) -> Any:
-    """What sums over the logits take from them.
+def forward(
+    settings: TileConfig, reduce_tile: Callable[..., Any], inputs: LogitInputs, *init: tuple[float, ...]
+) -> Any:
+    """Reduces the logits over rows and columns, tile by tile.
 
     Args:
-      settings, scores: see TileConfig, LogitInputs.
-      block: (logits [U, T], by_row, by_column) → by_row, by_column adds a block's logits, -inf for those that are no
-        negatives, to what there is of its rows and columns: tuples of [T] and of [U].
-      empty: what there is at first, a number for each of by_row and of by_column.
+      settings, inputs: see TileConfig, LogitInputs.
+      reduce_tile: (logits [U, T], by_row, by_column) → by_row, by_column. Adds a tile's logits, -inf for pairs that are
+        no negatives, to the running values of its rows and columns: tuples of [T] and of [U].
+      init: initial running values, a number for each of by_row and of by_column.
 
     Returns:
-      Tuples of [I] and of [J], and what is kept of the logits.
+      Tuples of [I] and of [J], and the logit cache.
     """
-    rows, columns = _blocks(settings, scores)
-    start, by_column = (
-        tuple(_varying(settings, jnp.full(shape, value)) for value in values)
-        for shape, values in zip((rows.known.valid.shape[1:], columns.known.valid.shape), empty, strict=True)
+    rows, columns = _make_blocks(settings, inputs)
+    row_init, by_column = (
+        tuple(_pcast_varying(settings, jnp.full(shape, value)) for value in values)
+        for shape, values in zip((rows.info.valid.shape[1:], columns.info.valid.shape), init, strict=True)
     )
-    parts = _parts(settings, rows, columns)
-    room = logit_cache.allocate(parts, rows.vectors.shape, columns.vectors.shape[1])
-    logits_kept = jax.tree.map(partial(_varying, settings), room)
+    ranges = _plan_ranges(settings, rows, columns)
+    cache = logit_cache.allocate(ranges, rows.vectors.shape, columns.vectors.shape[1])
+    cache = jax.tree.map(partial(_pcast_varying, settings), cache)
 
-    def some_rows(carry, own):
-        logits_kept, by_column = carry
-        number, own = own
-        turned, by_row, sums = _turned(own.vectors), start, []
+    def scan_queries(carry, xs):
+        cache, by_column = carry
+        index, block = xs
+        queries_t, by_row, column_values = _transpose(block.vectors), row_init, []
 
-        def one(part, carry, other):
-            logits_kept, by_row = carry
-            place, by_column = other
-            logits = _logits(settings, scores.scale, turned, own.known, _at(columns, place))
-            by_row, by_column = block(logits, by_row, by_column)
-            return (logit_cache.store(logits_kept, part, number, place, logits, scores.scale), by_row), by_column
+        def scan_tile(block_range, carry, xs):
+            cache, by_row = carry
+            candidate_index, by_column = xs
+            column = _select_block(columns, candidate_index)
+            logits = _masked_logits(settings, inputs.scale, queries_t, block.info, column)
+            by_row, by_column = reduce_tile(logits, by_row, by_column)
+            cache = logit_cache.store(cache, block_range, index, candidate_index, logits, inputs.scale)
+            return (cache, by_row), by_column
 
-        for part in parts:
-            (logits_kept, by_row), added = _scan(one, (logits_kept, by_row), part, by_column)
-            sums.append(added)
-        return (logits_kept, jax.tree.map(lambda *sums: jnp.concatenate(sums), *sums)), by_row
+        for block_range in ranges:
+            (cache, by_row), values = _scan_range(scan_tile, (cache, by_row), block_range, by_column)
+            column_values.append(values)
+        return (cache, jax.tree.map(lambda *values: jnp.concatenate(values), *column_values)), by_row
 
-    others = jnp.arange(len(rows.vectors)), rows
-    (logits_kept, by_column), by_row = jax.lax.scan(some_rows, (logits_kept, by_column), others)
-    return _whole(by_row, len(scores.queries)), _whole(by_column, len(scores.candidates)), logits_kept
+    xs = jnp.arange(len(rows.vectors)), rows
+    (cache, by_column), by_row = jax.lax.scan(scan_queries, (cache, by_column), xs)
+    return _merge_blocks(by_row, len(inputs.queries)), _merge_blocks(by_column, len(inputs.candidates)), cache
 
 
 def backward(
     settings: TileConfig,
-    weights: Callable[..., Any],
-    scores: LogitInputs,
-    logits_kept: logit_cache.LogitCache,
-    to_own: jax.Array,
+    dlogits_fn: Callable[..., Any],
+    inputs: LogitInputs,
+    cache: logit_cache.LogitCache,
+    d_positive: jax.Array,
     by_row: Any,
     by_column: Any,
 ) -> tuple[LogitInputs, jax.Array]:
-    """The scores' cotangents.
+    """Returns the cotangents of the inputs.
 
     Args:
-      settings, scores: see TileConfig, LogitInputs.
-      weights: (logits [U, T], by_row, by_column) → the cotangents [U, T] of a block's <q_i, c_j>, from its logits as
-        `forward` has them.
-      logits_kept: what `forward` returned last.
-      to_own: [I], cotangents of s_ij of the positives, which are no negatives.
-      by_row, by_column: tuples of [I] and of [J], of which `weights` has a block's.
+      settings, inputs: see TileConfig, LogitInputs.
+      dlogits_fn: (logits [U, T], by_row, by_column) → the cotangents [U, T] of a tile's <q_i, c_j>, from its logits as
+        `forward` computed them.
+      cache: the last result of `forward`.
+      d_positive: [I], cotangents of s_ij of the positives, which are no negatives.
+      by_row, by_column: tuples of [I] and of [J]; `dlogits_fn` receives those of its tile.
 
     Returns:
-      The cotangents, and the sum of all weights.
+      The cotangents, and the sum of the results of `dlogits_fn`.
     """
-    rows, columns = _blocks(settings, scores)
-    to_own, by_row = _cut((scores.scale * to_own, by_row), len(rows.vectors))
-    by_column = _cut(by_column, len(columns.vectors))
+    rows, columns = _make_blocks(settings, inputs)
+    d_positive, by_row = _split_blocks((inputs.scale * d_positive, by_row), len(rows.vectors))
+    by_column = _split_blocks(by_column, len(columns.vectors))
 
-    def some_rows(carry, own):
-        logits_kept, *sums = carry
-        number, own, to_own, by_row = own
-        turned = _turned(own.vectors)
+    def scan_queries(carry, xs):
+        cache, *sums = carry
+        index, block, d_positive, by_row = xs
+        queries_t = _transpose(block.vectors)
 
-        def one(part, carry, other):
-            to_vectors, to_candidates, total = carry
-            place, by_column = other
-            column = _at(columns, place)
-            if part.storage != "recompute":
-                logits = logit_cache.load(logits_kept, part, number, place, scores.scale)
+        def scan_tile(block_range, carry, xs):
+            d_block, d_candidates, total = carry
+            candidate_index, by_column = xs
+            column = _select_block(columns, candidate_index)
+            if block_range.storage != "recompute":
+                logits = logit_cache.load(cache, block_range, index, candidate_index, inputs.scale)
             else:
-                logits = _logits(settings, scores.scale, turned, own.known, column)
-            given = weights(logits, by_row, by_column)
-            total += jnp.sum(given)
-            # XLA makes a sum once for all that it is needed for, other simple operations each time.
-            given += jnp.where(_own_places(own.known, column.known), to_own, 0.0)
-            to_vectors += _matmul(_turned(given), column.vectors)
-            added = to_candidates[place] + _matmul(given, own.vectors)
-            return (to_vectors, jax.lax.dynamic_update_index_in_dim(to_candidates, added, place, 0), total), None
+                logits = _masked_logits(settings, inputs.scale, queries_t, block.info, column)
+            d_logits = dlogits_fn(logits, by_row, by_column)
+            total += jnp.sum(d_logits)
+            # XLA computes a sum once for all of its uses, and other simple operations again for each use.
+            d_logits += jnp.where(_is_own_positive(block.info, column.info), d_positive, 0.0)
+            d_block += _matmul(_transpose(d_logits), column.vectors)
+            updated = d_candidates[candidate_index] + _matmul(d_logits, block.vectors)
+            d_candidates = jax.lax.dynamic_update_index_in_dim(d_candidates, updated, candidate_index, 0)
+            return (d_block, d_candidates, total), None
 
-        sums = (_varying(settings, jnp.zeros(own.vectors.shape)), *sums)
-        # Those to be made again first: what that takes is not in memory beside what is kept of the others.
-        for part in reversed(_parts(settings, rows, columns)):
-            sums, _ = _scan(one, sums, part, by_column)
-        to_vectors, *sums = sums
-        return (logit_cache.write_gradients(logits_kept, number, to_vectors), *sums), None
+        sums = (_pcast_varying(settings, jnp.zeros(block.vectors.shape)), *sums)
+        # Recomputed ranges come first: their temporaries are then not in memory together with those of cached ranges.
+        for block_range in reversed(_plan_ranges(settings, rows, columns)):
+            sums, _ = _scan_range(scan_tile, sums, block_range, by_column)
+        d_block, *sums = sums
+        return (logit_cache.write_gradients(cache, index, d_block), *sums), None
 
-    sums = (_varying(settings, jnp.zeros(shape)) for shape in (columns.vectors.shape, ()))
-    others = jnp.arange(len(rows.vectors)), rows, to_own, by_row
-    (logits_kept, to_candidates, total), _ = jax.lax.scan(some_rows, (logits_kept, *sums), others)
-    to_queries = logits_kept.grad_scratch.reshape(rows.vectors.shape)
-    # Σ_j given_ij s_ij = <q_i, to_q_i>.
-    to_scale = jnp.sum(to_queries * rows.vectors) / scores.scale
-    to_queries, to_candidates = _whole(to_queries, len(scores.queries)), _whole(to_candidates, len(scores.candidates))
-    return LogitInputs(to_queries, to_candidates, to_scale, None, None), total
+    sums = (_pcast_varying(settings, jnp.zeros(shape)) for shape in (columns.vectors.shape, ()))
+    xs = jnp.arange(len(rows.vectors)), rows, d_positive, by_row
+    (cache, d_candidates, total), _ = jax.lax.scan(scan_queries, (cache, *sums), xs)
+    d_queries = cache.grad_scratch.reshape(rows.vectors.shape)
+    # Σ_j d_ij <q_i, c_j> = <q_i, d_q_i>, with d_ij the cotangent of <q_i, c_j>.
+    d_scale = jnp.sum(d_queries * rows.vectors) / inputs.scale
+    d_queries = _merge_blocks(d_queries, len(inputs.queries))
+    d_candidates = _merge_blocks(d_candidates, len(inputs.candidates))
+    return LogitInputs(d_queries, d_candidates, d_scale, None, None), total
 
 
 class _Blocks(NamedTuple):
-    # Of queries or candidates: vectors [A, T, E] or [B, U, E], and Rows or Columns as long.
+    # Queries or candidates in blocks: vectors [A, T, E] or [B, U, E], and their QueryInfo or CandidateInfo.
     vectors: jax.Array
-    known: Any
+    info: Any
 
 
-def _blocks(settings: TileConfig, scores: LogitInputs) -> tuple[_Blocks, _Blocks]:
-    # Near to a square, where the least is added up, and rather more queries, whose gradients take less to add. The
-    # last are filled up with what is not valid and counts for nothing.
-    numbers, (queries, candidates) = settings.tile_bytes // 4, map(len, scores[:2])
-    a = _number(queries, max(8, math.isqrt(2 * numbers)))
-    b = _number(candidates, max(8, numbers // -(-queries // a)))
-    return _Blocks(*_cut((scores.queries, scores.rows), a)), _Blocks(*_cut((scores.candidates, scores.columns), b))
+def _make_blocks(settings: TileConfig, inputs: LogitInputs) -> tuple[_Blocks, _Blocks]:
+    # Nearly square tiles, which need the fewest additions to the gradients, with rather more queries than candidates,
+    # since adding to the queries' gradients is cheaper. Rows that are not valid pad the last blocks.
+    tile_size, (queries, candidates) = settings.tile_bytes // 4, map(len, inputs[:2])
+    a = _num_blocks(queries, max(8, math.isqrt(2 * tile_size)))
+    b = _num_blocks(candidates, max(8, tile_size // -(-queries // a)))
+    query_blocks = _Blocks(*_split_blocks((inputs.queries, inputs.rows), a))
+    return query_blocks, _Blocks(*_split_blocks((inputs.candidates, inputs.columns), b))
 
 
-def _number(count: int, most: int) -> int:
-    # The fewest of up to `most`, or a few more if they divide the count.
-    least = -(-count // most)
-    return next((parts for parts in range(least, 2 * least) if count % parts == 0), least)
+def _num_blocks(count: int, max_size: int) -> int:
+    # The fewest blocks of up to `max_size`, or a few more, less than twice as many, if that number divides the count.
+    least = -(-count // max_size)
+    return next((number for number in range(least, 2 * least) if count % number == 0), least)
 
 
-def _cut(by_one: Any, parts: int) -> Any:
-    def cut(x):
-        size = -(-len(x) // parts)
-        return jnp.pad(x, [(0, parts * size - len(x)), *[(0, 0)] * (x.ndim - 1)]).reshape(parts, size, *x.shape[1:])
+def _split_blocks(tree: Any, num_blocks: int) -> Any:
+    def split(x):
+        size = -(-len(x) // num_blocks)
+        padded = jnp.pad(x, [(0, num_blocks * size - len(x)), *[(0, 0)] * (x.ndim - 1)])
+        return padded.reshape(num_blocks, size, *x.shape[1:])
 
-    return jax.tree.map(cut, by_one)
-
-
-def _whole(by_block: Any, count: int) -> Any:
-    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], by_block)
+    return jax.tree.map(split, tree)
 
 
-def _parts(settings: TileConfig, rows: _Blocks, columns: _Blocks) -> list[logit_cache.BlockRange]:
-    count, u = columns.known.valid.shape
-    keep = settings.keep_bytes // (logit_cache.BYTES * rows.known.valid.size * u)
-    return logit_cache.plan_cache(count, keep, lend=rows.vectors.shape[2] // u)
+def _merge_blocks(tree: Any, count: int) -> Any:
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:count], tree)
 
 
-def _scan(one: Callable[..., Any], carry: Any, part: logit_cache.BlockRange, by_column: Any) -> Any:
-    start, stop = part.places.start, part.places.stop
-    others = jax.tree.map(lambda x: x[start:stop], by_column)
-    return jax.lax.scan(partial(one, part), carry, (jnp.arange(start, stop), others))
+def _plan_ranges(settings: TileConfig, rows: _Blocks, columns: _Blocks) -> list[logit_cache.BlockRange]:
+    num_blocks, u = columns.info.valid.shape
+    max_quantized = settings.cache_bytes // (logit_cache.BYTES * rows.info.valid.size * u)
+    return logit_cache.plan_cache(num_blocks, max_quantized, max_in_grad_buffer=rows.vectors.shape[2] // u)
 
 
-def _at(blocks: _Blocks, place: jax.Array) -> _Blocks:
-    return jax.tree.map(lambda x: x[place], blocks)
+def _scan_range(scan_tile: Callable[..., Any], carry: Any, block_range: logit_cache.BlockRange, by_column: Any) -> Any:
+    start, stop = block_range.indices.start, block_range.indices.stop
+    values = jax.tree.map(lambda x: x[start:stop], by_column)
+    return jax.lax.scan(partial(scan_tile, block_range), carry, (jnp.arange(start, stop), values))
 
 
-def _logits(settings: TileConfig, scale: jax.Array, turned: jax.Array, rows: QueryInfo, column: _Blocks) -> jax.Array:
-    # [U, T] of the queries [E, T], -inf where the pair may not be pushed apart.
-    return jnp.where(_negatives(settings, rows, column.known), scale * _matmul(column.vectors, turned), -jnp.inf)
+def _select_block(blocks: _Blocks, index: jax.Array) -> _Blocks:
+    return jax.tree.map(lambda x: x[index], blocks)
 
 
-def _negatives(settings: TileConfig, rows: QueryInfo, columns: CandidateInfo) -> jax.Array:
-    # bool [U, T]: the pair may be pushed apart.
+def _masked_logits(
+    settings: TileConfig, scale: jax.Array, queries_t: jax.Array, rows: QueryInfo, column: _Blocks
+) -> jax.Array:
+    # [U, T] from the transposed queries [E, T]; -inf where the pair is no negative.
+    return jnp.where(_is_negative(settings, rows, column.info), scale * _matmul(column.vectors, queries_t), -jnp.inf)
+
+
+def _is_negative(settings: TileConfig, rows: QueryInfo, columns: CandidateInfo) -> jax.Array:
+    # bool [U, T].
     ids = columns.ids[:, None]
-    negative = rows.valid & columns.valid[:, None] & ~_own_places(rows, columns)
+    negative = rows.valid & columns.valid[:, None] & ~_is_own_positive(rows, columns)
     if settings.mask:
-        # Padding of `right` is -1, and so is a filler's number: fillers are not valid. Written out over P because a
-        # reduction would hold [U, T, P] in memory.
-        sets = (rows.right[:, p] == ids for p in range(rows.right.shape[1]))
-        negative &= ~functools.reduce(jnp.logical_or, sets, rows.own_id == ids)
+        # Padding of `positive_ids` is -1, and so is the id of a padding candidate, which is not valid anyway. Unrolled
+        # over P because a reduction would hold [U, T, P] in memory.
+        matches = (rows.positive_ids[:, p] == ids for p in range(rows.positive_ids.shape[1]))
+        negative &= ~functools.reduce(jnp.logical_or, matches, rows.own_id == ids)
     if settings.same_modality:
         negative &= rows.modality == columns.modality[:, None]
     return negative
 
 
-def _own_places(rows: QueryInfo, columns: CandidateInfo) -> jax.Array:
-    # bool [U, T]: the candidate is the query's positive.
-    return columns.place[:, None] == rows.own_column
+def _is_own_positive(rows: QueryInfo, columns: CandidateInfo) -> jax.Array:
+    # bool [U, T].
+    return columns.column[:, None] == rows.own_column
 
 
 def _matmul(left: jax.Array, right: jax.Array) -> jax.Array:
     return jnp.matmul(left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _turned(x: jax.Array) -> jax.Array:
-    # On the CPU turning a matrix and then multiplying takes less time than a product that has to turn it.
+def _transpose(x: jax.Array) -> jax.Array:
+    # On the CPU an explicit transpose before the product is faster than a product with a transposed operand.
     return jax.lax.platform_dependent(x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=jnp.transpose)
 
 
-def _varying(settings: TileConfig, x: jax.Array) -> jax.Array:
-    # A loop's carry has to be of one kind from the start: different on each device.
+def _pcast_varying(settings: TileConfig, x: jax.Array) -> jax.Array:
+    # A scan's carry needs one type from the start: varying over the devices.
     return jax.lax.pcast(x, settings.axes, to="varying") if settings.axes else x

@@ -1,4 +1,4 @@
-"""What is kept of the logits is as exact as the logits, in three quarters of their memory."""
+"""Cached logits are as exact as the logits, in three quarters of their memory."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from jfe_jax.losses import logit_cache
 
 
 @pytest.mark.parametrize("scale", [1.0, 20.0, 100.0])
-def test_kept_logits_come_back(scale):
+def test_cached_logits_round_trip(scale):
     random = np.random.default_rng(0)
     cosines = random.uniform(-1, 1, (2, 3, 8, 16)).astype(np.float32)
     # Rounding takes products of unit vectors past 1.
@@ -19,26 +19,26 @@ def test_kept_logits_come_back(scale):
     logits = np.where(masked, -np.inf, np.float32(scale) * cosines)
 
     @jax.jit
-    def there_and_back(logits, scale):
-        of = logit_cache.plan_cache(3, keep=2, lend=1)
-        held = logit_cache.allocate(of, (2, 16, 8), 8)
-        places = [(part, a, b) for a in range(2) for part in of for b in part.places]
-        for part, a, b in places:
-            held = logit_cache.store(held, part, a, b, logits[a, b], scale)
-        return held, jnp.stack([logit_cache.load(held, *place, scale) for place in places]).reshape(logits.shape)
+    def round_trip(logits, scale):
+        ranges = logit_cache.plan_cache(3, max_quantized=2, max_in_grad_buffer=1)
+        cache = logit_cache.allocate(ranges, (2, 16, 8), 8)
+        blocks = [(block_range, a, b) for a in range(2) for block_range in ranges for b in block_range.indices]
+        for block_range, a, b in blocks:
+            cache = logit_cache.store(cache, block_range, a, b, logits[a, b], scale)
+        return cache, jnp.stack([logit_cache.load(cache, *block, scale) for block in blocks]).reshape(logits.shape)
 
-    held, back = there_and_back(logits, scale)
+    cache, back = round_trip(logits, scale)
     assert np.array_equal(np.isneginf(back), masked)
     # Half a step, and float32's rounding of the results.
     np.testing.assert_allclose(
         back[~masked], scale * np.clip(cosines[~masked].astype(float), -1, 1), rtol=2e-7, atol=scale * 2.0**-24 * 1.01
     )
     np.testing.assert_array_equal(back[:, 2], logits[:, 2])
-    assert held.high16.nbytes + held.low8.nbytes == logit_cache.BYTES * logits[:, :2].size
+    assert cache.high16.nbytes + cache.low8.nbytes == logit_cache.BYTES * logits[:, :2].size
 
 
 @pytest.mark.parametrize(
-    ("keep", "lend", "expected"),
+    ("max_quantized", "max_in_grad_buffer", "expected"),
     [
         (9, 2, [(0, 5, "quantized")]),
         (3, 4, [(0, 3, "quantized"), (3, 5, "grad_buffer")]),
@@ -46,7 +46,8 @@ def test_kept_logits_come_back(scale):
         (0, 0, [(0, 5, "recompute")]),
     ],
 )
-def test_what_is_not_kept_is_lent_memory_as_far_as_it_goes(keep, lend, expected):
+def test_cache_plan_fills_the_quantized_share_then_the_gradient_buffer(max_quantized, max_in_grad_buffer, expected):
     assert [
-        (part.places.start, part.places.stop, part.storage) for part in logit_cache.plan_cache(5, keep, lend)
+        (block_range.indices.start, block_range.indices.stop, block_range.storage)
+        for block_range in logit_cache.plan_cache(5, max_quantized, max_in_grad_buffer)
     ] == expected
