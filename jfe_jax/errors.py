@@ -1,4 +1,4 @@
-"""What means "your input is wrong", as against "the program is wrong"."""
+"""Defines exceptions for invalid input, as opposed to bugs in the program."""
 
 
 class UserError(Exception):
@@ -10,11 +10,11 @@ class UserError(Exception):
 
 
 class RemoteProcessError(UserError):
-    """An error that another process of the same job has met and tells; this one only leaves with it."""
+    """An error that another process of the same job raised and reports; this process exits with it silently."""
 
 
 def format_error(error: Exception) -> str:
-    """What a person is told of an error."""
+    """Formats an error as one line for the user."""
     if isinstance(error, OSError):
         # A full disk, a missing permission: the system's own words say it, with the file's name.
         return f"{error.filename or 'file'}: {error.strerror or error}"

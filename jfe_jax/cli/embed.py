@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", default="float32", help="float32 (default), float16 or int8 with a scale for each row: on disk"
     )
-    parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items done at a time (default 8192)")
-    parser.add_argument("--overwrite", action="store_true", help="begin anew, whatever is there")
+    parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items per shard (default 8192)")
+    parser.add_argument("--overwrite", action="store_true", help="start over and replace existing output")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,7 +38,7 @@ def _embed(args: argparse.Namespace) -> None:
     from jfe_jax.parallel.distributed import all_or_none, is_process_zero
     from jfe_jax.utils.progress import progress_bar
 
-    # The whole file is checked before the model is opened: a bad line shows at once.
+    # Check the entire file before loading the model, so that an invalid line is reported at once.
     with all_or_none():
         source = ItemsFile(args.items)
     import jax

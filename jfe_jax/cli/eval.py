@@ -1,4 +1,4 @@
-"""`jfe eval`: the protocols of M-BEIR and MMEB, and a benchmark of one's own."""
+"""`jfe eval`: evaluates a model with the protocols of M-BEIR and MMEB, or on a custom benchmark."""
 
 import argparse
 from pathlib import Path
@@ -24,9 +24,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="which prompt, from 0 (default 0); all: the mean over all; none",
     )
     parser.add_argument(
-        "--queries", choices=("all", "text", "image"), default="all", help="give only half of the image+text queries"
+        "--queries",
+        choices=("all", "text", "image"),
+        default="all",
+        help="use only this modality of image+text queries",
     )
-    parser.add_argument("--controls", action="store_true", help="give both halves alone, too, in the same run")
+    parser.add_argument(
+        "--controls", action="store_true", help="also evaluate text-only and image-only queries in the same run"
+    )
     parser.add_argument(
         "--images",
         type=Path,
@@ -47,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "int8 (a quarter; some 1e-2); the report says by how much at most",
     )
     parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items embedded at a time (default 8192)")
-    parser.add_argument("--overwrite", action="store_true", help="embed and search anew, whatever is there")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="recompute embeddings and searches, and replace existing output"
+    )
     parser.add_argument(
         "--depth", type=int, default=50, metavar="K", help="results a query in the run files, at least 10 (default 50)"
     )
@@ -75,7 +82,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from jfe_jax.parallel.distributed import all_or_none, is_process_zero
     from jfe_jax.utils.progress import progress_bar
 
-    # The data first: what is wrong with it is known before a model is loaded.
+    # Read the data first, so that errors in it are reported before a model is loaded.
     with all_or_none():
         questions = read_questions(
             args.data,

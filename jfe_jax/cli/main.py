@@ -82,15 +82,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"jfe {args.verb}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        told = isinstance(error, UserError | OSError) and not args.debug
-        if told and not isinstance(error, RemoteProcessError):
+        one_line = isinstance(error, UserError | OSError) and not args.debug
+        if one_line and not isinstance(error, RemoteProcessError):
             print(f"jfe {args.verb}: {format_error(error)}", file=sys.stderr, flush=True)
         if not is_synchronized(error):
-            # The others are at work, or wait for this one; it would wait for them at its end.
-            if not told:
+            # The other processes are working or waiting for this one. A normal exit would wait for them forever.
+            if not one_line:
                 traceback.print_exc()
             os._exit(1)
-        if told:
+        if one_line:
             return 1
         raise
     return 0

@@ -17,9 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="train", help="a folder under query/ (default train)")
     parser.add_argument("--units", default="", metavar="U,U", help="only these, such as cirr_task7 (default all)")
     parser.add_argument("--pool", choices=("local", "global"), default="local", help="where from (default local)")
-    parser.add_argument("--negatives", type=int, default=8, metavar="N", help="of a query (default 8)")
+    parser.add_argument("--negatives", type=int, default=8, metavar="N", help="negatives per query (default 8)")
     parser.add_argument(
-        "--wrong-modality", type=int, default=0, metavar="N", help="so many of them of another modality (default 0)"
+        "--wrong-modality", type=int, default=0, metavar="N", help="number of them with the wrong modality (default 0)"
     )
     parser.add_argument("--ranks", default="1:100", metavar="A:B", help="window of ranks (default 1:100)")
     parser.add_argument(
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="float16", help="of the pool's embeddings on disk (default float16)")
     parser.add_argument("--shard", type=int, default=8192, metavar="N", help="items embedded at a time (default 8192)")
-    parser.add_argument("--overwrite", action="store_true", help="embed anew, whatever is there")
+    parser.add_argument("--overwrite", action="store_true", help="recompute embeddings and replace existing ones")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="exit status of a run that was told to stop, saved and has steps left, for those who start it again by it",
+        help="exit status of a run that was preempted, saved and has steps left, so that a scheduler can restart it",
     )
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and end")
     parser.set_defaults(overrides=[])
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> None:
     initialize_distributed()
     from jfe_jax.train.trainer import train
 
-    # Of many processes one speaks: all have the same to say.
-    speaks = is_process_zero()
+    # Only process 0 logs.
+    logs = is_process_zero()
     with locked_output(config.output, "train"):
-        outcome = train(config, args.resume, lambda line: speaks and print(line, file=sys.stderr, flush=True))
-    if speaks:
+        outcome = train(config, args.resume, lambda line: logs and print(line, file=sys.stderr, flush=True))
+    if logs:
         print(outcome.message)
     if outcome.step < config.optimizer.steps and args.stopped_status:
         sys.exit(args.stopped_status)
