@@ -25,7 +25,7 @@ from benchmarks.data import synthetic_mbeir
 from jfe_jax.data.formats.candidate_table import content_id
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.item import Item
-from jfe_jax.evaluation.eval_set import Questions, read_mbeir
+from jfe_jax.evaluation.eval_set import EvalSet, read_mbeir
 from jfe_jax.evaluation.evaluator import EMBEDDINGS, Keep, ask
 
 _SPLIT = "train"
@@ -111,7 +111,7 @@ class _Drawn:
     path, step, fingerprint, parameters, cut_texts = Path("generated"), 0, "generated", 0, 0
     config = SimpleNamespace(model=SimpleNamespace(kind="generated"))
 
-    def __init__(self, width: int, questions: Questions):
+    def __init__(self, width: int, questions: EvalSet):
         self.width, self._root = width, questions.path
         random = np.random.default_rng(0)
         base = random.standard_normal((_DRAWN, width), np.float32)

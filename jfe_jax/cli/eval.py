@@ -115,7 +115,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     )
     with all_or_none():
         if is_process_zero():
-            results.write(args.out, evaluation.results, evaluation.answers, evaluation.pools)
+            results.write_results(args.out, evaluation.results, evaluation.answers, evaluation.pools)
             evaluation_report.write(args.out / "report.html", evaluation)
     if not is_process_zero():
         return

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jfe_jax.mining.select_negatives import Settings
+    from jfe_jax.mining.select_negatives import MiningConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> None:
     if args.shard < 1:
         raise UserError(f"--shard {args.shard}: at least one item")
     initialize_distributed()
-    from jfe_jax.mining.miner import Settings
+    from jfe_jax.mining.miner import MiningConfig
 
-    settings = Settings(
+    settings = MiningConfig(
         negatives=args.negatives,
         wrong_modality=args.wrong_modality,
         first_rank=int(first),
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
         _mine(args, settings, units)
 
 
-def _mine(args: argparse.Namespace, settings: "Settings", units: list[str]) -> None:
+def _mine(args: argparse.Namespace, settings: "MiningConfig", units: list[str]) -> None:
     from jfe_jax.data.formats.mbeir import Mbeir
     from jfe_jax.embedding.retriever import Retriever
     from jfe_jax.mining.miner import mine

@@ -6,7 +6,7 @@ from jfe_jax.evaluation.error_analysis import MISTAKES
 from jfe_jax.evaluation.protocols import Protocol
 
 
-def with_means(units: list[dict], protocol: Protocol) -> dict:
+def add_means(units: list[dict], protocol: Protocol) -> dict:
     """Adds the means over units, each unit weighing the same, and the headline."""
     units = [unit for unit in units if unit["pools"]]
     pools = list(dict.fromkeys(pool for unit in units for pool in unit["pools"]))

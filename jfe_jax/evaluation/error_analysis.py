@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jfe_jax.evaluation.eval_set import Asked, Pools
+from jfe_jax.evaluation.eval_set import CandidatePools, EvalQuery
 
 # A mistake's number is its place here, from 1.
 MISTAKES = ("right item, wrong modality", "other item, wrong modality", "right modality, wrong item")
 
 
-def mistakes(asked: Sequence[Asked], first: np.ndarray, pools: Pools) -> np.ndarray:
+def classify_mistakes(asked: Sequence[EvalQuery], first: np.ndarray, pools: CandidatePools) -> np.ndarray:
     """int8 [Q]: 0 where the first result is right, else the number of the mistake.
 
     A result has the wrong modality if no right candidate has it. It is then the right item if it shows the image or
@@ -25,7 +25,7 @@ def mistakes(asked: Sequence[Asked], first: np.ndarray, pools: Pools) -> np.ndar
     return np.array([_mistake(one, int(row), pools) for one, row in zip(asked, first, strict=True)], np.int8)
 
 
-def _mistake(asked: Asked, row: int, pools: Pools) -> int:
+def _mistake(asked: EvalQuery, row: int, pools: CandidatePools) -> int:
     known = pools.candidates
     if known.did(row) in asked.relevant:
         return 0

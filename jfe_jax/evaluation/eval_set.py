@@ -24,7 +24,7 @@ ALL_PROMPTS = "all"
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalQuery:
     """A query with what is known about it.
 
     Attributes:
@@ -78,7 +78,7 @@ class Targets(NamedTuple):
 
 
 @dataclass
-class UnitQueries:
+class EvalTask:
     """One unit's judged queries; those without any right candidate are only counted.
 
     With several prompts a query stands in `asked` once for each, one after the other.
@@ -86,17 +86,17 @@ class UnitQueries:
 
     unit: Unit
     task: int
-    asked: list[Asked]
+    asked: list[EvalQuery]
     unjudged: int
     warnings: list[str] = field(default_factory=list)
 
     @property
     def queries(self) -> int:
         """Different queries."""
-        return len(once(self.asked))
+        return len(first_occurrence(self.asked))
 
 
-def once(asked: Sequence[Asked]) -> list[int]:
+def first_occurrence(asked: Sequence[EvalQuery]) -> list[int]:
     """Where each query stands first, however often it is asked."""
     first: dict[str, int] = {}
     for number, one in enumerate(asked):
@@ -104,7 +104,7 @@ def once(asked: Sequence[Asked]) -> list[int]:
     return list(first.values())
 
 
-def by_prompt(asked: Sequence[Asked]) -> dict[int | None, list[int]]:
+def by_prompt(asked: Sequence[EvalQuery]) -> dict[int | None, list[int]]:
     """Positions of what was asked with each prompt."""
     numbers: dict[int | None, list[int]] = {}
     for number, one in enumerate(asked):
@@ -113,7 +113,7 @@ def by_prompt(asked: Sequence[Asked]) -> dict[int | None, list[int]]:
 
 
 @dataclass
-class Questions:
+class EvalSet:
     """All that an evaluation asks.
 
     Attributes:
@@ -128,12 +128,12 @@ class Questions:
     split: str | None
     instruction: int | str | None
     pools: tuple[str, ...]
-    table: "Pools"
-    units: list[UnitQueries]
+    table: "CandidatePools"
+    units: list[EvalTask]
 
 
 @dataclass
-class Pools:
+class CandidatePools:
     """Every candidate of the pools in use, once.
 
     Attributes:
@@ -149,7 +149,7 @@ class Pools:
         row = self.candidates.row(did)
         return self.candidates[row] if row >= 0 else None
 
-    def targets(self, asked: Sequence[Asked], pool: str, unit: str) -> "Targets":
+    def targets(self, asked: Sequence[EvalQuery], pool: str, unit: str) -> "Targets":
         """Where in the pool what counts for each query stands."""
         rows, known = self.rows[pool, unit], self.candidates
         right, gains, own, foils = [], [], [], []
@@ -163,16 +163,16 @@ class Pools:
             foil = known.row(one.foil) if one.foil is not None and one.foil not in one.relevant else -1
             foils.append([max(_position(rows, foil), -1) if foil >= 0 else -1])
         return Targets(
-            rectangle(right, -1, np.int32),
-            rectangle(gains, 0, np.float32),
-            rectangle(own, -1, np.int32),
-            rectangle(foils, -1, np.int32),
+            pad_ragged(right, -1, np.int32),
+            pad_ragged(gains, 0, np.float32),
+            pad_ragged(own, -1, np.int32),
+            pad_ragged(foils, -1, np.int32),
         )
 
 
 def read_mbeir(
     mbeir: Mbeir, split: str, pools: Sequence[str], units: Sequence[str], instruction: int | str | None
-) -> Questions:
+) -> EvalSet:
     """The units of a split (all of them, if none is named) on the named pools.
 
     Raises:
@@ -182,10 +182,10 @@ def read_mbeir(
     table = read_pools(mbeir, split, chosen, pools)
     asked = [read_queries(mbeir, split, unit, table, instruction) for unit in chosen]
     asked.sort(key=lambda unit: MBEIR.order(unit.unit.name, unit.task))
-    return Questions(MBEIR, mbeir.path, split, instruction, tuple(pools), table, asked)
+    return EvalSet(MBEIR, mbeir.path, split, instruction, tuple(pools), table, asked)
 
 
-def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[str]) -> Pools:
+def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[str]) -> CandidatePools:
     """Reads each pool file once.
 
     Raises:
@@ -193,10 +193,12 @@ def read_pools(mbeir: Mbeir, split: str, units: Sequence[Unit], pools: Sequence[
     """
     files = {(pool, unit.name): mbeir.pool_file(split, unit, pool) for pool in pools for unit in units}
     candidates, members = read_candidate_table(list(dict.fromkeys(files.values())), mbeir.candidate, mbeir.path)
-    return Pools(candidates, {key: members[file] for key, file in files.items()})
+    return CandidatePools(candidates, {key: members[file] for key, file in files.items()})
 
 
-def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction: int | str | None) -> UnitQueries:
+def read_queries(
+    mbeir: Mbeir, split: str, unit: Unit, pools: CandidatePools, instruction: int | str | None
+) -> EvalTask:
     """A unit's queries with the prompt of number `instruction` (None: without; ALL_PROMPTS: with each of them).
 
     Raises:
@@ -233,7 +235,7 @@ def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction
             raise UserError(f"{unit.name}: no instruction {instruction}; there are {len(prompts)}, from 0")
         about = _about(query.src_content)
         asked += [
-            Asked(
+            EvalQuery(
                 query,
                 relevant,
                 prompts[number] if prompts else None,
@@ -253,7 +255,7 @@ def read_queries(mbeir: Mbeir, split: str, unit: Unit, pools: Pools, instruction
         warnings.append(not_asked(unit.name, strange))
     if instruction is not None and any(one.instruction is None for one in asked):
         warnings.append(f"{unit.name}: the data has no instructions for it; queries were given none")
-    return UnitQueries(unit, -1 if task is None else task, asked, unjudged, warnings)
+    return EvalTask(unit, -1 if task is None else task, asked, unjudged, warnings)
 
 
 def not_asked(unit: str, strange: Set[str]) -> str:
@@ -279,7 +281,7 @@ def _position(rows: np.ndarray, number: int) -> int:
     return at if at < len(rows) and rows[at] == number else -2
 
 
-def rectangle(ragged: list[list], filler: int, dtype: type) -> np.ndarray:
+def pad_ragged(ragged: list[list], filler: int, dtype: type) -> np.ndarray:
     """Lists of unequal length → an array, filled up on the right."""
     width = max(map(len, ragged), default=0)
     return np.array([[*row, *[filler] * (width - len(row))] for row in ragged], dtype).reshape(len(ragged), width)

@@ -24,11 +24,11 @@ from jfe_jax.embedding.embedding_cache import Stored, Stores, Wanted
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation import metrics
-from jfe_jax.evaluation.aggregate import with_means
-from jfe_jax.evaluation.eval_set import Asked, Pools, Questions, UnitQueries, once, read_mbeir
+from jfe_jax.evaluation.aggregate import add_means
+from jfe_jax.evaluation.eval_set import CandidatePools, EvalQuery, EvalSet, EvalTask, first_occurrence, read_mbeir
 from jfe_jax.evaluation.protocols import MBEIR
-from jfe_jax.evaluation.results import Answers, unit_results
-from jfe_jax.evaluation.search_runner import Job, Kept, answer, scores
+from jfe_jax.evaluation.results import RankedResults, unit_results
+from jfe_jax.evaluation.search_runner import Job, SearchCache, count_scores, run_searches
 from jfe_jax.parallel.distributed import all_or_none, is_process_zero
 
 # Deep enough for others to compute hit@50 from the run files.
@@ -51,12 +51,12 @@ class Evaluation:
     """
 
     results: dict
-    answers: list[Answers]
-    questions: Questions
+    answers: list[RankedResults]
+    questions: EvalSet
     images: ImageLookup
 
     @property
-    def pools(self) -> Pools:
+    def pools(self) -> CandidatePools:
         """The candidates."""
         return self.questions.table
 
@@ -115,7 +115,7 @@ def evaluate(
 
 def ask(
     retriever: Retriever,
-    questions: Questions,
+    questions: EvalSet,
     *,
     given: Sequence[str] = ("all",),
     depth: int = DEPTH,
@@ -137,15 +137,17 @@ def ask(
         with _stores(retriever, embeddings, images, keep) as stores:
             wanted = _Candidates(questions, images), _Queries(questions, images, jobs)
             stored = [_embedded(stores, *one, progress) for one in zip(wanted, (keep.dtype, "float32"), strict=True)]
-        kept = Kept(folder / SEARCHES, f"{retriever.fingerprint} {keep.dtype} {images.form}")
+        kept = SearchCache(folder / SEARCHES, f"{retriever.fingerprint} {keep.dtype} {images.form}")
         rows = [stores.rows(one) for one in stored]
-        total = scores(jobs, questions.pools, questions.table)
+        total = count_scores(jobs, questions.pools, questions.table)
         with progress("searching, scores", total // jax.process_count()) as tick:
-            answers = answer(jobs, questions, *rows, wanted[1].contents, depth=max(depth, 10), kept=kept, progress=tick)
+            answers = run_searches(
+                jobs, questions, *rows, wanted[1].contents, depth=max(depth, 10), kept=kept, progress=tick
+            )
         error, cut = stores.score_error(stored[0]), sum(map(stores.cut_texts, stored))
     units = questions.units
     entries = [unit_results(unit, [one for one in answers if one.unit is unit]) for unit in units]
-    results = with_means(entries, questions.protocol)
+    results = add_means(entries, questions.protocol)
     about = {
         "protocol": questions.protocol.name,
         "checkpoint": str(retriever.path),
@@ -168,7 +170,7 @@ def ask(
     return Evaluation(about | results, answers, questions, images)
 
 
-def _jobs(questions: Questions, given: Sequence[str]) -> list[Job]:
+def _jobs(questions: EvalSet, given: Sequence[str]) -> list[Job]:
     jobs, first = [], 0
     for unit in questions.units:
         for mode in given:
@@ -199,7 +201,7 @@ class _Candidates:
 
     kind = "candidates"
 
-    def __init__(self, questions: Questions, images: ImageLookup):
+    def __init__(self, questions: EvalSet, images: ImageLookup):
         self._images, self._known, self.path = images, questions.table.candidates, questions.path
         self.contents, self.files, self.names = self._known.contents, self._known.files, self._known.names
 
@@ -215,7 +217,7 @@ class _Queries:
 
     kind = "queries"
 
-    def __init__(self, questions: Questions, images: ImageLookup, jobs: list[Job]):
+    def __init__(self, questions: EvalSet, images: ImageLookup, jobs: list[Job]):
         self._images, self._jobs, self.path = images, jobs, questions.path
         self._firsts = [job.first for job in jobs]
         root = questions.table.candidates.root
@@ -234,12 +236,12 @@ class _Queries:
         job, asked = self._at(number)
         return resolve_image(asked.item(job.given), self._images)
 
-    def _at(self, number: int) -> tuple[Job, Asked]:
+    def _at(self, number: int) -> tuple[Job, EvalQuery]:
         job = self._jobs[bisect.bisect_right(self._firsts, number) - 1]
         return job, job.asked[number - job.first]
 
 
-def _images(questions: Questions, jobs: list[Job], place: Path, progress: Progress) -> ImageLookup:
+def _images(questions: EvalSet, jobs: list[Job], place: Path, progress: Progress) -> ImageLookup:
     """Where the images are; those of the other protocols were found when their rows were read."""
     if questions.protocol is not MBEIR:
         return DirectoryImages()
@@ -267,7 +269,7 @@ def _require_images(jobs: list[Job], images: ImageLookup) -> None:
         )
 
 
-def _warnings(cut: int, asked: list[UnitQueries], answers: list[Answers]) -> list[str]:
+def _warnings(cut: int, asked: list[EvalTask], answers: list[RankedResults]) -> list[str]:
     warnings = []
     for unit in asked:
         if unit.unjudged:
@@ -275,7 +277,7 @@ def _warnings(cut: int, asked: list[UnitQueries], answers: list[Answers]) -> lis
         warnings += unit.warnings
     for one in answers:
         if one.given == "all" and one.dangling:
-            lost = int((one.best[once(one.asked)] == metrics.NOT_RETRIEVED).sum())
+            lost = int((one.best[first_occurrence(one.asked)] == metrics.NOT_RETRIEVED).sum())
             warnings.append(
                 f"{one.unit.unit.name}, {one.pool} pool: {one.dangling} qrels point at candidates that are not in the "
                 f"pool ({lost} queries have no other); they count as misses"

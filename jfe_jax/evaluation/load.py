@@ -6,7 +6,7 @@ from pathlib import Path
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.formats.mmeb import find_task_files
 from jfe_jax.errors import UserError
-from jfe_jax.evaluation.eval_set import Questions, read_mbeir
+from jfe_jax.evaluation.eval_set import EvalSet, read_mbeir
 from jfe_jax.evaluation.load_jsonl import QUERIES, read_jsonl
 from jfe_jax.evaluation.load_mmeb import read_mmeb
 
@@ -18,7 +18,7 @@ def read_questions(
     pools: Sequence[str] = (),
     units: Sequence[str] = (),
     instruction: int | str | None = 0,
-) -> Questions:
+) -> EvalSet:
     """Reads an M-BEIR directory, one of MMEB's, or three files of one's own.
 
     Args:

@@ -16,14 +16,14 @@ from jfe_jax.data.formats.mbeir import TASKS, Candidate, Query, Unit
 from jfe_jax.data.formats.mbeir_records import read_lines
 from jfe_jax.embedding.items_jsonl import parse_line, read_items
 from jfe_jax.errors import UserError
-from jfe_jax.evaluation.eval_set import Asked, Pools, Questions, UnitQueries, not_asked
+from jfe_jax.evaluation.eval_set import CandidatePools, EvalQuery, EvalSet, EvalTask, not_asked
 from jfe_jax.evaluation.protocols import JSONL
 
 QUERIES, CANDIDATES = "queries.jsonl", "candidates.jsonl"
 POOL = "local"
 
 
-def read_jsonl(path: Path, *, instructed: bool = True) -> Questions:
+def read_jsonl(path: Path, *, instructed: bool = True) -> EvalSet:
     """One unit, named after the directory, on one pool.
 
     Args:
@@ -44,7 +44,7 @@ def read_jsonl(path: Path, *, instructed: bool = True) -> Questions:
             wanted = "text" if there is None else candidates.modality(there)
             query = Query(qid, item.text or None, item.image, item.modality, None, (), ())
             instruction = item.instruction if instructed else None
-            asked.append(Asked(query, relevant, instruction, qid, None, None, wanted=wanted))
+            asked.append(EvalQuery(query, relevant, instruction, qid, None, None, wanted=wanted))
     if not known:
         raise UserError(f"{path / QUERIES}: no queries")
     judged = {did for one in asked for did in one.relevant}
@@ -58,9 +58,9 @@ def read_jsonl(path: Path, *, instructed: bool = True) -> Questions:
     task = tasks.pop() if len(tasks) == 1 else -1
     strange = qrels.keys() - known
     warnings = [not_asked(name, strange)] if strange else []
-    unit = UnitQueries(Unit(name, name, None), task, asked, len(known) - len(asked), warnings)
-    table = Pools(candidates, {(POOL, name): members[path / CANDIDATES]})
-    return Questions(JSONL, path, None, "own" if instructed else None, (POOL,), table, [unit])
+    unit = EvalTask(Unit(name, name, None), task, asked, len(known) - len(asked), warnings)
+    table = CandidatePools(candidates, {(POOL, name): members[path / CANDIDATES]})
+    return EvalSet(JSONL, path, None, "own" if instructed else None, (POOL,), table, [unit])
 
 
 def _candidate(line: bytes, file: Path, number: int) -> Candidate:

@@ -13,13 +13,13 @@ from jfe_jax.data.formats.candidate_table import CandidateTable
 from jfe_jax.data.formats.mbeir import TASKS, Candidate, Query, Unit
 from jfe_jax.data.formats.mmeb import MmebContent, find_image_folder, find_task_files, read_task
 from jfe_jax.errors import UserError
-from jfe_jax.evaluation.eval_set import Asked, Pools, Questions, UnitQueries
+from jfe_jax.evaluation.eval_set import CandidatePools, EvalQuery, EvalSet, EvalTask
 from jfe_jax.evaluation.protocols import MMEB
 
 POOL = "per-query"
 
 
-def read_mmeb(path: Path, units: Sequence[str] = ()) -> Questions:
+def read_mmeb(path: Path, units: Sequence[str] = ()) -> EvalSet:
     """The tasks of a directory (all, if none is named), in the benchmark's order.
 
     Raises:
@@ -33,7 +33,7 @@ def read_mmeb(path: Path, units: Sequence[str] = ()) -> Questions:
     # The same text and image are one candidate in all tasks: embedded once.
     dids: dict[MmebContent, str] = {}
     members: dict[str, set[str]] = {}
-    read: list[UnitQueries] = []
+    read: list[EvalTask] = []
     for name in names:
         asked = []
         members[name] = set()
@@ -42,18 +42,20 @@ def read_mmeb(path: Path, units: Sequence[str] = ()) -> Questions:
             members[name].update(among)
             modality, wanted = _modality(row.query), _modality(row.targets[0])
             query = Query(f"{name}:{number}", *row.query, modality, None, (), ())
-            asked.append(Asked(query, {among[0]: 1}, None, query.qid, None, None, wanted=wanted, among=tuple(among)))
+            asked.append(
+                EvalQuery(query, {among[0]: 1}, None, query.qid, None, None, wanted=wanted, among=tuple(among))
+            )
         if not asked:
             raise UserError(f"{files[name][0]}: no rows")
         tasks = {TASKS.get((one.query.modality, one.wanted), -1) for one in asked}
-        read.append(UnitQueries(Unit(name, name, None), tasks.pop() if len(tasks) == 1 else -1, asked, 0))
+        read.append(EvalTask(Unit(name, name, None), tasks.pop() if len(tasks) == 1 else -1, asked, 0))
     candidates = [Candidate(did, *content, _modality(content)) for content, did in dids.items()]
     _require_images(candidates, images)
     table = CandidateTable.from_candidates(candidates, images)
     rows = {
         (POOL, name): np.unique(np.array([table.row(did) for did in own], np.int32)) for name, own in members.items()
     }
-    return Questions(MMEB, path, "test", "own", (POOL,), Pools(table, rows), read)
+    return EvalSet(MMEB, path, "test", "own", (POOL,), CandidatePools(table, rows), read)
 
 
 def _modality(content: MmebContent) -> str:

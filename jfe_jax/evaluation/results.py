@@ -12,7 +12,7 @@
 Metrics are fractions of 1. `without_source` is what they are once the candidates that show the query's own image are
 taken out of the pool; `two_way` is how often the best right candidate stands before all of those, `two_way_foil` before
 the wrong candidate that the data set names as the query's foil. `mistakes` are the shares of queries whose first result
-is wrong in that way (see mistakes.py). Asked with several prompts, `metrics` are their mean and `spread` the standard
+is wrong in that way (see error_analysis.py). Asked with several prompts, `metrics` are their mean and `spread` the standard
 deviation over the prompts.
 """
 
@@ -28,7 +28,7 @@ from jfe_jax.embedding.shard_store import write_json
 from jfe_jax.evaluation import metrics
 from jfe_jax.evaluation.aggregate import spread
 from jfe_jax.evaluation.error_analysis import MISTAKES
-from jfe_jax.evaluation.eval_set import Asked, Pools, UnitQueries, by_prompt, once
+from jfe_jax.evaluation.eval_set import CandidatePools, EvalQuery, EvalTask, by_prompt, first_occurrence
 from jfe_jax.evaluation.protocols import TASK_NAMES
 
 # What a query's line says besides ranks, which give hit@k and mrr.
@@ -36,21 +36,21 @@ _TOLD = ("recall@", "ndcg@", "map")
 
 
 @dataclass(frozen=True)
-class Answers:
+class RankedResults:
     """One unit's queries, given in one way, on one pool.
 
     Attributes:
       ranks: int [Q, T] of what is right, as in metrics.py; `gains` float [Q, T].
       own_ranks: int [Q, X] of the candidates that show the query's own image; `foil_ranks` int [Q, 1] of the foil.
       dangling: right candidates that are not in the pool.
-      rows, scores: [Q, depth] of the best candidates, positions in Pools.candidates, -1 where there are no more.
-      mistakes: int8 [Q]; what is wrong with the first result, see mistakes.py.
+      rows, scores: [Q, depth] of the best candidates, positions in CandidatePools.candidates, -1 where there are no more.
+      mistakes: int8 [Q]; what is wrong with the first result, see error_analysis.py.
     """
 
-    unit: UnitQueries
+    unit: EvalTask
     pool: str
     given: str
-    asked: list[Asked]
+    asked: list[EvalQuery]
     pool_size: int
     ranks: np.ndarray
     gains: np.ndarray
@@ -82,7 +82,7 @@ class Answers:
         return metrics.per_query(self.ranks_without_source, self.gains)
 
 
-def unit_results(unit: UnitQueries, answers: list[Answers]) -> dict:
+def unit_results(unit: EvalTask, answers: list[RankedResults]) -> dict:
     """The entry of one unit in results.json."""
     pools: dict[str, dict] = {}
     for one in answers:
@@ -104,7 +104,7 @@ def unit_results(unit: UnitQueries, answers: list[Answers]) -> dict:
     }
 
 
-def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
+def query_lines(answers: Iterable[RankedResults]) -> Iterable[dict]:
     """The lines of queries.jsonl: where the best right candidate stands, for each query, pool and way of asking.
 
     Ranks are from 1; None if what is asked for (a right candidate, the query's own image, its foil) is not in the pool.
@@ -137,7 +137,7 @@ def query_lines(answers: Iterable[Answers]) -> Iterable[dict]:
             }
 
 
-def write(out: Path, results: dict, answers: list[Answers], pools: Pools) -> None:
+def write_results(out: Path, results: dict, answers: list[RankedResults], pools: CandidatePools) -> None:
     """Writes results.json (last), queries.jsonl, runs/{unit}.{pool}.trec and qrels/{unit}.qrels.
 
     Asked with several prompts, there is a run for each, {unit}.{pool}.prompt{number}.trec.
@@ -162,17 +162,17 @@ def write(out: Path, results: dict, answers: list[Answers], pools: Pools) -> Non
                         # Nine digits give a float32 back exactly.
                         file.write(f"{qid} Q0 {did} {rank} {score:.9g} jfe\n")
         with (out / "qrels" / f"{name}.qrels").open("w", encoding="utf-8") as file:
-            for number in once(one.asked):
+            for number in first_occurrence(one.asked):
                 asked = one.asked[number]
                 for did, gain in asked.relevant.items():
                     file.write(f"{asked.query.qid} 0 {did} {gain}\n")
     write_json(out / "results.json", results)
 
 
-def _entry(one: Answers) -> dict:
+def _entry(one: RankedResults) -> dict:
     return {
         "size": one.pool_size,
-        "queries": len(once(one.asked)),
+        "queries": len(first_occurrence(one.asked)),
         "dangling": one.dangling,
         "metrics": metrics.means(one.metrics),
         "without_source": metrics.means(one.metrics_without_source),
@@ -187,7 +187,7 @@ def _entry(one: Answers) -> dict:
     }
 
 
-def _prompts(one: Answers) -> dict:
+def _prompts(one: RankedResults) -> dict:
     prompts = by_prompt(one.asked)
     if len(prompts) == 1:
         return {}
@@ -203,12 +203,14 @@ def _two_way(best: np.ndarray, others: np.ndarray) -> float | None:
     return float((best < metrics.best_rank(others))[asked].mean()) if asked.any() else None
 
 
-def _of(one: Answers, values: list[str | None]) -> dict:
+def _of(one: RankedResults, values: list[str | None]) -> dict:
     entries = {}
     for value in sorted({value for value in values if value}):
         chosen = np.array([other == value for other in values])
         entries[value] = {
-            "queries": len(once([asked for asked, wanted in zip(one.asked, chosen, strict=True) if wanted])),
+            "queries": len(
+                first_occurrence([asked for asked, wanted in zip(one.asked, chosen, strict=True) if wanted])
+            ),
             "metrics": metrics.means({name: numbers[chosen] for name, numbers in one.metrics.items()}),
             "without_source": metrics.means(
                 {name: numbers[chosen] for name, numbers in one.metrics_without_source.items()}

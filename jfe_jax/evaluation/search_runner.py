@@ -20,9 +20,18 @@ from jfe_jax.embedding.embedding_cache import StoredRows
 from jfe_jax.embedding.row_source import ArrayRows, Rows
 from jfe_jax.embedding.shard_store import decode
 from jfe_jax.evaluation import metrics
-from jfe_jax.evaluation.error_analysis import mistakes
-from jfe_jax.evaluation.eval_set import Asked, Pools, Questions, Targets, UnitQueries, by_prompt, once, rectangle
-from jfe_jax.evaluation.results import Answers
+from jfe_jax.evaluation.error_analysis import classify_mistakes
+from jfe_jax.evaluation.eval_set import (
+    CandidatePools,
+    EvalQuery,
+    EvalSet,
+    EvalTask,
+    Targets,
+    by_prompt,
+    first_occurrence,
+    pad_ragged,
+)
+from jfe_jax.evaluation.results import RankedResults
 from jfe_jax.parallel.distributed import all_or_none, allgather_json, is_process_zero
 from jfe_jax.search.exact import Found, Searcher
 
@@ -38,13 +47,13 @@ _QUERY_BYTES = 256 << 20
 class Job(NamedTuple):
     """A unit's queries given in one way: `first` and those after it among all queries' embeddings."""
 
-    unit: UnitQueries
+    unit: EvalTask
     given: str
-    asked: list[Asked]
+    asked: list[EvalQuery]
     first: int
 
 
-class Kept:
+class SearchCache:
     """Searches that are finished.
 
     Args:
@@ -86,25 +95,25 @@ class Kept:
                 os.replace(part, self._folder / f"{name}.npz")
 
 
-def answer(
+def run_searches(
     jobs: Sequence[Job],
-    questions: Questions,
+    questions: EvalSet,
     candidates: StoredRows,
     queries: StoredRows,
     contents: np.ndarray,
     *,
     depth: int,
-    kept: Kept,
+    kept: SearchCache,
     progress: Callable[[int], None],
-) -> list[Answers]:
-    """Answers of each job on each of the questions' pools, in this order.
+) -> list[RankedResults]:
+    """Returns the results of each job on each of the questions' pools, in this order.
 
     Args:
       candidates: embeddings of the questions' candidates; `queries` of all jobs' queries, and `contents`, what they
         say.
-      progress: called with the number of scores computed, or found computed, since its last call; see `scores`.
+      progress: called with the number of scores computed, or found computed, since its last call; see `count_scores`.
     """
-    done: dict[tuple[int, str], Answers] = {}
+    done: dict[tuple[int, str], RankedResults] = {}
     pools, table = questions.pools, questions.table
     # Units that share a pool one after the other: it is opened once.
     shared: dict[int, list[tuple[int, str]]] = {}
@@ -116,17 +125,17 @@ def answer(
         if jobs[number].asked[0].among is not None:
             rows = _in_memory(candidates)
             for number, pool in asks:
-                done[number, pool] = _ask_among(jobs[number], pool, rows, queries, table, depth, progress)
+                done[number, pool] = rank_subset(jobs[number], pool, rows, queries, table, depth, progress)
             continue
         rows = table.rows[pool, jobs[number].unit.unit.name]
         search = _Search(table, rows, candidates, queries, contents, depth, kept)
         for number, pool in asks:
-            done[number, pool] = search.ask(jobs[number], pool, progress)
+            done[number, pool] = search.search_pool(jobs[number], pool, progress)
     return [done[number, pool] for number in range(len(jobs)) for pool in pools]
 
 
-def scores(jobs: Sequence[Job], pools: Sequence[str], table: Pools) -> int:
-    """How many scores `answer` computes."""
+def count_scores(jobs: Sequence[Job], pools: Sequence[str], table: CandidatePools) -> int:
+    """How many scores `run_searches` computes."""
     return sum(
         len(job.asked) * len(table.rows[pool, job.unit.unit.name])
         if job.asked[0].among is None
@@ -141,20 +150,20 @@ class _Search:
 
     def __init__(
         self,
-        table: Pools,
+        table: CandidatePools,
         rows: np.ndarray,
         candidates: StoredRows,
         queries: StoredRows,
         contents: np.ndarray,
         depth: int,
-        kept: Kept,
+        kept: SearchCache,
     ):
         self._table, self._rows, self._queries, self._contents, self._kept = table, rows, queries, contents, kept
         self._candidates, self._depth = candidates[rows], depth
         self._digest = table.candidates.digest(rows)
         self._searcher: Searcher | None = None
 
-    def ask(self, job: Job, pool: str, progress: Callable[[int], None]) -> Answers:
+    def search_pool(self, job: Job, pool: str, progress: Callable[[int], None]) -> RankedResults:
         asked, table = job.asked, self._table
         targets = table.targets(asked, pool, job.unit.unit.name)
         parts = (targets.right, targets.own, targets.foil)
@@ -196,11 +205,13 @@ def _count(progress: Callable[[int], None], queries: int, rows: int) -> None:
     progress(queries * rows)
 
 
-def _answers(job: Job, pool: str, targets: Targets, found: Found, rows: np.ndarray, table: Pools) -> Answers:
+def _answers(
+    job: Job, pool: str, targets: Targets, found: Found, rows: np.ndarray, table: CandidatePools
+) -> RankedResults:
     widths = [part.shape[1] for part in (targets.right, targets.own)]
     ranks, own_ranks, foil_ranks = np.split(found.ranks, np.cumsum(widths), axis=1)
     dangling = targets.right == -2
-    return Answers(
+    return RankedResults(
         unit=job.unit,
         pool=pool,
         given=job.given,
@@ -210,10 +221,10 @@ def _answers(job: Job, pool: str, targets: Targets, found: Found, rows: np.ndarr
         gains=targets.gains,
         own_ranks=own_ranks,
         foil_ranks=foil_ranks,
-        dangling=int(dangling[once(job.asked)].sum()),
+        dangling=int(dangling[first_occurrence(job.asked)].sum()),
         rows=rows[found.rows],
         scores=found.scores,
-        mistakes=mistakes(job.asked, rows[found.rows[:, 0]], table),
+        mistakes=classify_mistakes(job.asked, rows[found.rows[:, 0]], table),
     )
 
 
@@ -223,15 +234,15 @@ def _in_memory(rows: StoredRows) -> Rows:
     return ArrayRows(decode(*rows.read(0, rows.shape[0]))) if size <= _IN_MEMORY else rows
 
 
-def _ask_among(
+def rank_subset(
     job: Job,
     pool: str,
     candidates: Rows,
     queries: StoredRows,
-    table: Pools,
+    table: CandidatePools,
     depth: int,
     progress: Callable[[int], None],
-) -> Answers:
+) -> RankedResults:
     """Each query against its own candidates; a wrong one with the right one's score stands before it."""
     questions, known = job.asked, table.candidates
     ranks, gains = ([[] for _ in questions] for _ in range(2))
@@ -250,18 +261,18 @@ def _ask_among(
         kept[number, : len(best)], scores[number, : len(best)] = own[best], found[best]
         progress(len(asked.among))
     nothing = np.zeros((len(questions), 0), np.int64)
-    return Answers(
+    return RankedResults(
         unit=job.unit,
         pool=pool,
         given=job.given,
         asked=questions,
         pool_size=len(table.rows[pool, job.unit.unit.name]),
-        ranks=rectangle(ranks, metrics.PADDING, np.int64),
-        gains=rectangle(gains, 0, np.float32),
+        ranks=pad_ragged(ranks, metrics.PADDING, np.int64),
+        gains=pad_ragged(gains, 0, np.float32),
         own_ranks=nothing,
         foil_ranks=nothing,
         dangling=0,
         rows=kept,
         scores=scores,
-        mistakes=mistakes(questions, kept[:, 0], table),
+        mistakes=classify_mistakes(questions, kept[:, 0], table),
     )

@@ -84,7 +84,7 @@ class PoolFile:
         return [resolve_image(self.candidate(position).item(), self.images) for position in range(start, stop)]
 
 
-class Pool:
+class EmbeddedPool:
     """An embedded pool.
 
     Args:

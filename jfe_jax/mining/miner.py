@@ -24,10 +24,10 @@ from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.embedding.row_source import Rows
 from jfe_jax.embedding.shard_store import write_json
 from jfe_jax.errors import UserError
-from jfe_jax.mining.candidate_pool import Pool, PoolFile
+from jfe_jax.mining.candidate_pool import EmbeddedPool, PoolFile
 from jfe_jax.mining.near_duplicates import Duplicates
 from jfe_jax.mining.query_file import QueryFile
-from jfe_jax.mining.select_negatives import Asked, Searched, Settings, check, choose, search
+from jfe_jax.mining.select_negatives import MiningConfig, MiningQuery, Searched, check, choose, search
 from jfe_jax.parallel.distributed import all_or_none, allgather_json, is_process_zero
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int], None]]]
@@ -35,11 +35,11 @@ Progress = Callable[[str, int], contextlib.AbstractContextManager[Callable[[int]
 WORK = "mining"
 _QUERIES = 4096
 # Queries, their embeddings [Q, E], and what was found.
-_Found = tuple[list[Asked], np.ndarray, list[Searched]]
+_Found = tuple[list[MiningQuery], np.ndarray, list[Searched]]
 
 
 @dataclass
-class Mined:
+class MiningSummary:
     """What came out for a unit.
 
     Attributes:
@@ -56,7 +56,7 @@ def mine(
     retriever: Retriever,
     mbeir: Mbeir,
     out: Path,
-    settings: Settings,
+    settings: MiningConfig,
     *,
     split: str = "train",
     units: Sequence[str] = (),
@@ -64,7 +64,7 @@ def mine(
     shard: int = SHARD,
     overwrite: bool = False,
     progress: Progress,
-) -> Iterator[Mined]:
+) -> Iterator[MiningSummary]:
     """Writes `out`, an M-BEIR directory like `mbeir` with mined negatives in the queries of a split.
 
     Everything else there is a link into the source. The embeddings of pools and queries stay in out/mining, so that a
@@ -86,7 +86,9 @@ def mine(
         chosen = [mbeir.unit(split, name) for name in units] if units else mbeir.units(split)
         pools = {unit.name: mbeir.pool_file(split, unit, settings.pool) for unit in chosen}
         if is_process_zero():
-            link_all(mbeir.path, out, {mbeir.query_file(split, unit).relative_to(mbeir.path) for unit in chosen})
+            mirror_with_links(
+                mbeir.path, out, {mbeir.query_file(split, unit).relative_to(mbeir.path) for unit in chosen}
+            )
     summary = []
     place = images or out / WORK / "images"
 
@@ -106,7 +108,7 @@ def mine(
                 if pools[unit.name] == path
             }
         with progress(f"embedding {path.stem}", -(-len(file.ids) // jax.process_count())) as tick:
-            pool = Pool(retriever, file, out / WORK / path.stem, settings.dtype, shard, overwrite, tick)
+            pool = EmbeddedPool(retriever, file, out / WORK / path.stem, settings.dtype, shard, overwrite, tick)
         for unit, queries in asked.items():
             embeddings = _embedded(retriever, queries, out / WORK / "queries", unit.name, shard, overwrite, progress)
             target = out / queries.path.relative_to(mbeir.path)
@@ -115,7 +117,7 @@ def mine(
                     target, out / WORK / unit.name, tick
                 )
             counts["missing_candidate_image"] = file.missing
-            summary.append(Mined(unit.name, counts))
+            summary.append(MiningSummary(unit.name, counts))
             yield summary[-1]
     told = {
         "checkpoint": str(retriever.path.resolve()),
@@ -138,7 +140,7 @@ def _wanted(mbeir: Mbeir, split: str, pools: dict[str, Path]) -> np.ndarray:
     return np.fromiter((image_id(one.image, mbeir.path) for one in rows), np.int64)
 
 
-def link_all(source: Path, out: Path, written: set[Path]) -> None:
+def mirror_with_links(source: Path, out: Path, written: set[Path]) -> None:
     """Makes `out` a copy of the directory `source` by links, but for the files `written`, and their folders.
 
     Raises:
@@ -185,7 +187,9 @@ def _embedded(
 class _Miner:
     """Mines for one unit, so many rows of its file at a time: all processes search for them, one chooses."""
 
-    def __init__(self, settings: Settings, pool: Pool, queries: QueryFile, embeddings: Rows | None, rows: int):
+    def __init__(
+        self, settings: MiningConfig, pool: EmbeddedPool, queries: QueryFile, embeddings: Rows | None, rows: int
+    ):
         self._settings, self._pool, self._queries, self._embeddings = settings, pool, queries, embeddings
         self._duplicates = Duplicates(settings.image_difference, pool.file.images)
         self._counts: Counter[str] = Counter()

@@ -19,7 +19,7 @@ from jfe_jax.data.storage.image_store import resolve_image
 from jfe_jax.embedding.string_table import NamesRead
 from jfe_jax.errors import UserError
 from jfe_jax.mining.candidate_pool import PoolFile
-from jfe_jax.mining.select_negatives import Asked
+from jfe_jax.mining.select_negatives import MiningQuery
 
 
 class QueryFile:
@@ -74,10 +74,10 @@ class QueryFile:
         items = (self._item(self._query(line, 0), MODALITIES[self._kinds[at]]) for at, line in enumerate(lines, start))
         return [resolve_image(item, self._pool.images) for item in items]
 
-    def asked(self, start: int, stop: int) -> list[Asked]:
+    def asked(self, start: int, stop: int) -> list[MiningQuery]:
         """Of the queries asked, those from `start` to `stop` - 1."""
         return [
-            Asked(
+            MiningQuery(
                 int(self.numbers[place]),
                 self.ids[place],
                 self._right[self._ends[place] : self._ends[place + 1]].tolist(),

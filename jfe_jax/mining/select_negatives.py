@@ -16,7 +16,7 @@ import numpy as np
 
 from jfe_jax.data.formats.mbeir import MODALITIES
 from jfe_jax.errors import UserError
-from jfe_jax.mining.candidate_pool import Pool
+from jfe_jax.mining.candidate_pool import EmbeddedPool
 from jfe_jax.mining.near_duplicates import Duplicates
 from jfe_jax.search.exact_scores import exact_scores
 
@@ -25,7 +25,7 @@ _COMPARED_FROM = 0.7
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class MiningConfig:
     """What is mined.
 
     Attributes:
@@ -56,7 +56,7 @@ class Settings:
     dtype: str = "float16"
 
 
-def check(settings: Settings) -> None:
+def check(settings: MiningConfig) -> None:
     """Raises UserError if settings contradict each other."""
     if settings.negatives < 1:
         raise UserError(f"negatives {settings.negatives}: at least one")
@@ -72,7 +72,7 @@ def check(settings: Settings) -> None:
         raise UserError(f"pick {settings.pick}: top or random")
 
 
-class Asked(NamedTuple):
+class MiningQuery(NamedTuple):
     """A query to mine for: its row number in the file, its id, its right candidates in the pool, what it wants."""
 
     number: int
@@ -93,7 +93,9 @@ class Searched(NamedTuple):
     found: list[tuple[tuple[np.ndarray, np.ndarray], int, str]]
 
 
-def search(settings: Settings, pool: Pool, asked: list[Asked], embeddings: np.ndarray) -> list[Searched]:
+def search(
+    settings: MiningConfig, pool: EmbeddedPool, asked: list[MiningQuery], embeddings: np.ndarray
+) -> list[Searched]:
     """The best candidates of the queries, float [Q, E]. Of several processes every one calls it, with the same."""
     depth = settings.last_rank + max(len(one.right) for one in asked)
     searched = []
@@ -113,14 +115,14 @@ def search(settings: Settings, pool: Pool, asked: list[Asked], embeddings: np.nd
 
 
 def choose(
-    settings: Settings,
-    pool: Pool,
+    settings: MiningConfig,
+    pool: EmbeddedPool,
     duplicates: Duplicates,
-    asked: list[Asked],
+    asked: list[MiningQuery],
     embeddings: np.ndarray,
     searched: list[Searched],
     counts: Counter[str],
-) -> Iterator[tuple[Asked, list[int]]]:
+) -> Iterator[tuple[MiningQuery, list[int]]]:
     """Each query with its negatives' positions in the pool."""
     for here, found in searched:
         best_right = _best_right(embeddings[here], pool, [asked[number].right for number in here])
@@ -135,7 +137,7 @@ def choose(
             yield asked[number], chosen
 
 
-def _best_right(embeddings: np.ndarray, pool: Pool, right: list[list[int]]) -> np.ndarray:
+def _best_right(embeddings: np.ndarray, pool: EmbeddedPool, right: list[list[int]]) -> np.ndarray:
     """float32 [Q]: the best score of each query's right candidates."""
     many = np.array([len(one) for one in right])
     there = np.arange(many.max()) < many[:, None]
@@ -149,10 +151,10 @@ class _Choice:
 
     def __init__(
         self,
-        settings: Settings,
-        pool: Pool,
+        settings: MiningConfig,
+        pool: EmbeddedPool,
         duplicates: Duplicates,
-        asked: Asked,
+        asked: MiningQuery,
         best_right: float,
         counts: Counter[str],
     ):

@@ -9,7 +9,7 @@ from jfe_jax.data.formats.mbeir import Candidate, Mbeir
 from jfe_jax.data.formats.mbeir_records import decode_row
 from jfe_jax.data.storage.image_store import DirectoryImages, ImageLookup, open_images
 from jfe_jax.errors import UserError
-from jfe_jax.evaluation.eval_set import ALL_PROMPTS, Asked
+from jfe_jax.evaluation.eval_set import ALL_PROMPTS, EvalQuery
 from jfe_jax.evaluation.load import read_questions
 from jfe_jax.evaluation.protocols import MBEIR, MMEB
 from jfe_jax.reports.comparison import Run
@@ -95,7 +95,7 @@ def _shown(runs: list[Run], names: list[str], pool: str, lines: list[dict], chos
 
 def _questions(
     results: dict, pool: str, chosen: dict, wanted: set[str], lines: dict
-) -> Iterator[tuple[str, Asked, dict[str, Candidate]]]:
+) -> Iterator[tuple[str, EvalQuery, dict[str, Candidate]]]:
     """Each chosen query again: its unit, itself, and the candidates wanted of its pool."""
     names = list(dict.fromkeys(unit for unit, _ in chosen))
     if results.get("protocol", MBEIR.name) != MBEIR.name:
@@ -127,7 +127,7 @@ def _questions(
             right = next((candidates[did] for did in relevant if did in candidates), None)
             prompts = mbeir.instructions(unit.dataset, query.modality, right.modality, required=False) if right else ()
             instruction = prompts[number] if number is not None and prompts else None
-            yield name, Asked(query, relevant, instruction, line["cluster"], line["kind"], line["edit"]), candidates
+            yield name, EvalQuery(query, relevant, instruction, line["cluster"], line["kind"], line["edit"]), candidates
 
 
 def _wanted(mbeir: Mbeir, file: Path, dids: set[str]) -> dict[str, Candidate]:

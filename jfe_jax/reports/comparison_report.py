@@ -198,7 +198,7 @@ def _bars(entry: dict, names: Sequence[str]) -> str:
         for name, row in entry[family].items()
     ]
     note = f'<p class="note">Whiskers: standard deviation over {entry["runs"]} runs.</p>' if entry["runs"] > 1 else ""
-    return svg_charts.legend(names) + svg_charts.bars(rows) + note
+    return svg_charts.legend(names) + svg_charts.bar_chart(rows) + note
 
 
 def _runs(models: dict[str, list[Run]]) -> str:

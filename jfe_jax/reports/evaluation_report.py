@@ -5,14 +5,14 @@ from pathlib import Path
 import numpy as np
 
 from jfe_jax.evaluation.error_analysis import MISTAKES
-from jfe_jax.evaluation.eval_set import once
+from jfe_jax.evaluation.eval_set import first_occurrence
 from jfe_jax.evaluation.evaluator import Evaluation
 from jfe_jax.evaluation.metrics import CUTOFFS, NOT_RETRIEVED
-from jfe_jax.evaluation.results import Answers
+from jfe_jax.evaluation.results import RankedResults
 from jfe_jax.reports import html, svg_charts
 from jfe_jax.reports.gallery import SHOWN, Card, Ranking, gallery
 from jfe_jax.reports.html import percent, text
-from jfe_jax.reports.published_table import beside
+from jfe_jax.reports.published_table import published_table
 
 _MISSES = _SUCCESSES = 6
 _HITS = ("hit@1", "hit@5", "hit@10")
@@ -60,7 +60,7 @@ def write(path: Path, evaluation: Evaluation) -> None:
     found = gallery(_cards(evaluation, pools[-1]), OUTCOMES, evaluation.images)
     sections = [
         ("summary", "Summary", _summary(results)),
-        ("published", "Beside published figures", beside(results)),
+        ("published", "Beside published figures", published_table(results)),
         ("bars", f"hit@1 by group and unit, {pools[-1]} pool", _bars(results, pools[-1])),
         *((f"pool-{pool}", f"{pool.capitalize()} pool", _pool(results, pool)) for pool in pools),
         ("mistakes", "Where the first result is wrong", "".join(_mistakes(results, pool) for pool in pools)),
@@ -129,7 +129,7 @@ def _metric_cells(entry: dict, names: tuple[str, ...]) -> list[str]:
 def _bars(results: dict, pool: str) -> str:
     entries = [(name, entry) for name, entry in results["groups"][pool].items()]
     entries += [(name, unit["pools"][pool]) for name, unit in results["units"].items()]
-    return svg_charts.bars(
+    return svg_charts.bar_chart(
         [
             (name, [(entry["metrics"]["hit@1"], entry["spread"]["hit@1"] if "spread" in entry else None)])
             for name, entry in entries
@@ -231,7 +231,7 @@ def _cards(evaluation: Evaluation, pool: str) -> list[Card]:
     for one in evaluation.answers:
         if one.pool == pool and one.given == main:
             # With the first prompt, if it was asked with several.
-            first = np.array(once(one.asked))
+            first = np.array(first_occurrence(one.asked))
             cards += [_card(one, int(first[at]), outcome, evaluation) for outcome, at in picked(one.best[first])]
     return cards
 
@@ -244,7 +244,7 @@ def picked(best: np.ndarray) -> list[tuple[str, int]]:
     return [("miss", int(number)) for number in misses] + [("success", int(number)) for number in spread]
 
 
-def _card(one: Answers, number: int, outcome: str, evaluation: Evaluation) -> Card:
+def _card(one: RankedResults, number: int, outcome: str, evaluation: Evaluation) -> Card:
     candidates = evaluation.pools.candidates
     asked = one.asked[number]
     rank = None if one.best[number] == NOT_RETRIEVED else int(one.best[number])

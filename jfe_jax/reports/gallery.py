@@ -14,7 +14,7 @@ from jfe_jax.data.formats.mbeir import Candidate
 from jfe_jax.data.image_transforms import decode
 from jfe_jax.data.storage.image_store import ImageLookup
 from jfe_jax.errors import UserError
-from jfe_jax.evaluation.eval_set import Asked
+from jfe_jax.evaluation.eval_set import EvalQuery
 from jfe_jax.reports.html import text
 
 THUMBNAIL = 96
@@ -37,7 +37,7 @@ class Card:
 
     unit: str
     outcome: str
-    asked: Asked
+    asked: EvalQuery
     rankings: list[Ranking]
     right: Candidate | None
 

@@ -6,7 +6,7 @@ from jfe_jax.reports.html import percent, text
 from jfe_jax.reports.published_results import BY_PROTOCOL, Published
 
 
-def beside(results: dict) -> str:
+def published_table(results: dict) -> str:
     """Published rows beside ours, with pool and source; empty for data that nothing was published on."""
     published = BY_PROTOCOL.get(results["protocol"], ())
     told = results["headline"]

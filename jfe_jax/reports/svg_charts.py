@@ -32,7 +32,7 @@ def legend(names: Sequence[str]) -> str:
     return f'<div class="legend">{keys}</div>'
 
 
-def bars(rows: Sequence[tuple[str, Sequence[tuple[float, float | None]]]]) -> str:
+def bar_chart(rows: Sequence[tuple[str, Sequence[tuple[float, float | None]]]]) -> str:
     """Horizontal bars of fractions: for each row its label, then (value, half length of the whisker) of each series."""
     tops = [value + (spread or 0) for _, values in rows for value, spread in values if value == value]
     if not tops:
@@ -64,7 +64,7 @@ def bars(rows: Sequence[tuple[str, Sequence[tuple[float, float | None]]]]) -> st
     return f'<div class="bars card">{"".join(drawn)}</div>'
 
 
-def curves(title: str, lines: Sequence[Curve]) -> str:
+def line_chart(title: str, lines: Sequence[Curve]) -> str:
     """Line chart of one quantity over steps; empty without points."""
     lines = [line for line in lines if line.points]
     if not lines:
@@ -113,7 +113,7 @@ def training_charts(runs: Sequence[tuple[str, int, Path]]) -> str:
             ):
                 points = _thinned([(row["step"], row[key]) for row in rows if math.isfinite(row.get(key, math.nan))])
                 charts.setdefault(f"{stage}: {title}", []).append(Curve(name, series, points))
-    drawn = "".join(curves(title, lines) for title, lines in charts.items())
+    drawn = "".join(line_chart(title, lines) for title, lines in charts.items())
     return f'<div class="curves">{drawn}</div>' if drawn else ""
 
 

@@ -15,9 +15,9 @@ from jfe_jax.data.formats.mbeir import Candidate, Mbeir, Query
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation import results
-from jfe_jax.evaluation.aggregate import with_means
-from jfe_jax.evaluation.error_analysis import MISTAKES, mistakes
-from jfe_jax.evaluation.eval_set import Asked, Pools
+from jfe_jax.evaluation.aggregate import add_means
+from jfe_jax.evaluation.error_analysis import MISTAKES, classify_mistakes
+from jfe_jax.evaluation.eval_set import CandidatePools, EvalQuery
 from jfe_jax.evaluation.evaluator import evaluate
 from jfe_jax.evaluation.metrics import CUTOFFS
 from jfe_jax.evaluation.protocols import FORMS, MBEIR, MBEIR_UNITS
@@ -34,7 +34,7 @@ def evaluation(shapes_retriever, mbeir_path):
 @pytest.fixture(scope="module")
 def written(evaluation, tmp_path_factory):
     out = tmp_path_factory.mktemp("out")
-    results.write(out, evaluation.results, evaluation.answers, evaluation.pools)
+    results.write_results(out, evaluation.results, evaluation.answers, evaluation.pools)
     return out
 
 
@@ -140,10 +140,10 @@ def test_the_headline_wants_every_unit_in_the_published_order():
         entry = {"queries": 1, "metrics": metrics, "without_source": metrics, "kinds": {}}
         return {"unit": name, "dataset": dataset, "task": int(task), "pools": {"local": entry}}
 
-    told = with_means([unit(name) for name in MBEIR_UNITS], MBEIR)
+    told = add_means([unit(name) for name in MBEIR_UNITS], MBEIR)
     assert told["headline"]["local"]["value"] == pytest.approx((3 * 1.0 + 13 * 0.5) / 16)
     assert sum(len(told["members"][form]) for form in FORMS) == 16
-    part = with_means([unit(name) for name in MBEIR_UNITS[1:]], MBEIR)["headline"]["local"]
+    part = add_means([unit(name) for name in MBEIR_UNITS[1:]], MBEIR)["headline"]["local"]
     assert part["value"] is None and part["missing"] == ["visualnews_task0"]
     assert sorted(reversed(MBEIR_UNITS), key=lambda name: MBEIR.order(name, 0)) == list(MBEIR_UNITS)
 
@@ -168,11 +168,11 @@ def test_mistakes_tell_a_wrong_modality_from_a_wrong_item():
         Candidate("0:1", "A cat.", shown, "image,text"),
         Candidate("0:0", None, other, "image"),
     ]
-    pools = Pools(CandidateTable.from_candidates(candidates, Path("x")), {})
-    asked = Asked(query("a  cat.", None, "text"), {"0:4": 1}, None, "0:0", None, None, wanted="image")
-    assert mistakes([asked] * 5, np.arange(5), pools).tolist() == [0, 2, 1, 1, 3]
-    lost = Asked(query(None, shown, "image"), {"0:9": 1}, None, "0:0", None, None, wanted="text")
-    assert mistakes([lost] * 3, np.array([0, 1, 4]), pools).tolist() == [1, 3, 2]
+    pools = CandidatePools(CandidateTable.from_candidates(candidates, Path("x")), {})
+    asked = EvalQuery(query("a  cat.", None, "text"), {"0:4": 1}, None, "0:0", None, None, wanted="image")
+    assert classify_mistakes([asked] * 5, np.arange(5), pools).tolist() == [0, 2, 1, 1, 3]
+    lost = EvalQuery(query(None, shown, "image"), {"0:9": 1}, None, "0:0", None, None, wanted="text")
+    assert classify_mistakes([lost] * 3, np.array([0, 1, 4]), pools).tolist() == [1, 3, 2]
 
 
 def test_mistakes_and_hits_are_all_there_is(evaluation):
@@ -198,7 +198,7 @@ def test_all_prompts_are_asked_and_averaged(shapes_retriever, mbeir_path, tmp_pa
     assert group["spread"]["map"] == pytest.approx(
         np.std([one["groups"]["global"]["all units"]["metrics"]["map"] for one in alone], ddof=1)
     )
-    results.write(tmp_path, whole.results, whole.answers, whole.pools)
+    results.write_results(tmp_path, whole.results, whole.answers, whole.pools)
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {
         f"{unit}.global.prompt{number}.trec" for unit in options["units"] for number in range(4)
     }

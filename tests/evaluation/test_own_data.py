@@ -12,7 +12,7 @@ from PIL import Image
 from jfe_jax.data.item import Item
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation import results
-from jfe_jax.evaluation.aggregate import with_means
+from jfe_jax.evaluation.aggregate import add_means
 from jfe_jax.evaluation.evaluator import ask
 from jfe_jax.evaluation.load import read_questions
 from jfe_jax.evaluation.protocols import MMEB
@@ -53,7 +53,7 @@ def test_own_files_give_trec_evals_figures(shapes_retriever, own, tmp_path):
     assert (unit["queries"], unit["unjudged"], entry["size"], entry["dangling"]) == (9, 1, 36, 1)
     said = "\n".join(told["warnings"])
     assert "1 queries have no right" in said and "1 queries that are not asked, such as stranger" in said
-    results.write(tmp_path / "out", told, evaluation.answers, evaluation.pools)
+    results.write_results(tmp_path / "out", told, evaluation.answers, evaluation.pools)
     qrels = list(ir_measures.read_trec_qrels(str(tmp_path / "out/qrels/shop.qrels")))
     run = list(ir_measures.read_trec_run(str(tmp_path / "out/runs/shop.local.trec")))
     theirs = ir_measures.calc_aggregate([ir_measures.nDCG @ 10, ir_measures.AP, ir_measures.R @ 20], qrels, run)
@@ -213,7 +213,7 @@ def test_mmeb_ranks_each_query_among_its_own(shapes_retriever, mmeb, tmp_path):
     assert entry["metrics"]["hit@1"] == np.mean(hits) and 0 < np.mean(hits) < 1
     answers = evaluation.answers[0]
     assert (answers.rows >= 0).sum(1).tolist() == [3, 4, 5] * 2, "doubles are one candidate"
-    results.write(tmp_path / "out", told, evaluation.answers, evaluation.pools)
+    results.write_results(tmp_path / "out", told, evaluation.answers, evaluation.pools)
     assert len((tmp_path / "out/runs/VOC2007.per-query.trec").read_text().splitlines()) == 24
     evaluation_report.write(tmp_path / "out/report.html", evaluation)
     page = (tmp_path / "out/report.html").read_text()
@@ -242,7 +242,7 @@ def test_mmebs_36_tasks_and_their_means():
         entry = {"queries": 1, "metrics": {"hit@1": hit}, "without_source": {"hit@1": hit}, "kinds": {}}
         return {"unit": name, "dataset": name, "task": -1, "pools": {"per-query": entry}}
 
-    told = with_means([unit(name, number / 36) for number, name in enumerate(MMEB.units)], MMEB)
+    told = add_means([unit(name, number / 36) for number, name in enumerate(MMEB.units)], MMEB)
     assert told["headline"]["per-query"]["value"] == pytest.approx(np.arange(36).mean() / 36)
 
 

@@ -22,7 +22,7 @@ from jfe_jax.errors import UserError
 from jfe_jax.evaluation import results
 from jfe_jax.evaluation.evaluator import Keep, evaluate
 from jfe_jax.mining.miner import mine
-from jfe_jax.mining.select_negatives import Settings
+from jfe_jax.mining.select_negatives import MiningConfig
 from jfe_jax.reports import comparison_report, evaluation_report
 from jfe_jax.reports.comparison import compare, load_models
 from jfe_jax.search.exact import Searcher
@@ -183,7 +183,7 @@ def test_images_are_read_from_the_archive(shapes_retriever, mbeir_path, tmp_path
             archive_images(path, parts=3)
             shutil.rmtree(tmp_path / "shared")
         evaluation = evaluate(shapes_retriever, Mbeir(path), units=UNITS, keep=keep, progress=quiet)
-        results.write(tmp_path / "out", evaluation.results, evaluation.answers, evaluation.pools)
+        results.write_results(tmp_path / "out", evaluation.results, evaluation.answers, evaluation.pools)
         evaluation_report.write(tmp_path / "out/report.html", evaluation)
         files.append((tmp_path / "out/runs/shapes_task7.global.trec").read_bytes())
         pages.append((tmp_path / "out/report.html").read_text())
@@ -194,7 +194,7 @@ def test_images_are_read_from_the_archive(shapes_retriever, mbeir_path, tmp_path
     models = load_models({"one": [tmp_path / "out"]})
     comparison_report.write(tmp_path / "compare.html", compare(models, replicates=5), models)
     assert "data:image/webp" in (tmp_path / "compare.html").read_text()
-    (mined,) = mine(shapes_retriever, Mbeir(path), tmp_path / "mined", Settings(), units=UNITS[1:], progress=quiet)
+    (mined,) = mine(shapes_retriever, Mbeir(path), tmp_path / "mined", MiningConfig(), units=UNITS[1:], progress=quiet)
     assert mined.counts["queries"] == 6 and not mined.counts["missing_image"] + mined.counts["missing_candidate_image"]
     assert mined.counts["wanted_modality"]
     edit_row(path / "query/test/mbeir_shapes_task7_test.jsonl", 2, query_img_path="mbeir_images/gone.png")

@@ -13,7 +13,7 @@ from jfe_jax.data.prepare.validate import validate_mbeir
 from jfe_jax.errors import UserError
 from jfe_jax.mining.miner import mine
 from jfe_jax.mining.near_duplicates import Duplicates
-from jfe_jax.mining.select_negatives import Settings
+from jfe_jax.mining.select_negatives import MiningConfig
 from tests.support.mbeir_directory import edit_row, make_mbeir
 from tests.support.tiny_retriever import quiet
 
@@ -25,7 +25,7 @@ def data(mbeir_path, tmp_path):
 
 
 def mined(retriever, data, out, *, units, **settings):
-    settings = Settings(dtype="float32", **settings)
+    settings = MiningConfig(dtype="float32", **settings)
     done = list(mine(retriever, Mbeir(data), out, settings, units=units, progress=quiet))
     by_unit = {one.unit: one.counts for one in done}
     return by_unit, {unit: Mbeir(out).queries("train", Mbeir(out).unit("train", unit)) for unit in by_unit}

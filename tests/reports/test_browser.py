@@ -45,7 +45,7 @@ def pages(shapes_retriever, mbeir_path, tmp_path_factory):
     """The report of an evaluation and of a comparison."""
     out = tmp_path_factory.mktemp("pages")
     evaluation = evaluate(shapes_retriever, Mbeir(mbeir_path), instruction="all", progress=quiet)
-    results.write(out / "one", evaluation.results, evaluation.answers, evaluation.pools)
+    results.write_results(out / "one", evaluation.results, evaluation.answers, evaluation.pools)
     evaluation_report.write(out / "evaluation.html", evaluation)
     models = load_models({"one": [out / "one"], "other": [out / "one"]})
     comparison_report.write(out / "comparison.html", compare(models, replicates=20), models)

@@ -72,7 +72,7 @@ def evaluations(shapes_retriever, nasty, tmp_path_factory):
         evaluation = evaluate(
             shapes_retriever, Mbeir(nasty), instruction=instruction, given=("all", "text", "image"), progress=quiet
         )
-        results.write(out / name, evaluation.results, evaluation.answers, evaluation.pools)
+        results.write_results(out / name, evaluation.results, evaluation.answers, evaluation.pools)
         evaluation_report.write(out / name / "report.html", evaluation)
     return out
 

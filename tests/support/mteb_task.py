@@ -18,14 +18,14 @@ from sentence_transformers import SentenceTransformer
 
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.embedding.retriever import Retriever
-from jfe_jax.evaluation.eval_set import UnitQueries, read_mbeir
+from jfe_jax.evaluation.eval_set import EvalTask, read_mbeir
 from jfe_jax.evaluation.evaluator import ask
 from tests.support.tiny_retriever import quiet
 
 CUTOFFS = (1, 5, 10, 20, 50)
 
 
-def task_of(asked: UnitQueries, candidates: list) -> AbsTaskRetrieval:
+def task_of(asked: EvalTask, candidates: list) -> AbsTaskRetrieval:
     """mteb's task of one unit: queries as instructed, its pool, its judgements."""
     sides = [one.replace("image,text", "it").replace("image", "i").replace("text", "t") for one in _modalities(asked)]
 
@@ -64,7 +64,7 @@ def task_of(asked: UnitQueries, candidates: list) -> AbsTaskRetrieval:
     return Unit()
 
 
-def _modalities(asked: UnitQueries) -> tuple[str, str]:
+def _modalities(asked: EvalTask) -> tuple[str, str]:
     # A query with an instruction has a text, whatever else it has.
     item = asked.asked[0].item("all")
     there = ("image", item.image is not None), ("text", bool(item.text or item.instruction))
