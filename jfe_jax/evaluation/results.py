@@ -12,8 +12,8 @@
 Metrics are fractions of 1. `without_source` is what they are once the candidates that show the query's own image are
 taken out of the pool; `two_way` is how often the best right candidate stands before all of those, `two_way_foil` before
 the wrong candidate that the data set names as the query's foil. `mistakes` are the shares of queries whose first result
-is wrong in that way (see error_analysis.py). Asked with several prompts, `metrics` are their mean and `spread` the standard
-deviation over the prompts.
+is wrong in that way (see error_analysis.py). Asked with several prompts, `metrics` are their mean and `spread` the
+standard deviation over the prompts.
 """
 
 import functools
@@ -43,7 +43,8 @@ class RankedResults:
       ranks: int [Q, T] of what is right, as in metrics.py; `gains` float [Q, T].
       own_ranks: int [Q, X] of the candidates that show the query's own image; `foil_ranks` int [Q, 1] of the foil.
       dangling: right candidates that are not in the pool.
-      rows, scores: [Q, depth] of the best candidates, positions in CandidatePools.candidates, -1 where there are no more.
+      rows, scores: [Q, depth] of the best candidates, positions in CandidatePools.candidates; -1 where there are no
+        more.
       mistakes: int8 [Q]; what is wrong with the first result, see error_analysis.py.
     """
 
