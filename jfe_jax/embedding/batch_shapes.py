@@ -11,7 +11,7 @@ from jfe_jax.data.pipeline.offline_packing import GroupShape, Size, pack_offline
 from jfe_jax.models.registry import get_backbone
 
 
-class Scale(NamedTuple):
+class ShapePolicy(NamedTuple):
     """How finely shapes are fitted to the items.
 
     Attributes:
@@ -29,12 +29,12 @@ class Scale(NamedTuple):
 
 # On a CPU 2,048 tokens are as fast as more, and leave less empty at the end. A program is compiled in two seconds, in
 # which it embeds few items.
-CPU = Scale(2048, 16, 4, 64)
-ACCELERATOR = Scale(4096, 128, 2, 256)
+CPU = ShapePolicy(2048, 16, 4, 64)
+ACCELERATOR = ShapePolicy(4096, 128, 2, 256)
 # Rows are longer than this only if an item is; and a row for all that there is.
 LONGEST_ROW, LONGEST_SINGLE = 2048, 512
 # Rows of another length than those compiled for have to save so much, and a further length beside others so much.
-WORTH, FURTHER = 0.1, 0.01
+MIN_GAIN_TO_SWITCH, MIN_GAIN_PER_LENGTH = 0.1, 0.01
 # A further length means programs to compile: not for items whose text tower takes fewer FLOPs, seconds on a core.
 LEAST_WORK = 2e11
 # Of the items as many are laid out to see what rows of some lengths cost.
@@ -47,10 +47,10 @@ _TOKENS_OF_ITEM = 8
 _ATTENTION = 3.0
 
 
-class Rooms:
+class BatchShapePlanner:
     """Chooses for one model, and remembers what is compiled."""
 
-    def __init__(self, model: ModelConfig, scale: Scale):
+    def __init__(self, model: ModelConfig, scale: ShapePolicy):
         self._model, self._scale = model, scale
         self._backbone = get_backbone(model)
         self._shortest_with_image = model.vision.patches + 2
@@ -93,11 +93,11 @@ class Rooms:
         some = sorted(sizes, reverse=True)[:: -(-len(sizes) // _TRIED)]
         alone = sum(size.tokens * self._token_cost(size.tokens) for size in some)
         kept = self._cost(some, self._chosen) / alone if longest <= max(self._chosen, default=0) else float("inf")
-        if kept * (1 - WORTH) > self._excess:
+        if kept * (1 - MIN_GAIN_TO_SWITCH) > self._excess:
             work = alone * len(sizes) / len(some) * self._model.text.depth
             best = self._best(some, self._scale.lengths if work > LEAST_WORK else 1)
             excess = self._cost(some, best) / alone
-            if kept * (1 - WORTH) > excess:
+            if kept * (1 - MIN_GAIN_TO_SWITCH) > excess:
                 self._chosen, kept = best, excess
             self._excess = kept
             self._used.update(self._chosen)
@@ -116,7 +116,7 @@ class Rooms:
             while len(lengths) < most:
                 more = [[*lengths, one] for one in range(step, max(lengths), step) if one not in lengths]
                 costs = [self._cost(sizes, each) for each in more]
-                if min(costs, default=cost) > cost * (1 - FURTHER):
+                if min(costs, default=cost) > cost * (1 - MIN_GAIN_PER_LENGTH):
                     break
                 cost = min(costs)
                 lengths = more[costs.index(cost)]

@@ -19,7 +19,7 @@ from jfe_jax.data.item import EncodedItem, Item
 from jfe_jax.data.pipeline.offline_packing import GroupShape, Size, pack_offline
 from jfe_jax.data.pipeline.packer import Packer
 from jfe_jax.data.processor import ItemEncoder
-from jfe_jax.embedding.batch_shapes import ACCELERATOR, Rooms, Scale
+from jfe_jax.embedding.batch_shapes import ACCELERATOR, BatchShapePlanner, ShapePolicy
 from jfe_jax.errors import UserError
 from jfe_jax.models.registry import get_backbone
 
@@ -48,10 +48,10 @@ class BatchMaker:
       encoder: of the items.
     """
 
-    def __init__(self, config: Config, groups: int, scale: Scale = ACCELERATOR):
+    def __init__(self, config: Config, groups: int, scale: ShapePolicy = ACCELERATOR):
         self.encoder = ItemEncoder(config.tokens, config.model.vision, config.model.image_token)
         self._model, self._groups = config.model, groups
-        self._rooms = Rooms(config.model, scale)
+        self._shape_planner = BatchShapePlanner(config.model, scale)
         self._pixels: collections.OrderedDict[Path, Future[np.ndarray]] = collections.OrderedDict()
 
     def batches(self, items: Sequence[Item], names: Sequence[str] | None) -> Iterator[tuple[PackedBatch, np.ndarray]]:
@@ -101,11 +101,13 @@ class BatchMaker:
         numbers, left = list(sizes), dict(sizes)
         filled: Iterator[tuple[GroupShape, list[list[int]]]] = iter(())
         while left:
-            if room := self._rooms.single(left.values()):
+            if room := self._shape_planner.single(left.values()):
                 yield room, [list(left)]
                 return
             if len(left) == len(numbers):
-                filled = pack_offline(list(sizes.values()), self._rooms.several(list(sizes.values())), self._groups)
+                filled = pack_offline(
+                    list(sizes.values()), self._shape_planner.several(list(sizes.values())), self._groups
+                )
             made = list(itertools.islice(filled, self._groups))
             groups = [[numbers[index] for row in rows for index in row] for _, rows in made]
             for number in itertools.chain.from_iterable(groups):

@@ -19,7 +19,7 @@ from jfe_jax.data.item import Item
 from jfe_jax.embedding.index import IDS, MANIFEST, Index, Manifest
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.embedding.row_source import require_finite
-from jfe_jax.embedding.shard_store import DTYPES, EMBEDDINGS, PLAN, SCALES, Storage, clear, remove
+from jfe_jax.embedding.shard_store import DTYPES, EMBEDDINGS, PLAN, SCALES, ShardStore, clear, remove
 from jfe_jax.errors import UserError
 from jfe_jax.parallel.distributed import all_or_none, is_process_zero, on_process_zero
 
@@ -77,7 +77,7 @@ def embed(
     of their images count, not the images' content.
 
     Args:
-      dtype: one of storage.DTYPES: how the rows are stored.
+      dtype: one of shard_store.DTYPES: how the rows are stored.
       shard: items of a shard.
       overwrite: begin anew whatever is there.
       progress: called with the number of items done, or found done, since its last call.
@@ -98,20 +98,20 @@ def embed(
         "source_digest": source.digest,
     }
     _require_same(plan, f"{retriever.path} and {source.path}")
-    storage = Storage(out, plan)
-    finished, kept = on_process_zero(lambda: _begin(storage, overwrite)), storage.count
+    store = ShardStore(out, plan)
+    finished, kept = on_process_zero(lambda: _begin(store, overwrite)), store.count
     if finished:
         if progress:
             progress(len(source.ids))
     else:
         with all_or_none():
-            kept = _embed_share(retriever, source, storage, progress)
+            kept = _embed_share(retriever, source, store, progress)
         with all_or_none():
             if is_process_zero():
-                _finish(storage, retriever, source)
+                _finish(store, retriever, source)
     with all_or_none():
         index = Index.open(out)
-    return Embedded(index, storage.count, kept)
+    return Embedded(index, store.count, kept)
 
 
 def _require_same(plan: dict, what: str) -> None:
@@ -125,33 +125,35 @@ def _require_same(plan: dict, what: str) -> None:
             )
 
 
-def _begin(storage: Storage, overwrite: bool) -> bool:
+def _begin(store: ShardStore, overwrite: bool) -> bool:
     """Whether there is nothing left to do."""
-    out = storage.folder
+    out = store.folder
     if overwrite:
         (out / MANIFEST).unlink(missing_ok=True)
         remove(out)
         (out / IDS).unlink(missing_ok=True)
     if (out / MANIFEST).exists():
-        _require_finished(out, storage.plan)
+        _require_finished(out, store.plan)
         return True
     if not (out / PLAN).exists() and (foreign := [name for name in _OWN_FILES if (out / name).exists()]):
         raise UserError(
             f"{out}: holds {' and '.join(foreign)} but no {MANIFEST}, so `jfe embed` did not write it; choose another "
             "--out, or replace it with --overwrite"
         )
-    storage.begin()
+    store.begin()
     (out / _FAILED).unlink(missing_ok=True)
     return False
 
 
-def _embed_share(retriever: Retriever, source: Source, storage: Storage, progress: Callable[[int], None] | None) -> int:
+def _embed_share(
+    retriever: Retriever, source: Source, store: ShardStore, progress: Callable[[int], None] | None
+) -> int:
     """This process's shards; how many of them were there."""
-    kept, failed, several = 0, storage.folder / _FAILED, jax.process_count() > 1
+    kept, failed, several = 0, store.folder / _FAILED, jax.process_count() > 1
     try:
-        for number in range(jax.process_index(), storage.count, jax.process_count()):
-            start, stop = storage.bounds(number)
-            if storage.finished(number):
+        for number in range(jax.process_index(), store.count, jax.process_count()):
+            start, stop = store.bounds(number)
+            if store.finished(number):
                 kept += 1
                 if progress:
                     progress(stop - start)
@@ -162,7 +164,7 @@ def _embed_share(retriever: Retriever, source: Source, storage: Storage, progres
             before = retriever.cut_texts
             rows = retriever.encode(source.items(start, stop), names=names, progress=progress)
             require_finite(rows, names, str(retriever.path))
-            storage.write(number, rows, retriever.cut_texts - before)
+            store.write(number, rows, retriever.cut_texts - before)
     except Exception:
         with contextlib.suppress(OSError):
             if several:
@@ -182,18 +184,18 @@ def _require_finished(out: Path, plan: dict) -> None:
     index.require_undamaged()
 
 
-def _finish(storage: Storage, retriever: Retriever, source: Source) -> None:
-    shards = storage.finish()
-    part, digest = storage.folder / f"{IDS}.part", hashlib.sha256()
+def _finish(store: ShardStore, retriever: Retriever, source: Source) -> None:
+    shards = store.finish()
+    part, digest = store.folder / f"{IDS}.part", hashlib.sha256()
     with part.open("wb") as stream:
         for start in range(0, len(source.ids), SHARD):
             names = "".join(f"{one}\n" for one in source.ids[start : start + SHARD]).encode()
             digest.update(names)
             stream.write(names)
-    os.replace(part, storage.folder / IDS)
+    os.replace(part, store.folder / IDS)
     # Last: what has no manifest does not open.
     Manifest(
-        **storage.plan,
+        **store.plan,
         checkpoint=str(retriever.path.resolve()),
         step=retriever.step,
         source=str(source.path.resolve()),
@@ -201,5 +203,5 @@ def _finish(storage: Storage, retriever: Retriever, source: Source) -> None:
         norm=max(shard.norm for shard in shards),
         score_error=max(shard.error for shard in shards),
         shards=shards,
-    ).write(storage.folder)
-    clear(storage.folder)
+    ).write(store.folder)
+    clear(store.folder)

@@ -28,7 +28,7 @@ from jfe_jax.embedding.index import MANIFEST, Index
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.embedding.row_source import FileRows
 from jfe_jax.embedding.shard_store import PLAN, write_json
-from jfe_jax.embedding.string_table import ChosenNames
+from jfe_jax.embedding.string_table import LazyNames
 from jfe_jax.errors import UserError
 from jfe_jax.parallel.distributed import all_or_none, is_process_zero
 
@@ -37,7 +37,7 @@ CHECKPOINT, CONTENTS = "checkpoint.json", "contents.npy"
 _GAP = 8
 
 
-class Wanted(Protocol):
+class EmbeddingRequest(Protocol):
     """Items to have embeddings of.
 
     Attributes:
@@ -60,14 +60,14 @@ class Wanted(Protocol):
         """An item."""
 
 
-class Stored(NamedTuple):
+class EmbeddingLocation(NamedTuple):
     """Where embeddings are: of each of the N items its index, int16, and its row there, int32."""
 
     index: np.ndarray
     row: np.ndarray
 
 
-class Stores:
+class EmbeddingCache:
     """The directory, opened for one checkpoint.
 
     Args:
@@ -104,7 +104,7 @@ class Stores:
             self.__exit__()
             raise
 
-    def __enter__(self) -> "Stores":
+    def __enter__(self) -> "EmbeddingCache":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -113,13 +113,15 @@ class Stores:
             os.close(self._lock)
             self._lock = None
 
-    def missing(self, wanted: Wanted, dtype: str) -> np.ndarray:
+    def missing(self, wanted: EmbeddingRequest, dtype: str) -> np.ndarray:
         """int64, rising: numbers of items, each content once, that no index of that type holds."""
         found = self._find(wanted.contents, dtype)
         left = np.flatnonzero(found.index < 0)
         return left[np.sort(np.unique(wanted.contents[left], return_index=True)[1])]
 
-    def complete(self, wanted: Wanted, dtype: str, progress: Callable[[int], None] | None = None) -> Stored:
+    def ensure(
+        self, wanted: EmbeddingRequest, dtype: str, progress: Callable[[int], None] | None = None
+    ) -> EmbeddingLocation:
         """Embeds what is missing.
 
         Raises:
@@ -139,15 +141,15 @@ class Stores:
                 self._add(folder)
         return self._find(wanted.contents, dtype)
 
-    def rows(self, stored: Stored) -> "StoredRows":
+    def rows(self, stored: EmbeddingLocation) -> "CachedRows":
         """The embeddings, for `search`."""
-        return StoredRows([index.rows for index in self.indices], stored)
+        return CachedRows([index.rows for index in self.indices], stored)
 
-    def score_error(self, stored: Stored) -> float:
+    def score_error(self, stored: EmbeddingLocation) -> float:
         """No score of these with a query of length 1 is further from that of the unrounded rows."""
         return max((self.indices[number].manifest.score_error for number in np.unique(stored.index)), default=0.0)
 
-    def cut_texts(self, stored: Stored) -> int:
+    def cut_texts(self, stored: EmbeddingLocation) -> int:
         """Texts that were cut, in the shards that hold any of these."""
         total = 0
         for number in np.unique(stored.index):
@@ -199,8 +201,8 @@ class Stores:
         self.indices.append(index)
         self._contents.append(contents)
 
-    def _find(self, contents: np.ndarray, dtype: str) -> Stored:
-        found = Stored(np.full(len(contents), -1, np.int16), np.zeros(len(contents), np.int32))
+    def _find(self, contents: np.ndarray, dtype: str) -> EmbeddingLocation:
+        found = EmbeddingLocation(np.full(len(contents), -1, np.int16), np.zeros(len(contents), np.int32))
         for number, known in enumerate(self._contents):
             if self.indices[number].manifest.dtype != dtype:
                 continue
@@ -211,14 +213,14 @@ class Stores:
         return found
 
 
-class StoredRows:
-    """Rows of several files in an order of their own; as rows.Rows.
+class CachedRows:
+    """Rows of several files in an order of their own; as row_source.RowSource.
 
     Args:
       files: of one type and width.
     """
 
-    def __init__(self, files: Sequence[FileRows], stored: Stored):
+    def __init__(self, files: Sequence[FileRows], stored: EmbeddingLocation):
         self._files, self._stored = files, stored
         used = [files[number] for number in np.unique(stored.index)]
         self.shape = len(stored.row), files[0].shape[1]
@@ -230,9 +232,9 @@ class StoredRows:
         """Of a row as stored."""
         return self.shape[1] * self._dtype.itemsize
 
-    def __getitem__(self, rows: np.ndarray) -> "StoredRows":
+    def __getitem__(self, rows: np.ndarray) -> "CachedRows":
         """Some of the rows, in another order."""
-        return StoredRows(self._files, Stored(*(part[rows] for part in self._stored)))
+        return CachedRows(self._files, EmbeddingLocation(*(part[rows] for part in self._stored)))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray | None]:
         index, row = (part[start:stop] for part in self._stored)
@@ -258,10 +260,10 @@ class StoredRows:
 class _Part:
     """Some of what is wanted, as embed.Source."""
 
-    def __init__(self, wanted: Wanted, chosen: np.ndarray):
+    def __init__(self, wanted: EmbeddingRequest, chosen: np.ndarray):
         self._wanted, self._chosen, self.path = wanted, chosen, wanted.path
         self.digest = _digest(wanted.contents[chosen])
-        self.ids = ChosenNames(chosen, wanted.id)
+        self.ids = LazyNames(chosen, wanted.id)
 
     def items(self, start: int, stop: int) -> list[Item]:
         return [self._wanted.item(number) for number in self._chosen[start:stop]]

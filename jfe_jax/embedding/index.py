@@ -16,8 +16,8 @@ import numpy as np
 
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.embedding.row_source import FileRows
-from jfe_jax.embedding.shard_store import EMBEDDINGS, SCALES, Shard, Storage, write_json
-from jfe_jax.embedding.string_table import Names
+from jfe_jax.embedding.shard_store import EMBEDDINGS, SCALES, Shard, ShardStore, write_json
+from jfe_jax.embedding.string_table import StringTable
 from jfe_jax.errors import UserError
 
 MANIFEST, IDS = "manifest.json", "ids.txt"
@@ -77,7 +77,7 @@ class Index:
 
     path: Path
     manifest: Manifest
-    ids: Names
+    ids: StringTable
     rows: FileRows
 
     @classmethod
@@ -89,7 +89,7 @@ class Index:
             names = (path / IDS).read_bytes()
             scales = np.load(path / SCALES) if manifest.dtype == "int8" else None
             rows = FileRows(path / EMBEDDINGS, scales, manifest.norm)
-            ids = Names(names)
+            ids = StringTable(names)
             wanted = (manifest.items, manifest.width)
             if (
                 rows.shape != wanted
@@ -121,8 +121,8 @@ class Index:
     def require_undamaged(self) -> None:
         """Reads all rows. Raises UserError if they are not as they were written."""
         told = self.manifest
-        storage = Storage(self.path, {name: getattr(told, name) for name in ("items", "width", "dtype", "shard")})
-        bad = storage.damaged(told.shards)
+        store = ShardStore(self.path, {name: getattr(told, name) for name in ("items", "width", "dtype", "shard")})
+        bad = store.damaged(told.shards)
         if bad:
             raise UserError(
                 f"{self.path}: {len(bad)} of {len(told.shards)} shards are damaged, the first is rows {bad[0].start} "

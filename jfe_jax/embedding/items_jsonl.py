@@ -9,7 +9,7 @@ from pathlib import Path
 from jfe_jax.data.formats.line_index import iter_lines, iter_nonblank_lines, read_lines_at
 from jfe_jax.data.formats.mbeir_records import is_unicode
 from jfe_jax.data.item import Item
-from jfe_jax.embedding.string_table import NamesRead
+from jfe_jax.embedding.string_table import StringTableBuilder
 from jfe_jax.errors import UserError
 
 _KEYS = ("id", "instruction", "text", "image")
@@ -31,7 +31,7 @@ class ItemsFile:
         self.path = Path(path)
         self._starts = array("q")
         self._numbers = array("q")
-        digest, names = hashlib.sha256(), NamesRead()
+        digest, names = hashlib.sha256(), StringTableBuilder()
         for number, start, line in iter_lines(self.path):
             digest.update(line)
             if not line.isspace():
@@ -41,9 +41,9 @@ class ItemsFile:
         self.ids = names.finish()
         if not self.ids:
             raise UserError(f"{self.path}: no items")
-        if double := names.double(self.ids):
-            again, first = (self._numbers[place] for place in double)
-            raise _used(self.path, again, self.ids[double[0]], first)
+        if duplicate := names.first_duplicate(self.ids):
+            again, first = (self._numbers[place] for place in duplicate)
+            raise _used(self.path, again, self.ids[duplicate[0]], first)
         self.digest = digest.hexdigest()
 
     def __len__(self) -> int:

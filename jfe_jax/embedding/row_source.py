@@ -13,7 +13,7 @@ import numpy as np
 from jfe_jax.errors import UserError
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """N embeddings of width E.
 
     Attributes:
@@ -93,10 +93,10 @@ class FileRows:
         return whole.astype(np.float64)
 
 
-class RowsPart:
+class RowSlice:
     """Rows start … stop - 1 of others."""
 
-    def __init__(self, rows: Rows, start: int, stop: int):
+    def __init__(self, rows: RowSource, start: int, stop: int):
         self._rows, self._start, self._stop = rows, start, stop
         self.shape, self.norm = (stop - start, rows.shape[1]), rows.norm
 
@@ -107,7 +107,7 @@ class RowsPart:
         return self._rows.take(np.asarray(rows) + self._start)
 
 
-def largest_norm(rows: Rows, block: int = 65536) -> float:
+def largest_norm(rows: RowSource, block: int = 65536) -> float:
     """The length of the longest row; reads them all."""
     largest = 0.0
     for start in range(0, rows.shape[0], block):

@@ -60,7 +60,7 @@ def decode(stored: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
     return rows if scales is None else rows * scales[:, None]
 
 
-class Storage:
+class ShardStore:
     """The file being written.
 
     Args:
@@ -193,7 +193,7 @@ class Storage:
 
 
 def remove(folder: Path) -> None:
-    """Takes away what a Storage wrote."""
+    """Takes away what a ShardStore wrote."""
     for name in (EMBEDDINGS, SCALES):
         for suffix in ("", ".part"):
             (folder / f"{name}{suffix}").unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 
-class Names(Sequence[str]):
+class StringTable(Sequence[str]):
     """The lines of a UTF-8 text.
 
     Raises:
@@ -32,7 +32,7 @@ class Names(Sequence[str]):
         return self._content[start : self._ends[number]].decode()
 
 
-class ChosenNames(Sequence[str]):
+class LazyNames(Sequence[str]):
     """The names of some rows, looked up when they are asked for.
 
     Args:
@@ -52,7 +52,7 @@ class ChosenNames(Sequence[str]):
         return self._name(self._rows[number])
 
 
-class NamesRead:
+class StringTableBuilder:
     """Names that come one after the other, none with a line break."""
 
     def __init__(self):
@@ -62,11 +62,11 @@ class NamesRead:
         self._content += name.encode() + b"\n"
         self._hashes.append(hash(name))
 
-    def finish(self) -> Names:
+    def finish(self) -> StringTable:
         """All of them."""
-        return Names(self._content)
+        return StringTable(self._content)
 
-    def double(self, names: Names) -> tuple[int, int] | None:
+    def first_duplicate(self, names: StringTable) -> tuple[int, int] | None:
         """Of the first name that is there again, where it is so, and where it was; None if all are different."""
         hashes = np.array(self._hashes, np.int64)
         order = np.argsort(hashes, kind="stable")

@@ -20,7 +20,7 @@ from jfe_jax.data.ids import image_id
 from jfe_jax.data.item import Item
 from jfe_jax.data.storage.image_store import DirectoryImages, ImageLookup, open_images, resolve_image
 from jfe_jax.embedding.embed import SHARD
-from jfe_jax.embedding.embedding_cache import Stored, Stores, Wanted
+from jfe_jax.embedding.embedding_cache import EmbeddingCache, EmbeddingLocation, EmbeddingRequest
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.errors import UserError
 from jfe_jax.evaluation import metrics
@@ -70,7 +70,7 @@ class Keep:
       embeddings: where the embeddings are, which evaluations of one checkpoint can share; folder/embeddings if None.
       images: where images are read from, or copied to, if they are not unpacked; see image_store.open_images;
         `embeddings`/images if None.
-      dtype: how the candidates' embeddings are stored, one of storage.DTYPES; the queries' are float32.
+      dtype: how the candidates' embeddings are stored, one of shard_store.DTYPES; the queries' are float32.
       shard: items that are embedded at a time.
       overwrite: begin anew, whatever is there.
     """
@@ -184,20 +184,20 @@ def _jobs(questions: EvalSet, given: Sequence[str]) -> list[Job]:
     return jobs
 
 
-def _stores(retriever: Retriever, folder: Path, images: ImageLookup, keep: Keep) -> Stores:
-    return Stores(folder, retriever, form=images.form, overwrite=keep.overwrite, shard=keep.shard)
+def _stores(retriever: Retriever, folder: Path, images: ImageLookup, keep: Keep) -> EmbeddingCache:
+    return EmbeddingCache(folder, retriever, form=images.form, overwrite=keep.overwrite, shard=keep.shard)
 
 
-def _embedded(stores: Stores, wanted: Wanted, dtype: str, progress: Progress) -> Stored:
+def _embedded(stores: EmbeddingCache, wanted: EmbeddingRequest, dtype: str, progress: Progress) -> EmbeddingLocation:
     missing = len(stores.missing(wanted, dtype))
     if not missing:
-        return stores.complete(wanted, dtype)
+        return stores.ensure(wanted, dtype)
     with progress(f"embedding {wanted.kind}", -(-missing // jax.process_count())) as tick:
-        return stores.complete(wanted, dtype, tick)
+        return stores.ensure(wanted, dtype, tick)
 
 
 class _Candidates:
-    """The candidates, as stores.Wanted."""
+    """The candidates, as embedding_cache.EmbeddingRequest."""
 
     kind = "candidates"
 
@@ -213,7 +213,7 @@ class _Candidates:
 
 
 class _Queries:
-    """All jobs' queries, as stores.Wanted."""
+    """All jobs' queries, as embedding_cache.EmbeddingRequest."""
 
     kind = "queries"
 

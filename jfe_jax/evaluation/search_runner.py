@@ -16,8 +16,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from jfe_jax.embedding.embedding_cache import StoredRows
-from jfe_jax.embedding.row_source import ArrayRows, Rows
+from jfe_jax.embedding.embedding_cache import CachedRows
+from jfe_jax.embedding.row_source import ArrayRows, RowSource
 from jfe_jax.embedding.shard_store import decode
 from jfe_jax.evaluation import metrics
 from jfe_jax.evaluation.error_analysis import classify_mistakes
@@ -98,8 +98,8 @@ class SearchCache:
 def run_searches(
     jobs: Sequence[Job],
     questions: EvalSet,
-    candidates: StoredRows,
-    queries: StoredRows,
+    candidates: CachedRows,
+    queries: CachedRows,
     contents: np.ndarray,
     *,
     depth: int,
@@ -152,8 +152,8 @@ class _Search:
         self,
         table: CandidatePools,
         rows: np.ndarray,
-        candidates: StoredRows,
-        queries: StoredRows,
+        candidates: CachedRows,
+        queries: CachedRows,
         contents: np.ndarray,
         depth: int,
         kept: SearchCache,
@@ -228,7 +228,7 @@ def _answers(
     )
 
 
-def _in_memory(rows: StoredRows) -> Rows:
+def _in_memory(rows: CachedRows) -> RowSource:
     """The same rows, decoded once if they are few."""
     size = 4 * rows.shape[0] * rows.shape[1]
     return ArrayRows(decode(*rows.read(0, rows.shape[0]))) if size <= _IN_MEMORY else rows
@@ -237,8 +237,8 @@ def _in_memory(rows: StoredRows) -> Rows:
 def rank_subset(
     job: Job,
     pool: str,
-    candidates: Rows,
-    queries: StoredRows,
+    candidates: RowSource,
+    queries: CachedRows,
     table: CandidatePools,
     depth: int,
     progress: Callable[[int], None],

@@ -16,8 +16,8 @@ from jfe_jax.data.item import Item
 from jfe_jax.data.storage.image_store import ImageLookup, resolve_image
 from jfe_jax.embedding.embed import embed
 from jfe_jax.embedding.retriever import Retriever
-from jfe_jax.embedding.row_source import Rows, RowsPart
-from jfe_jax.embedding.string_table import ChosenNames
+from jfe_jax.embedding.row_source import RowSlice, RowSource
+from jfe_jax.embedding.string_table import LazyNames
 from jfe_jax.errors import UserError
 from jfe_jax.search.exact import Searcher
 
@@ -63,7 +63,7 @@ class PoolFile:
             for name, start, stop in zip(MODALITIES, bounds[:-1], bounds[1:], strict=True)
             if start < stop
         }
-        self.ids, self.digest = ChosenNames(self._rows, self._table.did), self._table.digest(self._rows)
+        self.ids, self.digest = LazyNames(self._rows, self._table.did), self._table.digest(self._rows)
 
     def find(self, did: str) -> int:
         """Where the candidate of that id stands; -1 if there is none."""
@@ -104,7 +104,7 @@ class EmbeddedPool:
     ):
         self.file = file
         done = embed(retriever, file, out, dtype=dtype, shard=shard, overwrite=overwrite, progress=progress)
-        self.rows: Rows = done.index.rows
+        self.rows: RowSource = done.index.rows
         self._searchers: dict[str, Searcher] = {}
 
     def best(self, queries: np.ndarray, k: int, modalities: tuple[str, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -115,7 +115,7 @@ class EmbeddedPool:
                 continue
             start, stop = self.file.ranges[name]
             if name not in self._searchers:
-                self._searchers[name] = Searcher(RowsPart(self.rows, start, stop))
+                self._searchers[name] = Searcher(RowSlice(self.rows, start, stop))
             found = self._searchers[name].search(queries, k)
             scores.append(found.scores)
             rows.append(found.rows.astype(np.int64) + start)

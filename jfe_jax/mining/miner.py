@@ -21,7 +21,7 @@ from jfe_jax.data.ids import image_id
 from jfe_jax.data.storage.image_store import open_images
 from jfe_jax.embedding.embed import SHARD, embed
 from jfe_jax.embedding.retriever import Retriever
-from jfe_jax.embedding.row_source import Rows
+from jfe_jax.embedding.row_source import RowSource
 from jfe_jax.embedding.shard_store import write_json
 from jfe_jax.errors import UserError
 from jfe_jax.mining.candidate_pool import EmbeddedPool, PoolFile
@@ -175,7 +175,7 @@ def _embedded(
     shard: int,
     overwrite: bool,
     progress: Progress,
-) -> Rows | None:
+) -> RowSource | None:
     """Embeddings of what is asked, if anything is."""
     if not len(queries.numbers):
         return None
@@ -188,7 +188,7 @@ class _Miner:
     """Mines for one unit, so many rows of its file at a time: all processes search for them, one chooses."""
 
     def __init__(
-        self, settings: MiningConfig, pool: EmbeddedPool, queries: QueryFile, embeddings: Rows | None, rows: int
+        self, settings: MiningConfig, pool: EmbeddedPool, queries: QueryFile, embeddings: RowSource | None, rows: int
     ):
         self._settings, self._pool, self._queries, self._embeddings = settings, pool, queries, embeddings
         self._duplicates = Duplicates(settings.image_difference, pool.file.images)

@@ -16,7 +16,7 @@ from jfe_jax.data.formats.mbeir import MODALITIES, Mbeir, Query, Unit
 from jfe_jax.data.formats.mbeir_records import decode_row, parse_query
 from jfe_jax.data.item import Item
 from jfe_jax.data.storage.image_store import resolve_image
-from jfe_jax.embedding.string_table import NamesRead
+from jfe_jax.embedding.string_table import StringTableBuilder
 from jfe_jax.errors import UserError
 from jfe_jax.mining.candidate_pool import PoolFile
 from jfe_jax.mining.select_negatives import MiningQuery
@@ -43,7 +43,7 @@ class QueryFile:
         self._mbeir, self._unit, self._pool, self._instruction = mbeir, unit, pool, instruction
         right_of = mbeir.qrels(split, unit) if mbeir.qrels_file(split, unit).is_file() else {}
         starts, numbers, right, ends, kinds = array("q"), array("i"), array("i"), array("q", [0]), array("b")
-        names, contents = NamesRead(), array("q")
+        names, contents = StringTableBuilder(), array("q")
         for line, start, content in iter_nonblank_lines(self.path):
             starts.append(start)
             query = self._query(content, line)

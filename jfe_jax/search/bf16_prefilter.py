@@ -23,7 +23,7 @@ _GAIN = 1.3
 _YNNPACK = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"}
 
 
-class RoughQueries:
+class Bf16Queries:
     """Queries in bfloat16.
 
     Args:

@@ -1,7 +1,7 @@
 """Exact nearest neighbours by inner product, over all devices and processes, a block of scores at a time.
 
-Results are in order of the exact score (see scoring.py), and ties go to the candidate that stands first. So they depend
-neither on blocks nor on devices nor on which queries are asked together.
+Results are sorted by the exact score (exact_scores.py). Ties go to the candidate that comes first. So results depend
+neither on block sizes, nor on devices, nor on which queries are searched together.
 
 Axes: Q queries, N candidates, C candidates of a block, E embedding, T targets of a query, K kept for a query.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jfe_jax.config import MeshConfig
-from jfe_jax.embedding.row_source import ArrayRows, Rows, largest_norm
+from jfe_jax.embedding.row_source import ArrayRows, RowSource, largest_norm
 from jfe_jax.errors import UserError
 from jfe_jax.parallel.distributed import all_or_none
 from jfe_jax.parallel.sharding import group_count, make_mesh
@@ -46,7 +46,7 @@ class Found(NamedTuple):
 
 def search(
     queries: np.ndarray,
-    candidates: np.ndarray | Rows,
+    candidates: np.ndarray | RowSource,
     k: int,
     targets: np.ndarray | None = None,
     *,
@@ -76,13 +76,13 @@ class Searcher:
     """Candidates that are searched more than once; of several processes, each searches its share of them.
 
     Args:
-      candidates: float [N, E], or Rows. An array must not be changed afterwards.
+      candidates: float [N, E], or a RowSource. An array must not be changed afterwards.
       mesh: of this process's devices; all of them if not given.
       resident: keep the candidates on the devices; by default if they are small enough.
-      select: "host" or "device", see scan.py; by default what suits the devices.
-      recall: below 1, the devices may miss some of the best: see scan.DeviceTop.
-      rough: look first in bfloat16, see rough.py, where ranks are not asked for; by default on a CPU that is faster at
-        it, for many queries. It changes no result.
+      select: "host" or "device", see topk.py; by default what suits the devices.
+      recall: below 1, the devices may miss some of the best: see topk.DeviceTopK.
+      prefilter: run a first pass in bfloat16 (bf16_prefilter.py) when ranks are not requested. By default, on a CPU
+        where that is faster, for large blocks of queries. It changes no result.
 
     Raises:
       UserError: there are no candidates.
@@ -90,16 +90,16 @@ class Searcher:
 
     def __init__(
         self,
-        candidates: np.ndarray | Rows,
+        candidates: np.ndarray | RowSource,
         *,
         mesh: Mesh | None = None,
         resident: bool | None = None,
         candidate_block: int = CANDIDATE_BLOCK,
         select: str | None = None,
         recall: float = 1.0,
-        rough: bool | None = None,
+        prefilter: bool | None = None,
     ):
-        self.rows: Rows = ArrayRows(candidates) if isinstance(candidates, np.ndarray) else candidates
+        self.rows: RowSource = ArrayRows(candidates) if isinstance(candidates, np.ndarray) else candidates
         total = self.rows.shape[0]
         if not total:
             raise UserError("the pool of candidates is empty: there is nothing to search")
@@ -107,7 +107,7 @@ class Searcher:
         devices = group_count(self.mesh)
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         self._select = "device" if recall < 1 else select or ("host" if on_cpu else "device")
-        self.recall, self.rough = recall, rough
+        self.recall, self.prefilter = recall, prefilter
         self.norm = self.rows.norm
         share = [total * number // jax.process_count() for number in range(jax.process_count() + 1)]
         self.first, self.last = share[jax.process_index()], share[jax.process_index() + 1]
@@ -149,7 +149,7 @@ class Searcher:
         # A row that is not finite is met by one process only.
         with all_or_none():
             waiting = None
-            for several in self._several(max(part.length for part in parts)) if parts else ():
+            for several in self._coalesced_blocks(max(part.length for part in parts)) if parts else ():
                 for part in parts:
                     asked = part.ask(several)
                     # The devices compute these scores while the host looks at the last.
@@ -168,7 +168,7 @@ class Searcher:
         """This process's share of the candidates."""
         return self._resident or topk.blocks(self.rows, self._size, self.mesh, self.first, self.last)
 
-    def _several(self, queries: int) -> Iterator[list[topk.Block]]:
+    def _coalesced_blocks(self, queries: int) -> Iterator[list[topk.Block]]:
         """The blocks, as many together as make up a block of scores: few queries are asked in few calls."""
         most = max(1, min(_TOGETHER, CANDIDATE_BLOCK * QUERY_BLOCK // (self._size * queries)))
         # Rows that are split over devices are not in order once blocks are joined; what is read is read block by block.
@@ -182,17 +182,17 @@ class Searcher:
         if several:
             yield several
 
-    def wants_rough(self, queries: int) -> bool:
+    def uses_prefilter(self, queries: int) -> bool:
         """Whether so many are to be asked in bfloat16 first."""
-        if self.rough is not None or self._select == "device":
-            return bool(self.rough) and self._select == "host"
+        if self.prefilter is not None or self._select == "device":
+            return bool(self.prefilter) and self._select == "host"
         return queries >= bf16_prefilter.FEWEST and bf16_prefilter.is_faster()
 
-    def new_top(self, queries: int, k: int, keep: int) -> topk.HostTop | topk.DeviceTop:
+    def new_top(self, queries: int, k: int, keep: int) -> topk.HostTopK | topk.DeviceTopK:
         """What selects the k best of so many queries, and keeps some more."""
         if self._select == "host":
-            return topk.HostTop(queries, k, keep)
-        return topk.DeviceTop(queries, keep, self.mesh, self.recall)
+            return topk.HostTopK(queries, k, keep)
+        return topk.DeviceTopK(queries, keep, self.mesh, self.recall)
 
 
 def recall(found: np.ndarray, exact: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from jfe_jax.embedding.row_source import Rows
+from jfe_jax.embedding.row_source import RowSource
 
 # A float32 inner product of E terms is off by E·2⁻²⁴·|q||c| at most, and by λ·√E·2⁻²⁴·|q||c| with a probability that
 # vanishes in λ (Higham and Mary, "A New Approach to Probabilistic Rounding Error Analysis", 2019).
@@ -27,7 +27,7 @@ def tolerance(queries: np.ndarray, norm: float) -> np.ndarray:
 
 
 def exact_scores(
-    queries: np.ndarray, candidates: Rows, rows: np.ndarray, there: np.ndarray | None = None
+    queries: np.ndarray, candidates: RowSource, rows: np.ndarray, there: np.ndarray | None = None
 ) -> np.ndarray:
     """float32 [Q, K]: scores of the candidates numbered `rows` [Q, K]; -inf for those that are not `there`."""
     scores = np.full(rows.shape, -np.inf, np.float32)

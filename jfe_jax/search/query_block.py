@@ -1,8 +1,8 @@
-"""A block of queries on its way through a search: asked of each block of candidates, then made certain.
+"""State of one block of queries during a search: scores each block of candidates, then rescores the best exactly.
 
-Blocks of scores say which candidates may be among the best (scan.py), in bfloat16 where that is faster (rough.py); the
-exact score orders them (scoring.py). Where more candidates than are kept lie within rounding of the k-th, they are all
-looked at.
+Blocks of scores select the candidates that may be among the best (topk.py), in bfloat16 where that is faster
+(bf16_prefilter.py). The exact score orders them (exact_scores.py). If more candidates than fit into the K kept ones are
+within rounding error of the k-th, all of them are rescored.
 
 Axes: Q queries, N candidates, C candidates of a block, E embedding, T targets of a query, K kept for a query.
 """
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import jax
 import numpy as np
 
-from jfe_jax.embedding.row_source import Rows
+from jfe_jax.embedding.row_source import RowSource
 from jfe_jax.errors import UserError
 from jfe_jax.parallel.sharding import replicated
 from jfe_jax.search import bf16_prefilter, topk
@@ -42,14 +42,14 @@ class QueryBlock:
         self._tolerance = tolerance(queries, searcher.norm)
         length = _query_length(len(queries))
         # A rank is counted, and would be in doubt for each candidate that is near a target.
-        self._rough = None
-        if not targets.shape[1] and searcher.wants_rough(length):
-            self._rough = bf16_prefilter.RoughQueries(queries, searcher.norm)
+        self._bf16_queries = None
+        if not targets.shape[1] and searcher.uses_prefilter(length):
+            self._bf16_queries = bf16_prefilter.Bf16Queries(queries, searcher.norm)
         # How far the scores asked for are off, so far.
-        self._off = self._rough.tolerance(0.0) if self._rough else self._tolerance
-        asked = self._rough.rounded if self._rough else queries.astype(np.float32)
+        self._off = self._bf16_queries.tolerance(0.0) if self._bf16_queries else self._tolerance
+        asked = self._bf16_queries.rounded if self._bf16_queries else queries.astype(np.float32)
         self._padded = self._on_devices(_padded(asked, length))
-        keep = bf16_prefilter.SPREAD * k if self._rough else k
+        keep = bf16_prefilter.SPREAD * k if self._bf16_queries else k
         self._keep = min(keep + _SPARE, searcher.rows.shape[0])
         self._top = searcher.new_top(length, k, self._keep)
         self._counts = None
@@ -75,8 +75,8 @@ class QueryBlock:
         def take() -> None:
             if not found.finite:
                 _refuse_not_finite(self._searcher.rows, start, count)
-            if self._rough:
-                self._off = np.maximum(self._off, self._rough.tolerance(float(found.rounding)))
+            if self._bf16_queries:
+                self._off = np.maximum(self._off, self._bf16_queries.tolerance(float(found.rounding)))
             self._top.add(found, start, count, np.pad(2 * self._off, (0, self.length - len(self._off))))
 
         return take
@@ -88,9 +88,9 @@ class QueryBlock:
 
     def finish(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Scores and rows [Q, k] and ranks [Q, T], of all processes."""
-        self._top.settle()
+        self._top.merge_pending()
         top = self._top
-        scores, rows = self._certain(*(part[: len(self._queries)] for part in (top.scores, top.rows, top.worst)))
+        scores, rows = self._certain(*(part[: len(self._queries)] for part in (top.scores, top.rows, top.threshold)))
         ahead = self._ahead()
         if jax.process_count() > 1:
             from jax.experimental.multihost_utils import process_allgather
@@ -100,21 +100,21 @@ class QueryBlock:
             ahead = ahead.sum(0)
         return scores, rows, np.where(self._targets < 0, 0, ahead + 1).astype(np.int32)
 
-    def _certain(self, kept: np.ndarray, rows: np.ndarray, worst: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _certain(self, kept: np.ndarray, rows: np.ndarray, threshold: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the blocks kept [Q, K], in order of the exact scores [Q, k], with what rounding may have left out.
 
-        Nothing that is not kept has a score above `worst` [Q].
+        Nothing that is not kept has a score above `threshold` [Q].
         """
-        searcher, there = self._searcher, np.isfinite(kept) & (kept >= worst[:, None])
+        searcher, there = self._searcher, np.isfinite(kept) & (kept >= threshold[:, None])
         # A process with fewer than k candidates gives what comes last.
         scores = exact_scores(self._queries, searcher.rows, rows, there)
         rows = np.where(there, rows, np.iinfo(np.int32).max)
         scores, rows = best_first(scores, rows, self._k)
         if searcher.recall < 1 or searcher.last - searcher.first <= self._keep:
             return scores, rows
-        doubtful = np.flatnonzero(worst + self._off >= scores[:, -1])
-        if self._rough and len(doubtful) > _TOO_MANY * len(scores):
-            searcher.rough = False
+        doubtful = np.flatnonzero(threshold + self._off >= scores[:, -1])
+        if self._bf16_queries and len(doubtful) > _TOO_MANY * len(scores):
+            searcher.prefilter = False
         if len(doubtful):
             bounds = scores[doubtful, -1] - self._tolerance[doubtful], np.full(len(doubtful), np.inf)
             for number, (more, at) in self._near(doubtful, *bounds):
@@ -170,7 +170,7 @@ class QueryBlock:
         return jax.device_put(array, replicated(self._searcher.mesh))
 
 
-def _refuse_not_finite(rows: Rows, start: int, count: int) -> None:
+def _refuse_not_finite(rows: RowSource, start: int, count: int) -> None:
     stored, scales = rows.read(start, start + count)
     good = np.isfinite(stored).all(1) & (True if scales is None else np.isfinite(scales))
     where = f"row {start + int(np.argmin(good))}" if not good.all() else f"a score after row {start}"

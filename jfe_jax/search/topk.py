@@ -1,8 +1,8 @@
-"""Blocks of candidates against blocks of queries: what is found without looking at a score twice.
+"""Running top-k over blocks of candidates; reads each score at most once.
 
-An accelerator selects where the scores are (`DeviceTop`). On the CPU, where XLA's top_k is many times slower than the
-product before it, the device gives the scores and the maximum of every few of them, and NumPy reads only the places
-where a maximum passes the query's threshold, its worst score so far (`HostTop`). Both keep the same things.
+An accelerator selects on the device (`DeviceTopK`). On the CPU, XLA's top_k is many times slower than the matrix
+product before it. There the device returns the scores and the maximum of each group of GROUP scores, and NumPy reads
+only the groups whose maximum exceeds the query's threshold (`HostTopK`). Both keep the same candidates.
 
 Axes: Q queries, C candidates of a block, E embedding, K kept for a query, T targets of a query, D devices.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jfe_jax.embedding.row_source import Rows
+from jfe_jax.embedding.row_source import RowSource
 from jfe_jax.parallel.sharding import BATCH_AXES, batch_sharding, group_count
 from jfe_jax.search import bf16_prefilter
 
@@ -41,7 +41,7 @@ class Block(NamedTuple):
     scales: jax.Array | None
 
 
-def blocks(rows: Rows, size: int, mesh: Mesh, first: int, last: int) -> Iterator[Block]:
+def blocks(rows: RowSource, size: int, mesh: Mesh, first: int, last: int) -> Iterator[Block]:
     """Rows first … last - 1 in blocks of C = `size`; the next is read while one is in use."""
 
     def load(start: int) -> Block:
@@ -63,7 +63,7 @@ def blocks(rows: Rows, size: int, mesh: Mesh, first: int, last: int) -> Iterator
             yield waiting.result()
 
 
-class Scores(NamedTuple):
+class BlockScores(NamedTuple):
     """Scores of consecutive blocks, C candidates in all.
 
     Attributes:
@@ -79,19 +79,19 @@ class Scores(NamedTuple):
     rounding: jax.Array
 
 
-def scores_of(queries: jax.Array, several: Sequence[Block], mesh: Mesh) -> Scores:
+def scores_of(queries: jax.Array, several: Sequence[Block], mesh: Mesh) -> BlockScores:
     """Scores of queries [Q, E] in float32; those in bfloat16 meet candidates that are rounded to it too."""
     run = _compiled(queries.dtype == jnp.bfloat16)
     return run(queries, [block.rows for block in several], [block.scales for block in several], mesh)
 
 
 @functools.cache
-def _compiled(rounded: bool) -> Callable[..., Scores]:
+def _compiled(rounded: bool) -> Callable[..., BlockScores]:
     options = bf16_prefilter.compiler_options() if rounded else None
     return jax.jit(_scores_of, static_argnames="mesh", compiler_options=options)
 
 
-def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array | None], mesh: Mesh) -> Scores:
+def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array | None], mesh: Mesh) -> BlockScores:
     rounding = jnp.zeros(())
     if queries.dtype == jnp.bfloat16:
         rows, lengths = zip(*(_rounded(part) for part in rows), strict=True)
@@ -100,7 +100,7 @@ def _scores_of(queries: jax.Array, rows: list[jax.Array], scales: list[jax.Array
     scores = jax.lax.with_sharding_constraint(scores, batch_sharding(mesh))
     maxima = scores.reshape(-1, GROUP, scores.shape[1]).max(1)
     maxima = jax.lax.with_sharding_constraint(maxima, batch_sharding(mesh))
-    return Scores(scores, maxima, jnp.isfinite(maxima.sum()), rounding)
+    return BlockScores(scores, maxima, jnp.isfinite(maxima.sum()), rounding)
 
 
 @jax.jit
@@ -121,25 +121,25 @@ def shards(array: jax.Array) -> Iterator[tuple[int, np.ndarray]]:
         yield shard.index[0].start or 0, np.asarray(shard.data)
 
 
-class HostTop:
+class HostTopK:
     """The best of each query so far, chosen by NumPy from the scores of one block after another.
 
     Those that may be among the k best are kept, K at most.
 
     Attributes:
       scores, rows: float32 and int32 [Q, K], in no order; -inf where there are fewer.
-      worst: float32 [Q]; no candidate that was left out has a better score.
+      threshold: float32 [Q]; no candidate that was left out has a better score.
     """
 
     def __init__(self, queries: int, k: int, keep: int):
         self.scores = np.full((queries, keep), -np.inf, np.float32)
         self.rows = np.zeros((queries, keep), np.int32)
-        self.worst = np.full(queries, -np.inf, np.float32)
+        self.threshold = np.full(queries, -np.inf, np.float32)
         self._k, self._margin = k, np.zeros(queries)
         self._new: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         self._first = True
 
-    def add(self, found: Scores, start: int, count: int, margin: np.ndarray) -> None:
+    def add(self, found: BlockScores, start: int, count: int, margin: np.ndarray) -> None:
         """Takes the scores of rows start … start + count - 1.
 
         Args:
@@ -156,23 +156,23 @@ class HostTop:
             # K groups reach the K-th largest maximum, so K scores do.
             most = min(keep, whole)
             best = np.partition(maxima[:whole], (whole - most, whole - self._k), axis=0)
-            left = np.nextafter(best[whole - most], np.float32(-np.inf)) if most == keep else self.worst
-            self._raise(left, best[whole - self._k])
+            left = np.nextafter(best[whole - most], np.float32(-np.inf)) if most == keep else self.threshold
+            self._raise_threshold(left, best[whole - self._k])
         self._first = False
-        group, query = np.divmod(np.flatnonzero(maxima[: -(-count // GROUP)] > self.worst), queries)
+        group, query = np.divmod(np.flatnonzero(maxima[: -(-count // GROUP)] > self.threshold), queries)
         if not len(group):
             return
         values = scores.reshape(-1, GROUP, queries)[group, :, query]
-        which, place = np.divmod(np.flatnonzero(values > self.worst[query][:, None]), GROUP)
+        which, place = np.divmod(np.flatnonzero(values > self.threshold[query][:, None]), GROUP)
         query, rows, values = query[which], group[which] * GROUP + place, values[which, place]
         if count % GROUP:
             query, rows, values = (part[rows < count] for part in (query, rows, values))
         self._new.append((query, (start + rows).astype(np.int32), values))
         # Seldom: to sort in what is new costs as much as the K that are known.
         if sum(len(one[0]) for one in self._new) > queries * keep:
-            self.settle()
+            self.merge_pending()
 
-    def settle(self) -> None:
+    def merge_pending(self) -> None:
         """Keeps the best of what is known and what is new."""
         if not self._new:
             return
@@ -190,16 +190,16 @@ class HostTop:
         cut, place = many.max(), keep - self._k
         best = np.argpartition(all_scores, (cut, cut + place), axis=1)[:, cut:]
         self.scores, self.rows = (np.take_along_axis(part, best, 1) for part in (all_scores, all_rows))
-        self._raise(self.scores[:, 0], self.scores[:, place])
+        self._raise_threshold(self.scores[:, 0], self.scores[:, place])
 
-    def _raise(self, left: np.ndarray, kth: np.ndarray) -> None:
+    def _raise_threshold(self, left: np.ndarray, kth: np.ndarray) -> None:
         """Leaves out, float32 [Q], what is not better than `left` or is too much worse than the k-th best."""
         below = np.nextafter((kth - self._margin).astype(np.float32), np.float32(-np.inf))
-        self.worst = np.maximum(self.worst, np.maximum(left, below))
+        self.threshold = np.maximum(self.threshold, np.maximum(left, below))
 
 
-class DeviceTop:
-    """As HostTop, chosen on the devices, each from its own candidates; `recall` below 1 chooses approximately.
+class DeviceTopK:
+    """As HostTopK, chosen on the devices, each from its own candidates; `recall` below 1 chooses approximately.
 
     Approximate is `jax.lax.approx_max_k` (arXiv 2206.14286), made for the TPU; elsewhere it is exact.
     """
@@ -211,15 +211,15 @@ class DeviceTop:
             (np.full(shape, -np.inf, np.float32), np.zeros(shape, np.int32)), batch_sharding(mesh)
         )
 
-    def add(self, found: Scores, start: int, count: int, margin: np.ndarray) -> None:
+    def add(self, found: BlockScores, start: int, count: int, margin: np.ndarray) -> None:
         self._best = _merge(self._best, found.scores, start, count, self._mesh, self._recall)
 
-    def settle(self) -> None:
+    def merge_pending(self) -> None:
         # [D, Q, K] → [Q, D·K] → the best K.
         parts = [np.concatenate(list(np.asarray(part)), axis=1) for part in self._best]
         best = np.argpartition(parts[0], -self._keep, axis=1)[:, -self._keep :]
         self.scores, self.rows = (np.take_along_axis(part, best, 1) for part in parts)
-        self.worst = self.scores.min(1)
+        self.threshold = self.scores.min(1)
 
 
 def _scores(queries: jax.Array, rows: jax.Array, scales: jax.Array | None) -> jax.Array:

@@ -9,7 +9,7 @@ from PIL import Image
 from jfe_jax.embedding.embed import embed
 from jfe_jax.embedding.index import Index
 from jfe_jax.embedding.items_jsonl import ItemsFile, read_items
-from jfe_jax.embedding.string_table import NamesRead
+from jfe_jax.embedding.string_table import StringTableBuilder
 from jfe_jax.errors import UserError
 from jfe_jax.search.exact import search
 from tests.support.tiny_retriever import picture, tiny_retriever
@@ -208,12 +208,12 @@ def test_a_bad_line_is_named(tmp_path, row, problem):
 
 def test_names_with_one_hash_are_compared(monkeypatch):
     monkeypatch.setattr("jfe_jax.embedding.string_table.hash", lambda name: 7, raising=False)
-    read = NamesRead()
+    read = StringTableBuilder()
     for name in ("a", "ü", "", "b", "ü", "a"):
         read.add(name)
     names = read.finish()
     assert list(names) == ["a", "ü", "", "b", "ü", "a"] and names[1:3] == ["ü", ""] and names[-1] == "a"
-    assert read.double(names) == (4, 1)
+    assert read.first_duplicate(names) == (4, 1)
 
 
 def test_no_file_and_no_items(tmp_path):

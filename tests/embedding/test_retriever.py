@@ -14,7 +14,7 @@ from jfe_jax.config import MeshConfig, ModelConfig, TextConfig
 from jfe_jax.data.item import Item
 from jfe_jax.data.pipeline.offline_packing import Size
 from jfe_jax.embedding import batching
-from jfe_jax.embedding.batch_shapes import ACCELERATOR, CPU, Rooms, Scale
+from jfe_jax.embedding.batch_shapes import ACCELERATOR, CPU, BatchShapePlanner, ShapePolicy
 from jfe_jax.embedding.retriever import Retriever
 from jfe_jax.errors import UserError
 from jfe_jax.models.abstract_model import blueprint, shardings_of
@@ -47,7 +47,7 @@ def test_rows_are_unit_and_in_input_order(retriever, monkeypatch):
 
 
 def test_many_batches_with_a_ragged_end_compile_few_shapes(tmp_path, monkeypatch):
-    monkeypatch.setattr("jfe_jax.embedding.retriever.CPU", Scale(512, 128, 1, 256))
+    monkeypatch.setattr("jfe_jax.embedding.retriever.CPU", ShapePolicy(512, 128, 1, 256))
     small = tiny_retriever(tmp_path)
     texts = [Item(text=f"{i} words") for i in range(150)]
     done = []
@@ -64,7 +64,7 @@ def test_many_batches_with_a_ragged_end_compile_few_shapes(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("sizes", [(8, 1), (2, 4)], ids=["whole on each", "split over four"])
 def test_all_devices_give_what_one_gives(tmp_path, monkeypatch, sizes):
-    monkeypatch.setattr("jfe_jax.embedding.retriever.CPU", Scale(128, 128, 1, 256))
+    monkeypatch.setattr("jfe_jax.embedding.retriever.CPU", ShapePolicy(128, 128, 1, 256))
     items = mixed(70)
     alone = tiny_retriever(tmp_path)
     one = Retriever(alone.config, alone._graphdef, alone._params, path=tmp_path, mesh=make_mesh(MeshConfig(data=1)))
@@ -107,7 +107,7 @@ def test_an_image_on_disk_is_read_once(retriever, tmp_path):
 
 
 def test_a_window_hands_on_what_fills_no_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr("jfe_jax.embedding.retriever.CPU", Scale(512, 128, 1, 256))
+    monkeypatch.setattr("jfe_jax.embedding.retriever.CPU", ShapePolicy(512, 128, 1, 256))
     items, alone = mixed(90), tiny_retriever(tmp_path)
     mesh = make_mesh(MeshConfig(data=1))
     small = Retriever(alone.config, alone._graphdef, alone._params, path=tmp_path, mesh=mesh)
@@ -121,41 +121,41 @@ def test_a_window_hands_on_what_fills_no_batch(tmp_path, monkeypatch):
     assert min((packed.segments > 0).mean() for packed in made[:-1]) > 0.8
 
 
-def lengths(rooms, sizes):
-    return [room.row_tokens for room in rooms.several(sizes)]
+def lengths(planner, sizes):
+    return [room.row_tokens for room in planner.several(sizes)]
 
 
 def test_rows_are_as_long_as_items_fill_best():
-    rooms = Rooms(ModelConfig(), ACCELERATOR)
+    planner = BatchShapePlanner(ModelConfig(), ACCELERATOR)
     # Rows of 512 would be half empty, rows of 640 hold two of them.
-    assert lengths(rooms, [Size(310, True)] * 400) == [640]
-    assert lengths(rooms, [Size(100, False)] * 400) == [640], "what is compiled is kept for a small gain"
-    assert lengths(rooms, [Size(500, True)] * 400) == [512], "and not for a large one"
-    assert lengths(rooms, [Size(12, False)]) == [512, 640], "few items are not worth a compilation"
-    assert lengths(rooms, [Size(700, False)]) == [512, 640, 768], "but if they fit into none"
+    assert lengths(planner, [Size(310, True)] * 400) == [640]
+    assert lengths(planner, [Size(100, False)] * 400) == [640], "what is compiled is kept for a small gain"
+    assert lengths(planner, [Size(500, True)] * 400) == [512], "and not for a large one"
+    assert lengths(planner, [Size(12, False)]) == [512, 640], "few items are not worth a compilation"
+    assert lengths(planner, [Size(700, False)]) == [512, 640, 768], "but if they fit into none"
 
 
 def test_on_a_cpu_pools_have_rows_of_several_lengths():
-    rooms = Rooms(ModelConfig(), CPU)
+    planner = BatchShapePlanner(ModelConfig(), CPU)
     pool = [Size(270 + n % 3, True) for n in range(200)] + [Size(400 + n % 9, True) for n in range(200)]
-    assert lengths(rooms, pool) == [272, 416]
-    assert lengths(rooms, pool[:390]) == [272, 416] and lengths(rooms, pool[200:]) == [272, 416]
+    assert lengths(planner, pool) == [272, 416]
+    assert lengths(planner, pool[:390]) == [272, 416] and lengths(planner, pool[200:]) == [272, 416]
     small = dataclasses.replace(
         ModelConfig(), text=TextConfig(width=64, depth=2, mlp_dim=256, num_heads=2, head_dim=32)
     )
-    assert len(lengths(Rooms(small, CPU), pool)) == 1, "sooner computed than compiled for"
+    assert len(lengths(BatchShapePlanner(small, CPU), pool)) == 1, "sooner computed than compiled for"
 
 
 def test_few_items_are_one_row():
-    rooms = Rooms(ModelConfig(), CPU)
-    assert rooms.single([Size(12, False), Size(90, False)]) == (1, 128, 1, 16)
-    assert rooms.single([Size(12, False), Size(300, True)]) == (1, 384, 1, 48)
-    assert rooms.single([Size(900, False)]).row_tokens == 1024
-    assert rooms.single([Size(300, True)] * 2) is None and rooms.single([Size(8, False)] * 70) is None
+    planner = BatchShapePlanner(ModelConfig(), CPU)
+    assert planner.single([Size(12, False), Size(90, False)]) == (1, 128, 1, 16)
+    assert planner.single([Size(12, False), Size(300, True)]) == (1, 384, 1, 48)
+    assert planner.single([Size(900, False)]).row_tokens == 1024
+    assert planner.single([Size(300, True)] * 2) is None and planner.single([Size(8, False)] * 70) is None
 
 
 def test_what_a_pool_leaves_for_the_end_is_one_row(retriever):
-    maker = batching.BatchMaker(retriever.config, 1, Scale(512, 16, 2, 8))
+    maker = batching.BatchMaker(retriever.config, 1, ShapePolicy(512, 16, 2, 8))
     sizes = {number: Size(60, False) for number in range(17)}
     made = list(maker._batched(sizes))
     assert [room[:2] for room, _ in made] == [(8, 64), (8, 64), (1, 128)], "not seven rows of padding"

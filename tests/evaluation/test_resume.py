@@ -15,7 +15,7 @@ import pytest
 from jfe_jax.cli.main import main
 from jfe_jax.data.formats.mbeir import Mbeir
 from jfe_jax.data.prepare.prepare import prepare_dataset
-from jfe_jax.embedding.embedding_cache import Stored, StoredRows, Stores
+from jfe_jax.embedding.embedding_cache import CachedRows, EmbeddingCache, EmbeddingLocation
 from jfe_jax.embedding.row_source import FileRows
 from jfe_jax.embedding.shard_store import encode
 from jfe_jax.errors import UserError
@@ -140,8 +140,11 @@ def test_smaller_types_say_what_they_cost(shapes_retriever, mbeir_path, tmp_path
 def test_damage_and_company_are_named(shapes_retriever, mbeir_path, tmp_path):
     keep = Keep(folder=tmp_path)
     ask(shapes_retriever, mbeir_path, keep, pools=["local"])
-    with Stores(tmp_path / "embeddings", shapes_retriever), pytest.raises(UserError, match="another evaluation is"):
-        Stores(tmp_path / "embeddings", shapes_retriever)
+    with (
+        EmbeddingCache(tmp_path / "embeddings", shapes_retriever),
+        pytest.raises(UserError, match="another evaluation is"),
+    ):
+        EmbeddingCache(tmp_path / "embeddings", shapes_retriever)
     (file,) = (tmp_path / "embeddings").glob("mbeir_shapes_task0*/embeddings.npy")
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -163,7 +166,7 @@ def test_rows_of_several_files_in_another_order(tmp_path, dtype):
         plain.append(stored * (np.float32(1) if scales is None else scales[:, None]))
     order = [(1, row) for row in range(250)] + [(int(n), int(random.integers(90))) for n in random.integers(0, 2, 200)]
     index, row = (np.array(column, np.int32) for column in zip(*order, strict=True))
-    rows = StoredRows(files, Stored(index, row))
+    rows = CachedRows(files, EmbeddingLocation(index, row))
     expected = np.array([plain[file][at] for file, at in order])
     assert rows.shape == (450, 8) and rows.norm == 1
     for start, stop in ((0, 450), (17, 300), (260, 261), (400, 999)):

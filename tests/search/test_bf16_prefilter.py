@@ -43,7 +43,7 @@ KINDS = ["float32", "float16", "int8", "worst", "tiny", "close", "equal"]
 def test_scores_are_as_near_as_it_says(tmp_path, kind):
     rows, pool, queries = rows_in(tmp_path, kind)
     norm = np.linalg.norm(pool, axis=1).max()
-    asked = bf16_prefilter.RoughQueries(queries, norm)
+    asked = bf16_prefilter.Bf16Queries(queries, norm)
     (block,) = topk.blocks(rows, 1024, ONE, 0, 900)
     found = topk.scores_of(jax.device_put(asked.rounded), [block], ONE)
     off = np.abs(np.asarray(found.scores)[:900].T - queries.astype(np.float64) @ pool.T).max(1)
@@ -63,7 +63,7 @@ def test_results_are_those_of_the_exact_scores(tmp_path, kind):
     scores = np.float32([[np.vecdot(row, query) for row in pool] for query in queries.astype(np.float64)])
     order = np.argsort(-scores, axis=1, kind="stable")
     for devices, block, k in ((1, 4096, 10), (1, 64, 10), (8, 16, 10), (1, 64, 899), (1, 64, 1000)):
-        searcher = Searcher(rows, mesh=make_mesh(MeshConfig(data=devices)), candidate_block=block, rough=True)
+        searcher = Searcher(rows, mesh=make_mesh(MeshConfig(data=devices)), candidate_block=block, prefilter=True)
         found = searcher.search(queries, k)
         np.testing.assert_array_equal(found.rows, order[:, :k])
         np.testing.assert_array_equal(found.scores, np.take_along_axis(scores, order, 1)[:, :k])
@@ -75,14 +75,14 @@ def test_results_are_those_of_the_exact_scores(tmp_path, kind):
 def test_a_pool_that_is_too_dense_is_not_looked_at_roughly_again(tmp_path):
     for kind, stays in (("float32", True), ("close", False)):
         rows, _, queries = rows_in(tmp_path, kind)
-        searcher = Searcher(rows, candidate_block=64, rough=True)
+        searcher = Searcher(rows, candidate_block=64, prefilter=True)
         searcher.search(queries, 10)
-        assert searcher.rough is stays
+        assert searcher.prefilter is stays
 
 
 def test_many_queries_are_looked_at_roughly_where_that_is_faster(monkeypatch):
     searcher = Searcher(np.ones((300, 4), np.float32))
     for faster in (True, False):
         monkeypatch.setattr(bf16_prefilter, "is_faster", lambda faster=faster: faster)
-        assert [searcher.wants_rough(many) for many in (1, 255, 256, 1024)] == [False, False, faster, faster]
-    assert not Searcher(np.ones((300, 4), np.float32), select="device", rough=True).wants_rough(1024)
+        assert [searcher.uses_prefilter(many) for many in (1, 255, 256, 1024)] == [False, False, faster, faster]
+    assert not Searcher(np.ones((300, 4), np.float32), select="device", prefilter=True).uses_prefilter(1024)

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 from jfe_jax.embedding.index import Index, Manifest
-from jfe_jax.embedding.shard_store import Storage
+from jfe_jax.embedding.shard_store import ShardStore
 from jfe_jax.errors import UserError
 from jfe_jax.search.exact import search
 from jfe_jax.search.faiss_index import FaissIndex, measure
 
 
 def make_index(folder, rows):
-    storage = Storage(folder, {"items": len(rows), "width": rows.shape[1], "dtype": "float32", "shard": len(rows)})
-    storage.begin()
-    storage.write(0, rows)
-    shards = storage.finish()
+    store = ShardStore(folder, {"items": len(rows), "width": rows.shape[1], "dtype": "float32", "shard": len(rows)})
+    store.begin()
+    store.write(0, rows)
+    shards = store.finish()
     names = "".join(f"{number}\n" for number in range(len(rows))).encode()
     (folder / "ids.txt").write_bytes(names)
     made = {"checkpoint": "c", "step": 0, "fingerprint": "f", "source": "s", "source_digest": "d"}
     digest = hashlib.sha256(names).hexdigest()
-    Manifest(**storage.plan, **made, ids_digest=digest, norm=1.01, score_error=0, shards=shards).write(folder)
+    Manifest(**store.plan, **made, ids_digest=digest, norm=1.01, score_error=0, shards=shards).write(folder)
     return Index.open(folder)
 
 
