@@ -106,7 +106,7 @@ def _generate(path: Path, candidates: int, queries: int) -> int:
 
 
 class _Drawn:
-    """What `ask` needs of a Retriever, with vectors drawn by the items' content."""
+    """Stands in for a Retriever, with vectors drawn from the items' content."""
 
     path, step, fingerprint, parameters, cut_texts = Path("generated"), 0, "generated", 0, 0
     config = SimpleNamespace(model=SimpleNamespace(kind="generated"))

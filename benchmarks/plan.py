@@ -113,7 +113,7 @@ def of_choices(plans: dict[str, dict[str, Any]]) -> Table:
 
 
 def notes(plans: list[dict[str, Any]]) -> list[str]:
-    """What holds of all plans that fit."""
+    """States what all plans that fit have in common."""
     fitting = [plan for plan in plans if plan["fits"]]
     if not fitting:
         return []

@@ -30,7 +30,7 @@ MESHES = (
 
 
 class Share(NamedTuple):
-    """What each device has, of one mesh.
+    """Work, memory and traffic of each device of one mesh.
 
     Attributes:
       mesh: sizes of `data`, `fsdp` and `tensor`.

@@ -1,1 +1,1 @@
-"""What the benchmarks share: results, tables, timing, model sizes."""
+"""Shared code of the benchmarks: results, tables, timing, model sizes."""

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices: what a model's FLOPs are measured against."""
+"""Measures this machine's matrix multiplication rate, against which a model's FLOPs are compared."""
 
 import os
 import time

@@ -15,7 +15,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 
 class SiglipImageProcessorTorch(SiglipImageProcessorPil):
-    """Resizes uint8 [3, H, W] with torch's antialiased kernel, then normalises all images at once."""
+    """Resizes uint8 [3, H, W] with torch's antialiased kernel, then normalizes all images at once."""
 
     def preprocess(self, images: Sequence[Image.Image], **_: Any) -> BatchFeature:
         size = [self.size["height"], self.size["width"]]

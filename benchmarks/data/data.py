@@ -119,7 +119,7 @@ def _measure(*words: Any) -> tuple[float, float, float]:
 
 
 def _killed(raw: Path, out: Path, kind: str, wanted: int) -> tuple[float, int]:
-    """Prepares until so many shards of that kind are there, and kills it: seconds, finished shards."""
+    """Runs prepare until `wanted` shards of a kind are finished, then kills it; returns seconds and finished shards."""
     command = [sys.executable, "-m", "jfe_jax.cli.main", "data", "prepare", str(raw), "--out", str(out)]
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -268,7 +268,7 @@ def _cpu_seconds() -> float:
 
 
 def _compare(items: list[tuple[str | None, str]], cfg: Config, processor: Any) -> int:
-    """How many items were compared.
+    """Compares items, and returns their number.
 
     Raises:
       UserError: the sides differ.

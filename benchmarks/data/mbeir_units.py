@@ -65,7 +65,7 @@ def lengths(count: int, mean_words: int, rng: np.random.Generator) -> np.ndarray
 
 
 def shares() -> np.ndarray:
-    """How much of the up-sampled training union each unit is, float64 [units]."""
+    """Returns each unit's share of the up-sampled training union, float64 [units]."""
     sizes = np.array([1000.0 * unit.queries for unit in UNITS])
     datasets = np.array([unit.dataset for unit in UNITS])
     for name, count in UPSAMPLE.items():

@@ -48,7 +48,7 @@ def write(
     """Writes about `rows` rows of training queries and local candidates in all; returns how many.
 
     Args:
-      distinct: the queries of a data set share so many images, and so do its candidates; 0 for an image a row.
+      distinct: number of images that the queries of a data set share, and likewise its candidates; 0 for one image per row.
       images: "files" makes a file for each path (names of a few JPEG of short side 256); "tar" one mbeir_images.tar.gz,
         "parts" the same cut in four as published; "none" leaves the images out.
       small: in an archive each image is then another one, of a kilobyte.

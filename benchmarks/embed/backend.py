@@ -62,7 +62,7 @@ class Ours:
         self.retriever = Retriever.load(model)
 
     def device(self) -> str:
-        """What computes."""
+        """Returns the name of the hardware that computes."""
         return self.retriever.mesh.devices.flat[0].device_kind
 
     def embed(self, items: Path, out: Path, batch: int) -> None:
@@ -87,7 +87,7 @@ class Theirs:
         self.model = SentenceTransformer(model, trust_remote_code=True, device=kind)
 
     def device(self) -> str:
-        """What computes."""
+        """Returns the name of the hardware that computes."""
         return str(self.model.device)
 
     def embed(self, items: Path, out: Path, batch: int) -> None:

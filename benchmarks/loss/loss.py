@@ -147,7 +147,7 @@ def check(side: str, ours: Sequence[Any], theirs: Sequence[Any]) -> float:
 
 
 def checked(apart: float) -> str:
-    """What a result says of `check`."""
+    """Describes the outcome of `check` for a result."""
     return f"the loss and both gradients, which differ by up to {apart:.0e} of the largest"
 
 

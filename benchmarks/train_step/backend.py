@@ -24,7 +24,7 @@ MODULE = "benchmarks.train_step.backend"
 
 
 class Timed(NamedTuple):
-    """What a process says.
+    """The result of one process.
 
     Attributes:
       losses, norms: of the first steps on the mix.

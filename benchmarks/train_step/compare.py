@@ -1,4 +1,4 @@
-"""Whether both sides of `train-step` compute the same: what is timed has to be."""
+"""Checks that both sides of `train-step` compute the same before they are timed."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from jfe_jax.errors import UserError
 
 
 class Agreement(NamedTuple):
-    """How far the two sides are apart, relative: losses and gradient norms of `STEPS` steps (largest), the gradients of
+    """Relative differences of the two sides: losses and gradient norms of `STEPS` steps (largest), the gradients of
     all parameters, and the weights after a step as a share of what the step changed."""
 
     loss: float

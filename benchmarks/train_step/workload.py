@@ -1,4 +1,4 @@
-"""What `train-step` runs: which model, and the batches of both sides."""
+"""The workload of `train-step`: the model, and the batches of both sides."""
 
 import statistics
 from dataclasses import dataclass, replace
@@ -23,14 +23,14 @@ CHOICE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is run.
+    """The model and batches to run.
 
     Attributes:
       geometry: of `geometry.GEOMETRIES`.
       rows, row_tokens: of a step on the mix; with equal items a step has as many tokens (on a CPU up to EQUAL_TOKENS),
         or a few fewer.
       attend: what attention works on with the mix, "rows", or "bins" as `binning.suggest` has them.
-      batches: different batches, taken by turns.
+      batches: number of different batches, cycled through.
       dtype: of the products.
       attention, remat: of our model, see ModelConfig.
       checkpointing, compiled: of PyTorch's side.

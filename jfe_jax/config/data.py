@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True, kw_only=True)
 class TokensConfig:
-    """How an item is encoded as tokens and pixels.
+    """The encoding of an item as tokens and pixels.
 
     Attributes:
       tokenizer: Directory of a Hugging Face tokenizer.

@@ -109,7 +109,7 @@ def to_pixels(
 
 
 def shift(pixels: np.ndarray, down: int, right: int) -> np.ndarray:
-    """Moves uint8 [H, W, 3] by so many pixels (negative: up, left); the edge that opens repeats what was outermost."""
+    """Shifts uint8 [H, W, 3] by a number of pixels (negative: up, left); the border repeats the outermost pixels."""
     rows, columns = (np.arange(size) for size in pixels.shape[:2])
     return pixels[(rows - down).clip(0, len(rows) - 1)][:, (columns - right).clip(0, len(columns) - 1)]
 

@@ -120,8 +120,8 @@ class ItemEncoder:
 def train_tokenizer(texts: Iterable[str], vocab_size: int, out: Path) -> None:
     """Trains a byte-level BPE and writes it as a Hugging Face tokenizer directory.
 
-    Ids: <pad> 0, <eos> 1, <bos> 2, <unk> 3, then bytes and merges, `<image>` last, always at `vocab_size` - 1: too few
-    texts for so many merges leave `<unused…>` entries.
+    Ids: <pad> 0, <eos> 1, <bos> 2, <unk> 3, then bytes and merges, `<image>` last, always at `vocab_size` - 1: with
+    too few texts for that many merges, `<unused…>` entries fill the gap.
 
     Raises:
       UserError: `vocab_size` has no room for the 256 bytes and the special tokens.

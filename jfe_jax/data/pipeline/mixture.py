@@ -1,4 +1,4 @@
-"""How often each unit's queries come, and in what company."""
+"""Task sampling weights and mixing."""
 
 import difflib
 import hashlib

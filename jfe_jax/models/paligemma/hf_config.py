@@ -136,7 +136,7 @@ def paligemma_config_json(model: ModelConfig, special: dict[str, int]) -> dict[s
         "text_config": {
             "model_type": family,
             **text,
-            # As the encoder runs: transformers' classes then give its hidden states without a mask of one's own.
+            # As the encoder runs: transformers' classes then give its hidden states without a custom mask.
             "is_causal": False,
             "use_bidirectional_attention": True,
             **ids,

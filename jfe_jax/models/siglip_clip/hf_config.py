@@ -25,7 +25,7 @@ _TEXT = _COMMON | {"vocab_size": "vocab_size", "positions": "max_position_embedd
 
 
 class _Family(NamedTuple):
-    """What transformers takes where a file says nothing, and the names of its classes."""
+    """transformers' defaults for what a file leaves out, and the names of its classes."""
 
     name: str
     vision: dict[str, Any]
@@ -184,7 +184,7 @@ def dual_processor_json(model: ModelConfig) -> dict[str, Any]:
 
 
 def dual_encoder_json(tokens: TokensConfig) -> dict[str, Any]:
-    """What `read_dual` takes as `encoder`."""
+    """Returns the `encoder` argument of `read_dual`."""
     return {"max_text_tokens": tokens.max_text_tokens}
 
 
