@@ -13,13 +13,13 @@ from jfe_jax import config as configs
 from jfe_jax.config import Config
 
 CONFIG = "configs/paligemma_3b/stage2.yaml"
-# The config's batch is for so many chips.
+# The number of chips that the batch of the config is sized for.
 CHIPS = 256
 SLICES = (
     ("v5e:4x4", 1), ("v5e:8x8", 1), ("v5e:16x16", 1), ("v5e:16x16", 2), ("v5e:16x16", 4), ("v5p:4x4x4", 1),
     ("v6e:16x16", 1),
 )  # fmt: skip
-# Beside the config as it is, on one slice of so many chips.
+# The slice of CHIPS chips on which CHOICES are compared with the config as it is.
 CHOSEN = "v5e:16x16"
 CHOICES = {
     "as configured": (),

@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 # A summary is a sentence in the imperative or third person, no noun clause.
 CLAUSE = re.compile(r"(What|How|Whether|Where|Which|Who|That)\b")
 DIALECT = re.compile(
-    r"\b(so many|anew|by turns|made again|of one's own|goes on|go on|stands? (beside|on|for itself)|lies? (beside|whole)"
-    r"|(is|are|was|were) told|beneath|learnt|fillers?|licence|colours?|initialise|normalise[ds]?|centre)\b"
+    r"\b(so many|anew|by turns|made again|of one's own|goes on|go on|stands? (beside|on|for itself)"
+    r"|lies? (beside|whole)|(is|are|was|were) told|beneath|learnt|fillers?|licence|colours?|initialise|normalise[ds]?"
+    r"|centre)\b"
 )
 FILES = sorted(path for folder in ("jfe_jax", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 # Not reworded yet.

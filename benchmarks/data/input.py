@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, progress: Progress) -> Result:
         for _ in prepare_dataset(Mbeir(raw), out, progress=progress):
             pass
         pairs = _items(raw)
-        # Each gives a stream of batches' items. Ours is endless and goes on in the next round; theirs is an epoch.
+        # Each yields a stream of batches. Ours is endless and continues in the next round; theirs is an epoch.
         sides: dict[str, dict[str, Callable[[], Iterator[int]]]] = {}
         opened: list[Iterator[int]] = []
         compared = 0

@@ -48,7 +48,7 @@ def write(
     """Writes about `rows` rows of training queries and local candidates in all; returns how many.
 
     Args:
-      distinct: number of images that the queries of a data set share, and likewise its candidates; 0 for one image per row.
+      distinct: number of images that the queries of a data set share, and likewise its candidates; 0 for one per row.
       images: "files" makes a file for each path (names of a few JPEG of short side 256); "tar" one mbeir_images.tar.gz,
         "parts" the same cut in four as published; "none" leaves the images out.
       small: in an archive each image is then another one, of a kilobyte.

@@ -13,9 +13,9 @@ from jfe_jax.data.pipeline.suggest_bins import suggest
 from jfe_jax.plan import flops
 
 KINDS = ("mix", "equal")
-# What an equal item has besides its patches: a caption with its template.
+# Tokens of an equal item in addition to its patches: a caption with its template.
 EQUAL_TEXT = 32
-# And at most so many tokens a step on a CPU: with more the ratio is the same and takes longer.
+# Maximum tokens of a step on a CPU: with more the ratio is the same and takes longer.
 EQUAL_TOKENS = 6400
 # Batches of the mix from which those are taken whose padding is the most usual.
 CHOICE = 16
